@@ -1,0 +1,946 @@
+"""Where every token comes from: procedural rules, algorithmic tasks, corpora, tokenizers.
+
+    python data.py list                           every rule, task and corpus, with its parameters
+    python data.py show dyck:k=3,length=32        sequences as a person would write them
+
+Everything is a Source and answers `batch(index, size) -> x, y`: two int64 arrays of shape (size, block_size), where
+`y[b, t]` is the token that should follow `x[b, :t+1]`, or -1 where the loss does not count. Row r of a source is a
+pure function of (seed, split, r), so the batch at any step is too: nothing but the step number is needed to resume,
+and any number of processes can share one global batch.
+"""
+import argparse
+import ast
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+import sysconfig
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+
+class UserError(Exception):
+    """Something the user can put right. Every script prints it as one line on stderr and exits with status 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Procedural rules: rule(rng, batch, ...) -> tokens, mask, both of shape (batch, width).
+# mask[b, t] says whether tokens[b, t] counts as a target: the model is asked to predict it from tokens[b, :t].
+# Rules with an input and an output use symbols 1..vocab-1 (0 is the pop of `stack`), the separator `vocab`, the pad
+# `vocab + 1`, and count output tokens alone, without pads. `length` may be a pair (low, high): then each row draws its
+# own input length. Formats: paper, "Procedural data"; checked against the authors' published generators.
+
+
+def draw_input(rng, batch, length, vocab):
+    """Random symbols x and a mask `on` of those that exist, both (batch, longest): rows may have different lengths."""
+    low, high = length if isinstance(length, tuple) else (length, length)
+    lengths = rng.integers(low, high + 1, (batch, 1))
+    on = np.arange(high) < lengths
+    return rng.integers(1, vocab, (batch, high)) * on, on
+
+
+def pack(wide, exists, counted, pad):
+    """Moves the tokens of each row that exist to its left, in order, and pads on the right. All are (batch, width)."""
+    left = np.arange(wide.shape[1]) < exists.sum(1, keepdims=True)  # row by row as many places as there are tokens
+    tokens, mask = np.full(wide.shape, pad), np.zeros(wide.shape, bool)
+    tokens[left], mask[left] = wide[exists], counted[exists]
+    return tokens, mask
+
+
+def input_to_output(inputs, output, vocab):
+    """`input | output`, or `input | input | output`: each piece is a pair (symbols, which of them exist)."""
+    separator = (np.full((len(output[0]), 1), vocab), np.ones((len(output[0]), 1), bool))
+    pieces = [piece for pair in inputs for piece in (pair, separator)] + [output]
+    wide, exists = (np.concatenate(parts, axis=1) for parts in zip(*pieces))
+    counted = np.broadcast_to(np.arange(wide.shape[1]) >= wide.shape[1] - output[0].shape[1], wide.shape)
+    return pack(wide, exists, counted, vocab + 1)
+
+
+def first_appearance(x, on, vocab):
+    """Where a symbol stands for the first time in its row: (batch, width) of bool."""
+    rows, places = np.arange(len(x))[:, None], np.arange(x.shape[1])
+    first = np.zeros((len(x), vocab), np.int64)
+    first[rows, x[:, ::-1]] = places[::-1]  # of repeated assignments the last one stays: the leftmost place
+    return on & (first[rows, x] == places)
+
+
+def identity(rng, batch, length=20, vocab=100):
+    """the input again: 3 7 3 | 3 7 3"""
+    x, on = draw_input(rng, batch, length, vocab)
+    return input_to_output([(x, on)], (x, on), vocab)
+
+
+def reverse(rng, batch, length=20, vocab=100):
+    """the input backwards: 3 7 5 | 5 7 3"""
+    x, on = draw_input(rng, batch, length, vocab)
+    return input_to_output([(x, on)], (x[:, ::-1], on[:, ::-1]), vocab)
+
+
+def sort(rng, batch, length=20, vocab=100):
+    """the input in ascending order: 7 3 5 | 3 5 7"""
+    x, on = draw_input(rng, batch, length, vocab)
+    return input_to_output([(x, on)], (np.sort(np.where(on, x, vocab), axis=1), on), vocab)
+
+
+def set_(rng, batch, length=20, vocab=100):
+    """the input without repeats, in order of first appearance: 3 7 3 5 | 3 7 5"""
+    x, on = draw_input(rng, batch, length, vocab)
+    return input_to_output([(x, on)], (x, first_appearance(x, on, vocab)), vocab)
+
+
+def union(rng, batch, length=20, vocab=100):
+    """what is in either half of the input, without repeats, in order of first appearance: 3 7 | 7 5 | 3 7 5"""
+    low, high = length if isinstance(length, tuple) else (length, length)
+    x, on = draw_input(rng, batch, (low, high), vocab)
+    half = on.sum(1, keepdims=True) // 2  # an odd length loses its last symbol
+    x_on, y_on = np.arange(high // 2) < half, np.arange(high // 2) < half
+    x, y = x[:, :high // 2], rng.integers(1, vocab, (batch, high // 2))
+    both, both_on = np.concatenate([x * x_on, y * y_on], axis=1), np.concatenate([x_on, y_on], axis=1)
+    return input_to_output([(x, x_on), (y, y_on)], (both, first_appearance(both, both_on, vocab)), vocab)
+
+
+def delete(rng, batch, length=20, vocab=100):
+    """the input without the first t (which may be absent): 3 7 3 5 | 3 | 7 3 5"""
+    x, on = draw_input(rng, batch, length, vocab)
+    target = rng.integers(1, vocab, (batch, 1))
+    hit = (x == target) & on
+    first_hit = hit & (np.cumsum(hit, axis=1) == 1)
+    return input_to_output([(x, on), (target, np.ones_like(target, bool))], (x, on & ~first_hit), vocab)
+
+
+def stack(rng, batch, length=20, vocab=100):
+    """pushes (a symbol) and pops (0), then what is left on the stack, top first: 3 7 0 5 9 0 | 5 3"""
+    low, high = length if isinstance(length, tuple) else (length, length)
+    lengths = rng.integers(low, high + 1, batch)
+    # symbols[b, :depth[b]] is the stack, the rest of the row is what may be pushed: a push swaps one of those in.
+    symbols, depth = np.tile(np.arange(1, vocab), (batch, 1)), np.zeros(batch, np.int64)
+    coin, pick = rng.random((2, high, batch))
+    operations = np.zeros((batch, high), np.int64)
+    for t in range(high):  # over time only: each turn is a few array operations on the whole batch
+        push = coin[t] < np.where(t < lengths * 2 // 3, 0.75, 0.25)
+        push = (push & (t != lengths - 1) & (depth < vocab - 1)) | (depth <= 1)
+        rows = np.flatnonzero(push & (t < lengths))
+        chosen = depth[rows] + (pick[t, rows] * (vocab - 1 - depth[rows])).astype(np.int64)
+        operations[rows, t] = symbols[rows, chosen]
+        symbols[rows, chosen] = symbols[rows, depth[rows]]
+        symbols[rows, depth[rows]] = operations[rows, t]
+        depth += np.where(t < lengths, np.where(push, 1, -1), 0)
+    places = np.arange(min(high, vocab - 1))[::-1]  # top first
+    on_stack = places < depth[:, None]
+    tokens, mask = input_to_output([(operations, np.arange(high) < lengths[:, None])],
+                                   (symbols[:, places], on_stack), vocab)
+    return tokens, mask
+
+
+def dyck(rng, batch, k=16, length=128, p=0.49):
+    """balanced brackets of k types, opening with probability p where both are possible: ( [ ] ) { }"""
+    opens, depth = np.empty((length, batch), bool), np.zeros(batch, np.int64)
+    coin = rng.random((length, batch), dtype=np.float32) < p
+    for t in range(length):  # over time only; must open at depth 0, must close when only closing is left
+        opens[t] = ((depth == 0) | coin[t]) & (depth < length - t)
+        depth += np.where(opens[t], 1, -1)
+    opens = opens.T
+    level = np.cumsum(np.where(opens, 1, -1), axis=1) + ~opens  # the same for a bracket and its partner
+    # Sorted by level (stable), each opening bracket stands just before its partner: give both one type.
+    order = np.argsort(level.astype(np.int16), axis=1, kind="stable")
+    types = rng.integers(0, k, (batch, length // 2)).repeat(2, axis=1)
+    types[:, 1::2] += k
+    tokens = np.empty((batch, length), np.int64)
+    np.put_along_axis(tokens, order, types, axis=1)
+    return tokens, np.ones((batch, length), bool)
+
+
+def dyck_shuffle(rng, batch, k=16, length=128, p=0.5, depth=16):
+    """as dyck, but any open type may close, depth is bounded and the end may stay open: ( [ ) ] {"""
+    rows, tokens = np.arange(batch), np.empty((batch, length), np.int64)
+    # The distinct open types of a row stand in open_type[:n_types], how often each is open in open_count.
+    open_type, open_count = np.full((batch, depth + 1), -1), np.zeros((batch, depth + 1), np.int64)
+    n_types, total = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
+    coin = rng.random((length, batch)) < p
+    new_type, pick = rng.integers(0, k, (length, batch)), rng.random((length, batch))
+    for t in range(length):
+        opening = ((total == 0) | coin[t]) & (total < depth)
+        same = open_type == new_type[t][:, None]
+        slot = np.where(opening, np.where(same.any(1), same.argmax(1), n_types), (pick[t] * n_types).astype(np.int64))
+        n_types += opening & (slot == n_types)
+        open_type[rows, slot] = np.where(opening, new_type[t], open_type[rows, slot])
+        open_count[rows, slot] += np.where(opening, 1, -1)
+        tokens[:, t] = open_type[rows, slot] + np.where(opening, 0, k)
+        gone = np.flatnonzero(open_count[rows, slot] == 0)  # the last one of its type closed: the last slot moves here
+        n_types[gone] -= 1
+        open_type[gone, slot[gone]] = open_type[gone, n_types[gone]]
+        open_count[gone, slot[gone]] = open_count[gone, n_types[gone]]
+        open_type[gone, n_types[gone]], open_count[gone, n_types[gone]] = -1, 0
+        total += np.where(opening, 1, -1)
+    return tokens, np.ones((batch, length), bool)
+
+
+def eca(rng, batch, rule=110, width=16, length=128):
+    """an elementary cellular automaton on a ring of `width` cells, row after row; the first row is random"""
+    image = (rule >> np.arange(8)) & 1  # image[4 * left + 2 * centre + right]
+    rows = np.empty((batch, -(-length // width), width), np.int64)
+    rows[:, 0] = rng.integers(0, 2, (batch, width))
+    for i in range(1, rows.shape[1]):
+        cells = rows[:, i - 1]
+        rows[:, i] = image[4 * np.roll(cells, 1, axis=1) + 2 * cells + np.roll(cells, -1, axis=1)]
+    tokens = rows.reshape(batch, -1)[:, :length]
+    return tokens, np.broadcast_to(np.arange(length) >= width, tokens.shape)  # every cell that its predecessors decide
+
+
+RULES = {"identity": identity, "reverse": reverse, "sort": sort, "set": set_, "union": union, "delete": delete,
+         "stack": stack, "dyck": dyck, "dyck_shuffle": dyck_shuffle, "eca": eca}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithmic tasks: the same shape as rules. Formats: paper, "Algorithmic tasks", token for token.
+
+
+def haystack(rng, batch, pairs=30):
+    """needle in a haystack: 1..pairs key-value pairs, one key asked again, its value: k4 17 k9 88 ?k4 17"""
+    n = rng.integers(1, pairs + 1, (batch, 1))
+    keys = np.argsort(rng.random((batch, pairs)), axis=1)  # a random order of all keys, of which n are used
+    values = rng.integers(1, 128, (batch, pairs))
+    needle = (rng.random((batch, 1)) * n).astype(np.int64)
+    query = 128 + pairs + np.take_along_axis(keys, needle, axis=1)
+    answer = np.take_along_axis(values, needle, axis=1)
+    listing = np.stack([128 + keys, values], axis=2).reshape(batch, -1)
+    wide = np.concatenate([listing, query, answer, np.zeros_like(query)], axis=1)  # width 2 * pairs + 3, as published
+    exists = (np.arange(wide.shape[1]) < 2 * n) | (np.arange(wide.shape[1]) >= 2 * pairs)
+    return pack(wide, exists, np.broadcast_to(np.arange(wide.shape[1]) == 2 * pairs + 1, wide.shape), 0)
+
+
+def arithmetic_task(rng, batch, digits, operation, answer_digits, width, least_first=False):
+    """`a + b =` and the answer. Input digits 0-9, the sign 10, equals 11; answer digits 20-29, stop 30; pad 12."""
+    a, b = rng.integers(10 ** (digits - 1), 10 ** digits, (2, batch, 1))
+    answer = operation(a, b)
+    places = 10 ** np.arange(max(digits, answer_digits))
+    if not least_first:
+        places = places[::-1]
+    one = np.ones((batch, 1), np.int64)
+    a, b = (n // places[places < 10 ** digits] % 10 for n in (a, b))
+    wide = np.concatenate([a, 10 * one, b, 11 * one, 20 + answer // places % 10, 30 * one,
+                           np.full((batch, width - 2 * digits - answer_digits - 3), 12)], axis=1)
+    exists = np.ones(wide.shape, bool)
+    exists[:, 2 * digits + 2:2 * digits + 2 + answer_digits] = answer >= places  # no leading zeros
+    exists[:, 2 * digits + 3 + answer_digits:] = False
+    counted = np.broadcast_to(np.arange(width) >= 2 * digits + 2, wide.shape)
+    return pack(wide, exists, counted, 12)
+
+
+def addition(rng, batch, digits=5):
+    """two numbers of `digits` digits and their sum, most significant digit first: 12+34=46."""
+    return arithmetic_task(rng, batch, digits, np.add, digits + 1, 3 * digits + 4)
+
+
+def reversed_addition(rng, batch, digits=10):
+    """the same, least significant digit first: 21+43=64."""
+    return arithmetic_task(rng, batch, digits, np.add, digits + 1, 3 * digits + 4, least_first=True)
+
+
+def multiplication(rng, batch, digits=5):
+    """two numbers of `digits` digits and their product: 12*34=408."""
+    return arithmetic_task(rng, batch, digits, np.multiply, 2 * digits, 5 * digits + 4)  # width as published
+
+
+def sorting(rng, batch, numbers=20, below=100):
+    """numbers from 0 to below-1, one token each, a separator, the numbers in ascending order (layout: ours)"""
+    x = rng.integers(0, below, (batch, numbers))
+    tokens = np.concatenate([x, np.full((batch, 1), below), np.sort(x, axis=1)], axis=1)
+    return tokens, np.broadcast_to(np.arange(tokens.shape[1]) > numbers, tokens.shape)
+
+
+TASKS = {"haystack": haystack, "addition": addition, "reversed_addition": reversed_addition,
+         "multiplication": multiplication, "sorting": sorting}
+TASK_VOCAB = {"haystack": lambda p: 256, "addition": lambda p: 31, "reversed_addition": lambda p: 31,
+              "multiplication": lambda p: 31, "sorting": lambda p: p["below"] + 1}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Specs: "dyck:k=64,length=2048", "0.7*set+0.3*union:length=32", "shuffled:dyck:k=16"
+
+LIMITS = {  # what a parameter accepts, by name; the functions' signatures give the defaults and the types
+    "length": (1, 65536), "vocab": (3, 50000), "k": (1, 20000), "p": (0.0, 1.0), "depth": (1, 1024), "rule": (0, 255),
+    "width": (3, 4096), "pairs": (1, 64), "digits": (1, 9), "numbers": (1, 1024), "below": (2, 50000)}
+
+
+def parameters(function):
+    """The parameters of a rule or task with their defaults."""
+    return {name: p.default for name, p in inspect.signature(function).parameters.items()
+            if p.default is not inspect.Parameter.empty}
+
+
+def parse_value(where, key, text, default):
+    low, high = LIMITS[key]
+    ranged = key == "length" and re.fullmatch(r"(\d+)-(\d+)", text)
+    try:
+        value = tuple(map(int, ranged.groups())) if ranged else type(default)(text)
+    except ValueError:
+        raise UserError(f"{where}: {key}={text} is not a number") from None
+    first, last = value if ranged else (value, value)
+    if not low <= first <= last <= high:
+        raise UserError(f"{where}: {key}={text} is not accepted: {key} goes from {low} to {high}")
+    return value
+
+
+def parse_member(text, functions):
+    """"set:length=64,vocab=100" -> ("set", every parameter, those that were given)"""
+    name, _, given = text.strip().partition(":")
+    if name not in functions:
+        raise UserError(f"unknown rule {name!r} in {text!r}: there are {', '.join(functions)}"
+                        if functions is RULES else f"unknown task {name!r}: there are {', '.join(functions)}")
+    known, params = parameters(functions[name]), {}
+    for item in filter(None, given.split(",")):
+        key, equals, value = item.partition("=")
+        if key not in known or not equals or key in params:
+            raise UserError(f"{name}: bad parameter {item!r}: it takes {', '.join(f'{k}={v}' for k, v in known.items())}")
+        params[key] = parse_value(name, key, value, known[key])
+    return name, {**known, **params}, params
+
+
+def check_member(name, params):
+    """Conditions between parameters, or of one rule alone."""
+    longest = params.get("length")
+    longest, shortest = (longest[1], longest[0]) if isinstance(longest, tuple) else (longest, longest)
+    if isinstance(params.get("length"), tuple) and "vocab" not in params:
+        raise UserError(f"{name}: length is one number here, not a range")
+    if name == "dyck" and longest % 2:
+        raise UserError(f"dyck: length={longest} is odd: balanced brackets need an even length")
+    if name == "union" and shortest < 2:
+        raise UserError(f"union: length={shortest} is too short: each half needs a symbol, so at least 2")
+    if name == "eca" and longest <= params["width"]:
+        raise UserError(f"eca: length={longest} ends in the first row: it must be more than width={params['width']}")
+    if name in ("dyck", "dyck_shuffle") and longest < 2:
+        raise UserError(f"{name}: length={longest} is too short: at least 2")
+
+
+def parse_rules(spec):
+    """A procedural spec -> (shuffled, [(weight, name, parameters), ...]), weights summing to 1.
+
+    Members of a mixture are joined by `+`, each with an optional weight in front (`0.7*set`). A member without
+    parameters of its own takes those of the last member, as far as it knows them."""
+    shuffled = spec.startswith("shuffled:")
+    members = []
+    for text in spec.removeprefix("shuffled:").split("+"):
+        weight, star, rest = text.partition("*")
+        try:
+            weight, rest = (float(weight), rest) if star else (1.0, text)
+        except ValueError:
+            raise UserError(f"{spec}: the weight {weight!r} is not a number") from None
+        if not 0 < weight < float("inf"):
+            raise UserError(f"{spec}: the weight {weight:g} is not accepted: weights are positive")
+        members.append((weight, *parse_member(rest, RULES)))
+    trailing = members[-1][3]
+    total = sum(member[0] for member in members)
+    result = []
+    for weight, name, params, given in members:
+        if not given:
+            params = {key: trailing.get(key, value) for key, value in params.items()}
+        check_member(name, params)
+        result.append((weight / total, name, params))
+    return shuffled, result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources whose sequences are generated: rules, mixtures, tasks, and the mathematics corpus
+
+
+class Generated:
+    """A Source over `generate(rng, n) -> tokens, mask`, each (n, width).
+
+    Rows are made in chunks; chunk c of a split is drawn from a generator seeded by (seed, split, c). With `holdout`,
+    one example in 16 (by a hash of its tokens and the seed) belongs to validation and is never seen in training."""
+
+    token_bytes = None  # bytes of text per token id, where the tokens are text
+
+    def __init__(self, name, kind, generate, vocab_size, block_size, write, seed, split, pad=0, holdout=False,
+                 rows=None):
+        self.name, self.kind, self.generate, self.vocab_size, self.write = name, kind, generate, vocab_size, write
+        self.seed, self.split, self.pad, self.holdout, self.rows = seed, split, pad, holdout, rows
+        width = generate(np.random.default_rng(0), 1)[0].shape[1]
+        self.block_size = block_size or width
+        if width > self.block_size:
+            raise UserError(f"{name} makes sequences of {width} tokens: longer than the block of {block_size}")
+        self.chunk_rows = max(1, 2 ** 19 // self.block_size)
+        self.salt = np.random.default_rng((seed, 7)).integers(1, 2 ** 63, width).astype(np.uint64)
+        self.chunks = {}
+
+    def is_held_out(self, tokens):
+        mixed = (tokens.astype(np.uint64) * self.salt).sum(axis=1)
+        return (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(60) == 0
+
+    def draw(self, rng, n):
+        """n rows of this split."""
+        if not self.holdout:
+            return self.generate(rng, n)
+        kept = []
+        for _ in range(50):
+            tokens, mask = self.generate(rng, n + n // 8 + 8 if self.split == "train" else 20 * n)
+            keep = self.is_held_out(tokens) == (self.split != "train")
+            kept.append((tokens[keep], mask[keep]))
+            if sum(len(tokens) for tokens, _ in kept) >= n:
+                return tuple(np.concatenate(parts)[:n] for parts in zip(*kept))
+        raise UserError(f"{self.name} has too few different examples to hold some of them out: make it larger")
+
+    def chunk(self, c):
+        """Rows c * chunk_rows and on, as (x, y)."""
+        if c not in self.chunks:
+            rng = np.random.default_rng((self.seed, ("train", "val", "warmup").index(self.split), c))
+            n = self.chunk_rows if self.rows is None else min(self.chunk_rows, self.rows - c * self.chunk_rows)
+            tokens, mask = self.draw(rng, n)
+            x = np.full((n, self.block_size), self.pad, np.int64)
+            x[:, :tokens.shape[1]] = tokens
+            y = np.full((n, self.block_size), -1, np.int64)  # the loss mask: a token that does not count becomes -1
+            y[:, :tokens.shape[1] - 1] = np.where(mask[:, 1:], tokens[:, 1:], -1)
+            if len(self.chunks) == 2:
+                del self.chunks[min(self.chunks)]
+            self.chunks[c] = x, y
+        return self.chunks[c]
+
+    def batch(self, index, size):
+        first, stop, pieces = index * size, (index + 1) * size, []
+        while first < stop:
+            c, offset = divmod(first if self.rows is None else first % self.rows, self.chunk_rows)
+            x, y = self.chunk(c)
+            pieces.append((x[offset:offset + stop - first], y[offset:offset + stop - first]))
+            first += len(pieces[-1][0])
+        return tuple(np.concatenate(parts) for parts in zip(*pieces))
+
+    def decode(self, tokens, counted=None):
+        """A row as a person would write it; tokens that the loss counts stand between « and »."""
+        return self.write(np.asarray(tokens), counted)
+
+
+def write_words(words, counted, separator=" "):
+    """Joins the words of a row and puts « » around those that count."""
+    if counted is None:
+        return separator.join(words)
+    edges = np.diff(np.asarray(counted, int), prepend=0, append=0).tolist()
+    return separator.join("«" * (edges[i] == 1) + word + "»" * (edges[i + 1] == -1) for i, word in enumerate(words))
+
+
+def bracket(kind, k, token):
+    glyphs = "()[]{}<>"
+    if k <= 4:
+        return glyphs[2 * kind + (token >= k)]
+    return f"{kind})" if token >= k else f"({kind}"
+
+
+def rule_writer(members, content):
+    """How to print a row of these rules: brackets as brackets, cells as blocks, symbols as numbers."""
+    def write(tokens, counted):
+        separators = tokens[(tokens >= content) & (tokens < content + len(members))]
+        name, params = members[int(separators[0]) - content if len(separators) else 0][1:]
+        k, words = params.get("k"), []
+        for token in tokens:
+            if token >= content + len(members):
+                words.append("_")
+            elif token >= content:
+                words.append("|" if len(members) == 1 else f"|{members[token - content][1]}|")
+            elif k:
+                words.append(bracket(token % k, k, token))
+            else:
+                words.append("·█"[token] if name == "eca" else "pop" if token == 0 and name == "stack" else str(token))
+        if name != "eca":
+            return write_words(words, counted)
+        start = len(words) % params["width"] and int(len(members) > 1)
+        lines = [words[i:i + params["width"]] for i in range(start, len(words), params["width"])]
+        return write_words(words[:start] + ["".join(line) for line in lines], None, "\n")
+    return write
+
+
+def content_size(name, params):
+    """How many content symbols a rule uses: separators and pads come after them."""
+    return 2 if name == "eca" else 2 * params["k"] if "k" in params else params["vocab"]
+
+
+def rule_source(spec, seed, split, block_size=None, longest=None):
+    """A procedural rule, a mixture of them, or their shuffled control. `longest` cuts input lengths (curriculum).
+
+    In a mixture the members share their content symbols; each has its own separator (content + its place in the
+    mixture), with which dyck, dyck_shuffle and eca, having none, begin; the pad comes last. The shuffled control
+    permutes all tokens of a sequence but its pads. The places that count stay where they were: there are as many
+    as before, and each can be predicted as far as the tokens before it in its sequence tell what is left to come."""
+    shuffled, members = parse_rules(spec)
+    if longest is not None:
+        block_size = block_size or rule_source(spec, seed, split).block_size
+        members = [(w, name, {**p, "length": min(max(longest, 2), np.max(p["length"]))}) for w, name, p in members]
+    content = max(content_size(name, params) for _, name, params in members)
+    pad = content + len(members)
+    bare = len(members) == 1 and "vocab" not in members[0][2]  # no separator and no pad in its sequences
+    widths = [RULES[name](np.random.default_rng(0), 1, **params)[0].shape[1] for _, name, params in members]
+    width = max(widths) + (len(members) > 1 and any("vocab" not in params for _, _, params in members))
+
+    def generate(rng, n):
+        tokens, mask = np.full((n, width), pad), np.zeros((n, width), bool)
+        which = rng.choice(len(members), n, p=[weight for weight, _, _ in members]) if len(members) > 1 else np.zeros(n)
+        for place, (_, name, params) in enumerate(members):
+            rows = np.flatnonzero(which == place)
+            t, m = RULES[name](rng, len(rows), **params)
+            if "vocab" in params:  # the rule's own separator and pad become the mixture's
+                t = np.where(t == params["vocab"], content + place, np.where(t > params["vocab"], pad, t))
+            elif len(members) > 1:
+                t = np.concatenate([np.full((len(rows), 1), content + place), t], axis=1)
+                m = np.concatenate([np.zeros((len(rows), 1), bool), m], axis=1)
+            tokens[rows, :t.shape[1]], mask[rows, :m.shape[1]] = t, m
+        if shuffled:
+            order = np.argsort(np.where(tokens == pad, 2.0, rng.random(tokens.shape)), axis=1, kind="stable")
+            tokens = np.take_along_axis(tokens, order, axis=1)
+        return tokens, mask
+
+    return Generated(spec, "rule", generate, content if bare else pad + 1, block_size, rule_writer(members, content),
+                     seed, split, pad=0 if bare else pad)
+
+
+def task_writer(name, params):
+    def write(tokens, counted):
+        if name == "haystack":
+            pairs = params["pairs"]
+            words = ["_" if t == 0 else str(t) if t < 128 else f"k{t - 128}:" if t < 128 + pairs
+                     else f"?k{t - 128 - pairs}" for t in tokens]
+            return write_words(words, counted)
+        if name == "sorting":
+            return write_words(["|" if t == params["below"] else str(t) for t in tokens], counted)
+        sign = "*" if name == "multiplication" else "+"
+        letters = dict(zip(range(10), "0123456789")) | dict(zip(range(20, 30), "0123456789"))
+        return write_words([{**letters, 10: sign, 11: "=", 12: "_", 30: "."}.get(int(t), "?") for t in tokens],
+                           counted, "")
+    return write
+
+
+def task_source(spec, seed, split, block_size=None):
+    """An algorithmic task. Validation is 4,000 examples (paper), of which training never sees one."""
+    name, params, _ = parse_member(spec, TASKS)
+    return Generated(spec, "task", lambda rng, n: TASKS[name](rng, n, **params), TASK_VOCAB[name](params), block_size,
+                     task_writer(name, params), seed, split, pad={"haystack": 0, "sorting": 0}.get(name, 12),
+                     holdout=True, rows=4000 if split == "val" else None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def load_tokenizer(name):
+    """`bytes` (256 bytes and an end-of-text token, needs no network) or any encoding that tiktoken knows."""
+    if name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,32})", special_tokens={"<|endoftext|>": 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+    if name not in tiktoken.list_encoding_names():
+        raise UserError(f"unknown tokenizer {name!r}: there are bytes, {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # requests' errors, a corrupt download, an unwritable cache: all end here
+        raise UserError(f"the vocabulary of {name!r} could not be fetched ({type(error).__name__}): "
+                        "use --tokenizer bytes, which needs no network") from None
+
+
+def bytes_per_token(tokenizer):
+    """int64 (n_vocab,): how many bytes of text each token stands for; 0 for special tokens."""
+    sizes = np.zeros(tokenizer.n_vocab, np.int64)
+    for token in range(tokenizer.n_vocab):
+        try:
+            sizes[token] = len(tokenizer.decode_single_token_bytes(token))
+        except KeyError:
+            pass  # a gap in the vocabulary
+    sizes[[t for t in map(tokenizer.encode_single_token, tokenizer.special_tokens_set)]] = 0
+    return sizes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corpora: text is tokenised once into a cache folder with nanoGPT's train.bin and val.bin
+
+
+def python_files(root):
+    skip = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "lib2to3"}
+    return sorted(f for f in Path(root).rglob("*.py") if not skip & set(f.relative_to(root).parts))
+
+
+def package_folders():
+    """The standard library and the four runtime packages."""
+    folders = [sysconfig.get_paths()["stdlib"]]
+    for package in ("torch", "numpy", "tiktoken", "matplotlib"):
+        found = importlib.util.find_spec(package)
+        folders += found.submodule_search_locations if found else []
+    return folders
+
+
+def docstrings(raw):
+    """The docstrings of a Python file that are long enough to be prose (200 characters: ours)."""
+    try:
+        nodes = ast.walk(ast.parse(raw))
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))
+    return [text for text in texts if text and len(text) >= 200]
+
+
+def as_text(raw, path):
+    """Bytes of a user's file as text."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{path} is not UTF-8 text")
+    return text
+
+
+def json_lines(raw, path):
+    """The documents of a .jsonl file: each line an object with a `text` or `content` field."""
+    for number, line in enumerate(as_text(raw, path).splitlines(), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+                text = record["text"] if "text" in record else record["content"]
+                text.encode()  # also refuses lone surrogates, which no tokenizer takes
+                yield text
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{path}, line {number}: not a JSON object with a text or content field") from None
+
+
+def corpus_files(spec):
+    """The files that a corpus is made from, and a function (bytes, path) -> its documents."""
+    if spec == "code":
+        return python_files(sysconfig.get_paths()["stdlib"]), lambda raw, path: [raw.decode("utf-8", "ignore")]
+    if spec == "docs":
+        return [f for folder in package_folders() for f in python_files(folder)], lambda raw, path: docstrings(raw)
+    root = Path(spec)
+    files = [root] if root.is_file() else sorted(
+        f for f in root.rglob("*") if f.is_file() and not any(part.startswith(".") for part in f.relative_to(root).parts))
+    if not files:
+        raise UserError(f"{spec} has no files")
+    return files, lambda raw, path: json_lines(raw, path) if path.suffix == ".jsonl" else [as_text(raw, path)]
+
+
+def cache_folder():
+    return Path(os.environ.get("NANOWARM_CACHE") or Path.home() / ".cache" / "nanowarm")
+
+
+def prepare(spec, tokenizer_name):
+    """Tokenises a corpus once, to a folder keyed by its content and the tokenizer; returns the folder.
+
+    Documents are shuffled (always the same way), repeats dropped, and the last tenth held out for validation; a corpus
+    that is a single document is cut within it. Each document ends with <|endoftext|>."""
+    files, read = corpus_files(spec)
+    key = hashlib.sha256(f"1 {tokenizer_name} {spec if spec in CORPORA else ''}".encode())
+    for path in files:
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        key.update(path.suffix.encode() + len(raw).to_bytes(8, "little") + raw)
+    folder = cache_folder() / key.hexdigest()[:24]
+    if (folder / "meta.json").exists():
+        return folder
+    tokenizer = load_tokenizer(tokenizer_name)
+    print(f"tokenising {spec} ({len(files)} files) into {folder}, once", file=sys.stderr, flush=True)
+    documents = list(dict.fromkeys(text for path in files for text in read(path.read_bytes(), path) if text))
+    np.random.default_rng(0).shuffle(documents)
+    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
+    coded = [np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token], dtype) for text in documents]
+    if not coded:
+        raise UserError(f"{spec} is empty")
+    if len(coded) == 1:
+        cut = len(coded[0]) - len(coded[0]) // 10
+        coded = [coded[0][:cut], coded[0][cut:]]
+    starts = np.cumsum([0] + [len(c) for c in coded])
+    n_train = int(np.searchsorted(starts, starts[-1] * 0.9))
+    n_train = min(max(n_train, 1), len(coded) - 1)
+    meta = {"source": str(spec), "tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab,
+            "dtype": np.dtype(dtype).name, "documents": len(documents)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix="tmp-", dir=folder.parent))
+        try:
+            for part, arrays in (("train.bin", coded[:n_train]), ("val.bin", coded[n_train:])):
+                np.concatenate(arrays).tofile(scratch / part)
+            (scratch / "meta.json").write_text(json.dumps(meta))
+            scratch.rename(folder)  # atomic: a folder that is there is whole
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if not (folder / "meta.json").exists():  # otherwise another process was faster, with the same bytes
+                raise
+    except OSError as error:
+        raise UserError(f"cannot write the token cache {folder.parent}: {error.strerror}; "
+                        "NANOWARM_CACHE can move it") from None
+    return folder
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """nanoGPT's meta.pkl holds plain containers, so any class or function in one is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def read_meta(folder):
+    """(vocab_size, dtype, decode, token_bytes) of a folder with train.bin and val.bin."""
+    try:
+        if (folder / "meta.json").exists():
+            meta = json.loads((folder / "meta.json").read_text())
+        elif (folder / "meta.pkl").exists():
+            meta = PlainUnpickler((folder / "meta.pkl").open("rb")).load()
+        else:
+            meta = {"vocab_size": 50257, "tokenizer": "gpt2"}
+        if "itos" in meta:
+            letters = [meta["itos"][i] for i in range(meta["vocab_size"])]
+            sizes = np.array([len(letter.encode()) for letter in letters])
+            return meta["vocab_size"], np.uint16, lambda tokens: "".join(letters[t] for t in tokens), sizes
+        dtype = np.dtype(meta.get("dtype", "uint16"))
+        if "tokenizer" in meta:
+            try:
+                tokenizer = load_tokenizer(meta["tokenizer"])
+                return (int(meta["vocab_size"]), dtype, lambda tokens: tokenizer.decode([int(t) for t in tokens]),
+                        np.pad(bytes_per_token(tokenizer), (0, max(0, meta["vocab_size"] - tokenizer.n_vocab))))
+            except UserError:  # tokens can be trained on without their vocabulary, but not printed or weighed in bytes
+                pass
+        return int(meta["vocab_size"]), dtype, lambda tokens: " ".join(map(str, tokens)), None
+    except (pickle.UnpicklingError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError) as error:
+        raise UserError(f"{folder}: its meta file cannot be read ({type(error).__name__}: {error})") from None
+
+
+class Corpus:
+    """A Source over tokenised text: windows of block_size + 1 tokens, each once per epoch, in a random order.
+
+    Validation is the same windows for every seed. The split `warmup` reads the training windows of the first epoch
+    from the other end: text that the training run itself comes to last, if ever (`--warmup text`)."""
+
+    kind = "text"
+
+    def __init__(self, name, folder, block_size, seed, split):
+        self.name, self.block_size, self.seed, self.split = name, block_size, seed, split
+        self.vocab_size, dtype, self.decode, self.token_bytes = read_meta(folder)
+        path = folder / ("val.bin" if split == "val" else "train.bin")
+        try:
+            size = path.stat().st_size // dtype.itemsize if isinstance(dtype, np.dtype) else path.stat().st_size // 2
+            self.tokens = np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        self.windows = (len(self.tokens) - 1) // block_size
+        if self.windows < 1:
+            raise UserError(f"{name} is too short: its {'validation' if split == 'val' else 'training'} part has "
+                            f"{len(self.tokens)} tokens, a block of {block_size} needs {block_size + 1}")
+        self.rows = self.windows if split == "val" else None
+        self.epochs = {}
+
+    def epoch(self, e):
+        """Where the windows of an epoch start; later epochs cut the text at other places."""
+        if e not in self.epochs:
+            rng = np.random.default_rng((0, 1) if self.split == "val" else (self.seed, 0, e))
+            slack = (len(self.tokens) - 1) % self.block_size
+            self.epochs = {e: rng.permutation(self.windows) * self.block_size + rng.integers(0, slack + 1)}
+        return self.epochs[e]
+
+    def batch(self, index, size):
+        rows = np.arange(index * size, (index + 1) * size)
+        if self.split == "warmup":
+            rows = self.windows - 1 - rows % self.windows
+        elif self.split == "val":
+            rows = rows % self.windows
+        starts = np.array([self.epoch(e)[w] for e, w in zip(*divmod(rows, self.windows))])
+        both = np.stack([self.tokens[s:s + self.block_size + 1] for s in starts]).astype(np.int64)
+        if both.max() >= self.vocab_size:
+            raise UserError(f"{self.name} holds the token {both.max()}, but its vocabulary has {self.vocab_size}")
+        return both[:, :-1], both[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# School mathematics in words, made on the fly (after DeepMind-Math; sentences and modules: ours)
+
+
+def polynomial(coefficients):
+    """[2, 0, -3] -> "-3*x**2 + 2": coefficients from the constant up."""
+    terms = []
+    for power, c in reversed(list(enumerate(coefficients))):
+        if c:
+            factor = "" if abs(c) == 1 and power else f"{abs(c)}" + ("*" if power else "")
+            terms.append(("- " if c < 0 else "+ ") + factor + ("", "x", f"x**{power}")[min(power, 2)])
+    text = " ".join(terms) or "+ 0"
+    return text[2:] if text[0] == "+" else "-" + text[2:]
+
+
+def in_base(n, base):
+    digits = ""
+    while n:
+        n, digit = divmod(n, base)
+        digits = "0123456789abcdef"[digit] + digits
+    return digits or "0"
+
+
+def math_question(rand):
+    """One question and its answer. rand(a, b) draws an integer from a..b."""
+    module = rand(0, 8)
+    a, b = rand(-10 ** rand(1, 4), 10 ** rand(1, 4)), rand(-10 ** rand(1, 4), 10 ** rand(1, 4))
+    if module == 0:
+        sign = "+-*"[rand(0, 2)]
+        wanted = a + b if sign == "+" else a - b if sign == "-" else a * b
+        return f"What is {a} {sign} {f'({b})' if b < 0 else b}?", str(wanted)
+    if module == 1:
+        divisor = rand(2, 60)
+        return f"Divide {a * divisor} by {divisor}.", str(a)
+    if module == 2:
+        x, factor = rand(-30, 30), rand(2, 20) * (1, -1)[rand(0, 1)]
+        left = polynomial([b, factor])
+        return f"Solve {left} = {factor * x + b} for x.", str(x)
+    if module == 3:
+        p, q, r, s = rand(1, 30), rand(2, 30), rand(1, 30), rand(2, 30)
+        if rand(0, 1):
+            return f"Which is larger, {p}/{q} or {r}/{s}?", ("equal" if p * s == r * q else
+                                                            f"{p}/{q}" if p * s > r * q else f"{r}/{s}")
+        return f"Is {a} less than {b}?", "yes" if a < b else "no"
+    if module == 4:
+        n, divisor = rand(2, 10 ** rand(2, 5)), rand(2, 40)
+        if rand(0, 1):
+            return f"Does {divisor} divide {n}?", "yes" if n % divisor == 0 else "no"
+        return f"What remains when {n} is divided by {divisor}?", str(n % divisor)
+    if module == 5:
+        n, base = rand(1, 10 ** rand(2, 5)), (2, 3, 5, 8, 16)[rand(0, 4)]
+        if rand(0, 1):
+            return f"Write {n} in base {base}.", in_base(n, base)
+        return f"Which number is {in_base(n, base)} in base {base}?", str(n)
+    coefficients = [rand(-9, 9) for _ in range(rand(2, 4))]
+    if module == 6:
+        x = rand(-9, 9)
+        return (f"Let f(x) = {polynomial(coefficients)}. What is f({x})?",
+                str(sum(c * x ** power for power, c in enumerate(coefficients))))
+    if module == 7:
+        slope = [power * c for power, c in enumerate(coefficients)][1:]
+        return f"Find the derivative of {polynomial(coefficients)} with respect to x.", polynomial(slope)
+    p, q, r, s = rand(1, 9), rand(-9, 9), rand(1, 9), rand(-9, 9)
+    return (f"Expand ({polynomial([q, p])})*({polynomial([s, r])}).", polynomial([q * s, p * s + q * r, p * r]))
+
+
+def math_source(seed, split, block_size, tokenizer_name):
+    """Lines of question and answer, packed one after another. One question in 16 is kept for validation."""
+    tokenizer = load_tokenizer(tokenizer_name)
+
+    def generate(rng, n):
+        stream = []
+        # A Python loop per question: about 5 million byte tokens a second, made ahead in a thread (data.py show math).
+        while len(stream) < n * block_size:
+            numbers = iter(rng.random(1 << 16).tolist())
+            lines = []
+            try:
+                while True:
+                    question, answer = math_question(lambda low, high: low + int(next(numbers) * (high - low + 1)))
+                    if (zlib.crc32(question.encode()) % 16 == 0) == (split == "val"):
+                        lines.append(f"{question}\n{answer}\n")
+            except StopIteration:
+                stream += tokenizer.encode_ordinary("".join(lines))
+        tokens = np.array(stream[:n * block_size], np.int64).reshape(n, block_size)
+        return tokens, np.ones(tokens.shape, bool)
+
+    source = Generated("math", "text", generate, tokenizer.n_vocab, block_size,
+                       lambda tokens, counted: tokenizer.decode([int(t) for t in tokens]), seed, split)
+    source.token_bytes = bytes_per_token(tokenizer)
+    return source
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any spec -> a Source
+
+CORPORA = {"code": "the Python source of the standard library of this interpreter",
+           "docs": "English: the docstrings of the standard library, torch, numpy, tiktoken and matplotlib",
+           "math": "school mathematics as question and answer in words, made on the fly"}
+
+
+def kind_of(spec):
+    """"rule", "task" or "text", without loading anything."""
+    name = spec.removeprefix("shuffled:").split(":")[0].split("+")[0].split("*")[-1].strip()
+    if spec in CORPORA:
+        return "text"
+    if name in TASKS:
+        return "task"
+    if name in RULES or spec.startswith("shuffled:") or "+" in spec and not os.path.exists(spec):
+        return "rule"
+    if os.path.exists(spec):
+        return "text"
+    raise UserError(f"unknown data {spec!r}: neither a path nor one of {', '.join([*RULES, *TASKS, *CORPORA])}")
+
+
+def make_source(spec, split="train", seed=0, block_size=None, tokenizer="bytes", longest=None):
+    """The Source that a spec names.
+
+    spec: a rule or mixture ("dyck:k=16"), a task ("haystack"), a corpus ("code", "docs", "math") or a path.
+    split: "train", "val", or "warmup" (text only: other windows of the training part). block_size: tokens per row;
+    None: as long as the sequences (rules and tasks) or 256 (text). Raises UserError."""
+    kind = kind_of(spec)
+    if kind == "rule":
+        return rule_source(spec, seed, split, block_size, longest)
+    if kind == "task":
+        return task_source(spec, seed, split, block_size)
+    if spec == "math":
+        return math_source(seed, split, block_size or 256, tokenizer)
+    folder = Path(spec)
+    if not (folder / "train.bin").exists() or not (folder / "val.bin").exists():
+        folder = prepare(spec, tokenizer)
+    return Corpus(spec, folder, block_size or 256, seed, split)
+
+
+def show(spec, n, seed, split, tokenizer):
+    source = make_source(spec, split, seed, tokenizer=tokenizer)
+    x, y = source.batch(0, n)
+    if source.kind == "text":
+        print(("\n" + "-" * 80 + "\n").join(source.decode(row) for row in x))
+        return
+    print(f"{spec}: {source.block_size} tokens from a vocabulary of {source.vocab_size}; what the loss counts is "
+          "between « and »")
+    for tokens, targets in zip(x, y):
+        print("\n" + source.decode(tokens, np.concatenate([[False], targets[:-1] != -1])))
+
+
+def list_everything():
+    for title, functions in (("procedural rules", RULES), ("algorithmic tasks", TASKS)):
+        print(title)
+        for name, function in functions.items():
+            print(f"  {name:18} {function.__doc__}\n{'':20} "
+                  + ", ".join(f"{key}={value}" for key, value in parameters(function).items()))
+    print("  mixtures           set+union, 0.7*set+0.3*union:length=32\n"
+          "  shuffled control   shuffled:dyck:k=16\n"
+          "  varying lengths    set:length=2-20\ncorpora")
+    for name, line in CORPORA.items():
+        print(f"  {name:18} {line}")
+    print("  PATH               a text or .jsonl file, a folder of them, or a folder with train.bin and val.bin")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at the data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="every rule, task and corpus with its parameters")
+    shower = commands.add_parser("show", help="print sequences as a person would write them")
+    shower.add_argument("spec", help="for example dyck:k=3,length=32, haystack:pairs=4, code, or a path")
+    shower.add_argument("-n", type=int, default=3, help="how many (default 3)")
+    shower.add_argument("--seed", type=int, default=0)
+    shower.add_argument("--split", choices=("train", "val"), default="train")
+    shower.add_argument("--tokenizer", default="bytes")
+    args = parser.parse_args()
+    if args.command == "list":
+        return list_everything()
+    if args.n < 1 or args.seed < 0:
+        raise UserError("-n must be at least 1 and --seed at least 0")
+    show(args.spec, args.n, args.seed, args.split, args.tokenizer)
+
+
+def run_main(main):
+    """Runs a script's main: what the user can put right is one line on stderr and exit status 2, not a traceback."""
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process fails the same way: one line is enough
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `python data.py list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,638 @@
+"""One run: warm up on procedural data, transfer, continue on what is wanted.
+
+    python train.py --warmup dyck                   a small GPT on this machine, then the embedded code corpus
+    python train.py --warmup none                   the same without the warm-up: compare
+    python train.py --warmup set --data haystack    an algorithmic task, at its published settings
+    torchrun --nproc_per_node=8 train.py ...        on eight GPUs: the same global batch, the same result
+
+Read from the top: the settings, how unset ones are filled in, one training stage, and the run that strings two stages
+together. The random numbers of a step depend on the seed and the step alone, so a run that was stopped goes on exactly.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import typing
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data import UserError, kind_of, make_source, parse_member, parse_rules, run_main, RULES, TASKS
+from eval import evaluate, find_device, perplexity
+from model import GPT, GPTConfig, load, parse_parts, parse_size, save, transfer, write_atomically
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: every field is a flag. None means: it depends on the data and the device, see `resolve`.
+
+
+def flag(default, text, group=None):
+    return field(default=default, metadata={"help": text, "group": group})
+
+
+@dataclass
+class Settings:
+    warmup: str | None = flag(None, "procedural rule or mixture to warm up on (data.py list), none, or text: as many "
+                              "tokens of other data of the same corpus (default dyck)", "warm-up")
+    warmup_steps: int | None = flag(None, "optimiser steps of warm-up")
+    warmup_batch_size: int | None = flag(None, "sequences per warm-up step, over all processes")
+    warmup_lr: float | None = flag(None, "learning rate of the warm-up")
+    warmup_lr_schedule: str = flag("constant", "cosine, linear or constant")
+    warmup_lr_ramp: int = flag(0, "steps of linear ramp of the warm-up's learning rate")
+    warmup_weight_decay: float = flag(0.1, "weight decay of the warm-up")
+    warmup_dropout: float = flag(0.0, "dropout of the warm-up (published: 0.1)")
+    warmup_block_size: int | None = flag(None, "context of the warm-up model (default: as long as its sequences)")
+    warmup_curriculum: bool = flag(False, "input length grows from 2 by 2 each time accuracy passes 0.99")
+
+    init: str | None = flag(None, "start from this saved warm-up and skip stage 1", "transfer")
+    attn_from: str | None = flag(None, "weight mixture: take the attention from this checkpoint")
+    mlp_from: str | None = flag(None, "weight mixture: take the MLPs from this checkpoint")
+    transfer: str = flag("full", "what moves over: full, or a list of attn, mlp, norm")
+    embeddings: str | None = flag(None, "token embeddings after transfer: random, mean (of the warm-up's rows), or keep "
+                                  "(same vocabulary; default mean on tasks, keep after text, else random)")
+
+    data: str = flag("code", "task, corpus (code, docs, math) or path to text to train on", "data and model")
+    tokenizer: str = flag("bytes", "bytes, or an encoding that tiktoken knows, such as gpt2")
+    size: str | None = flag(None, "tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, 1.3b, or layers_heads_width: 2_4_16")
+    block_size: int | None = flag(None, "context in tokens")
+    tied: bool | None = flag(None, "output head shares its weight with the token embeddings (the warm-up always does)")
+    dropout: float = flag(0.0, "dropout (published semantic runs: 0.1)")
+
+    steps: int | None = flag(None, "optimiser steps", "optimisation")
+    batch_size: int | None = flag(None, "sequences per step, over all processes")
+    grad_accum: int = flag(1, "micro-batches that each process splits its share of a step into (both stages)")
+    lr: float | None = flag(None, "learning rate")
+    lr_schedule: str = flag("cosine", "cosine, linear or constant")
+    lr_ramp: int | None = flag(None, "steps of linear ramp of the learning rate")
+    min_lr: float | None = flag(None, "where the schedule ends")
+    weight_decay: float | None = flag(None, "on matrices and embeddings; biases and layer norms are spared")
+    beta1: float = flag(0.9, "AdamW")
+    beta2: float = flag(0.999, "AdamW")
+    grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
+
+    seed: int = flag(0, "of weights, data order and held-out examples", "run")
+    device: str | None = flag(None, "cuda, mps or cpu (default: what is there)")
+    dtype: str | None = flag(None, "float32 or bfloat16 (autocast; default bfloat16 on a GPU that has it)")
+    compile: bool | None = flag(None, "torch.compile (default on CUDA)")
+    eval_every: int | None = flag(None, "steps between evaluations (default: a fifth of the stage)")
+    eval_batches: int | None = flag(None, "batches of each evaluation")
+    save_every: int | None = flag(None, "steps between checkpoints (default: a tenth of the stage)")
+    log_every: int = flag(20, "steps between log lines")
+    out: str | None = flag(None, "folder of this run (default out/DATA-WARMUP-sSEED)")
+    resume: bool = flag(False, "go on with the run in --out where it stopped")
+
+
+# What may differ between a run and its resumption; everything else defines the run.
+OPERATIONAL = ("device", "compile", "eval_every", "save_every", "log_every", "grad_accum", "out", "resume")
+
+AT_LEAST = {**dict.fromkeys(("warmup_steps", "warmup_batch_size", "warmup_block_size", "block_size", "steps", "log_every",
+                             "batch_size", "grad_accum", "eval_every", "eval_batches", "save_every"), 1),
+            **dict.fromkeys(("warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr_ramp", "min_lr",
+                             "weight_decay", "beta1", "beta2", "grad_clip", "seed", "warmup_lr", "lr"), 0)}
+CHOICES = {"warmup_lr_schedule": ("cosine", "linear", "constant"), "lr_schedule": ("cosine", "linear", "constant"),
+           "embeddings": ("random", "mean", "keep"), "dtype": ("float32", "bfloat16")}
+
+
+def parse_arguments(argv):
+    """The command line -> (Settings, the flags that were given)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    group = None
+    for f in dataclasses.fields(Settings):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        kind = next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
+        text = f.metadata["help"] + ("" if f.default in (None, False) else f" (default {f.default})")
+        if kind is bool:
+            group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), help=text)
+    given = vars(parser.parse_args(argv))
+    return Settings(**given), given
+
+
+def check(s):
+    """Refuses values that no run can have. Raises UserError."""
+    for name, least in AT_LEAST.items():
+        value = getattr(s, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"--{name} {value} is not accepted: at least {least}")
+    for name, choices in CHOICES.items():
+        if getattr(s, name) not in (None, *choices):
+            raise UserError(f"--{name} {getattr(s, name)} is not accepted: {', '.join(choices)}")
+    for name in ("warmup_dropout", "dropout", "beta1", "beta2"):
+        if getattr(s, name) >= 1:
+            raise UserError(f"--{name} {getattr(s, name)} is not accepted: less than 1")
+    parse_parts(s.transfer)
+    if s.size:
+        parse_size(s.size)
+    if s.warmup not in (None, "none") and (s.init or s.attn_from or s.mlp_from):
+        raise UserError("--warmup and --init, --attn_from or --mlp_from exclude each other: choose one")
+    if kind_of(s.data) == "rule":
+        raise UserError(f"--data {s.data} is a procedural rule: use --warmup for rules, --data for a task or a corpus")
+    if s.warmup not in (None, "none", "text") and kind_of(s.warmup) != "rule":
+        raise UserError(f"--warmup {s.warmup} is not a procedural rule: there are {', '.join(RULES)}, none and text")
+    if s.warmup == "text" and kind_of(s.data) != "text":
+        raise UserError(f"--warmup text needs a corpus, and --data {s.data} is a task")
+    if s.warmup_curriculum and s.warmup in ("text", "none"):
+        raise UserError("--warmup_curriculum needs a procedural warm-up")
+
+
+def resolve(s):
+    """Fills in what was left open: the published settings for tasks, what suits the device for text."""
+    check(s)
+    s = dataclasses.replace(s)
+    s.device = find_device(s.device)
+    cuda = s.device.startswith("cuda")
+    task = kind_of(s.data) == "task" and parse_member(s.data, TASKS)[0]
+    if s.warmup is None:
+        s.warmup = "none" if s.init or s.attn_from or s.mlp_from else "dyck"
+
+    if task == "multiplication":  # paper, "Algorithmic tasks"
+        default = dict(size="4_8_512", batch_size=64)
+    elif task:
+        default = dict(size="2_4_16", batch_size=1000)
+    elif cuda:  # text on a GPU: GPT-2 small (published rate; steps: ours, for corpora of about 10 MB)
+        default = dict(size="gpt2", batch_size=32, block_size=1024, steps=2000, lr=5e-4, lr_ramp=100, warmup_steps=500,
+                       warmup_batch_size=32, warmup_lr=5e-4)
+    else:  # text on two CPU cores, in less than five minutes (ours)
+        default = dict(size="tiny", batch_size=16, block_size=256, steps=400, lr=2e-3, lr_ramp=40, warmup_steps=150,
+                       warmup_batch_size=16, warmup_lr=2e-3)
+    if task:
+        default |= dict(steps=10000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3, tied=False, embeddings="mean",
+                        eval_batches=-(-4000 // (s.batch_size or default["batch_size"])), warmup_steps=2500,
+                        warmup_batch_size=64, warmup_lr=5e-4)
+    else:
+        default |= dict(min_lr=(default["lr"] if s.lr is None else s.lr) / 10, weight_decay=0.1, tied=True,
+                        embeddings="keep" if s.warmup == "text" else "random", eval_batches=20)
+    default |= dict(dtype="bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32", compile=cuda,
+                    out="out/" + re.sub(r"[^\w.=+*,-]+", "_", f"{Path(s.data).name}-{s.warmup}-s{s.seed}"))
+    for name, value in default.items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+    if not task and s.warmup in ("dyck", "dyck_shuffle", "eca"):  # as long as the context, so that positions move over
+        s.warmup += f":length={s.block_size + s.block_size % 2}"
+    if s.init or s.attn_from or s.mlp_from or s.warmup == "none":
+        s.warmup_steps = 0
+    return s
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes, signals, files
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def total(*values):
+    """The sums of some numbers over all processes."""
+    if world() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU, over gloo: the accelerator is not kept waiting
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def say(*words):
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM came; the step was finished and saved."""
+
+
+SIGNALS = []  # those that came
+
+
+def write_json(path, value):
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+class Log:
+    """log.jsonl: one object per line. On resuming, lines after the checkpoint are dropped."""
+
+    def __init__(self, path, stage=None, step=0):
+        self.path, kept = path, []
+        if stage and path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line may be half a line
+                    entry = json.loads(line)
+                    if entry["stage"] != stage and stage == "train" or entry["stage"] == stage and entry["step"] <= step:
+                        kept.append(line + "\n")
+        if rank() == 0:
+            write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+    def add(self, **entry):
+        if rank() == 0:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror}; the last checkpoint is unharmed, "
+                                "--resume goes on from it") from None
+
+
+def describe_environment():
+    """What config.json says beside the settings."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "device_name": device, "processes": world(), "commit": commit or None}
+
+
+def open_run(s):
+    """Makes the run's folder or checks that it holds this very run. Returns its result if it is finished."""
+    out = Path(s.out)
+    settings = {key: value for key, value in dataclasses.asdict(s).items() if key not in ("out", "resume")}
+    if (out / "config.json").exists():
+        there = read_json(out / "config.json")["settings"]
+        differs = [key for key in settings if key not in OPERATIONAL and there.get(key) != settings[key]]
+        if differs:
+            raise UserError(f"{out} holds a run with other settings ({differs[0]} {there.get(differs[0])}, here "
+                            f"{settings[differs[0]]}): choose another --out")
+        if (out / "result.json").exists():
+            return read_json(out / "result.json")
+        if not s.resume:
+            raise UserError(f"{out} holds this run, unfinished: add --resume to go on with it, or choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there and is not a run: choose another --out")
+    elif rank() == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {out}: {error.strerror}") from None
+        write_json(out / "config.json", {"settings": settings, "environment": describe_environment()})
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One stage of training
+
+
+@dataclass
+class Stage:
+    """What the two stages of a run differ in."""
+    name: str  # "warmup" or "train"
+    steps: int
+    batch_size: int
+    lr: float
+    lr_schedule: str
+    lr_ramp: int
+    min_lr: float
+    weight_decay: float
+    eval_every: int
+    save_every: int
+    file: Path  # its checkpoint
+
+    def lr_at(self, step):
+        """Linear ramp, then cosine, linear or constant from lr to min_lr."""
+        if step < self.lr_ramp:
+            return self.lr * (step + 1) / self.lr_ramp
+        done = (step - self.lr_ramp) / max(1, self.steps - self.lr_ramp)
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.lr_schedule]
+        return self.min_lr + (self.lr - self.min_lr) * left if self.lr_schedule != "constant" else self.lr
+
+
+def make_optimizer(model, stage, s):
+    """AdamW; weight decay on matrices and embeddings alone (GPT-2's habit, and the published runs' on tasks and C4)."""
+    params = list(model.parameters())
+    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": stage.weight_decay},
+              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=stage.lr, betas=(s.beta1, s.beta2), fused=s.device != "mps")
+
+
+def step_batches(source, step, stage, s):
+    """This process's micro-batches of one step, each (x, y, its place among all micro-batches of the run).
+
+    The step's rows are step * batch_size and on, whatever the number of processes and micro-batches."""
+    n = s.grad_accum * world()
+    batches = []
+    for i in range(s.grad_accum):
+        place = step * n + i * world() + rank()
+        x, y = (torch.from_numpy(a) for a in source.batch(place, stage.batch_size // n))
+        if s.device.startswith("cuda"):
+            x, y = x.pin_memory(), y.pin_memory()
+        batches.append((x, y, place))
+    return batches
+
+
+def batches_ahead(source, first, stage, s):
+    """Yields step_batches for each step from `first`; the next one is made in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(step_batches, source, first, stage, s)
+        for step in range(first, stage.steps):
+            batches = ready.result()
+            ready = pool.submit(step_batches, source, step + 1, stage, s)
+            yield batches
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
+
+
+def autocast_for(s):
+    if s.dtype == "float32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(s.device.partition(":")[0], torch.bfloat16)
+
+
+def compile_trunk(model, x, y, autocast):
+    """torch.compile on everything but the output head; where it cannot run, one warning and on without."""
+    try:
+        model.trunk = torch.compile(model.trunk)
+        with autocast():
+            model(x, y).backward()
+    except Exception as error:  # a missing compiler, an unsupported platform: torch raises many kinds
+        del model.trunk  # the class's own method again
+        if rank() == 0:
+            warnings.warn(f"torch.compile cannot run here ({type(error).__name__}): going on without it")
+    model.zero_grad(set_to_none=True)
+
+
+def train(s, stage, model, make, log, state=None, extra=None):
+    """Trains `model` for one stage; returns the last evaluation, and saves stage.file on the way and at the end.
+
+    make(split, length) gives the Source of a split; length is None without a curriculum. state: a checkpoint of this
+    stage to go on from. extra: what the checkpoint holds beside weights, optimiser and progress."""
+    device, autocast, label = s.device, autocast_for(s), "1/2 warm-up" if stage.name == "warmup" else "2/2 train"
+    length = 2 if stage.name == "warmup" and s.warmup_curriculum else None
+    optimizer = make_optimizer(model, stage, s)
+    first, before, result, started_at = 0, 0.0, None, None
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        first, length, before = state["step"], state["length"], state["seconds"]
+        result, started_at = state["evaluation"], state["first_evaluation"]
+    source, val = make("train", length), make("val", length)
+    share = world() * s.grad_accum
+    if stage.batch_size % share:
+        raise UserError(f"--{'warmup_' * (stage.name == 'warmup')}batch_size {stage.batch_size} does not divide over "
+                        f"{world()} processes times --grad_accum {s.grad_accum}")
+    if s.compile and first < stage.steps:
+        x, y, _ = step_batches(source, first, stage, s)[0]
+        compile_trunk(model, x.to(device), y.to(device), autocast)
+    net = DistributedDataParallel(model) if world() > 1 else model
+    began, tokens_per_step = time.time(), stage.batch_size * source.block_size
+
+    def measure():
+        return evaluate(model, val, stage.batch_size // share, s.eval_batches * share, device, autocast)
+
+    def checkpoint(step):
+        if rank() == 0:
+            save(stage.file, model, optimizer=optimizer.state_dict(), stage=stage.name, step=step, length=length,
+                 tokens=step * tokens_per_step, seconds=before + time.time() - began, evaluation=result,
+                 first_evaluation=started_at, **(extra or {}))
+
+    def stop_if_asked(step, asked):
+        if asked:
+            checkpoint(step)
+            raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
+
+    if first == 0:
+        result = started_at = measure()
+        log.add(stage=stage.name, step=0, tokens=0, val_loss=result["loss"], val_accuracy=result["accuracy"])
+        say(f"[{label}] before: held-out loss {result['loss']:.3f}, accuracy {result['accuracy']:.1%}")
+    model.train()
+    batches = batches_ahead(source, first, stage, s)
+    for step in range(first, stage.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = stage.lr_at(step)
+        micro_batches = next(batches)
+        # The loss is the mean over all counted tokens of the step, in whichever process and micro-batch they are.
+        counted, asked = total(sum(int((y != -1).sum()) for _, y, _ in micro_batches), len(SIGNALS))
+        stop_if_asked(step, asked)
+        loss = 0.0
+        for i, (x, y, place) in enumerate(micro_batches):
+            torch.manual_seed((s.seed * 2 + (stage.name == "train")) * 2 ** 40 + place)  # for dropout
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last or world() == 1 else net.no_sync(), autocast():
+                part = net(x.to(device, non_blocking=True), y.to(device, non_blocking=True), reduction="sum") / counted
+                (part * world()).backward()  # DDP takes the mean over the processes
+            loss = loss + part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+
+        done = step + 1
+        logging = done % s.log_every == 0 or done in (1, stage.steps)
+        saving = done % stage.save_every == 0 or done == stage.steps
+        if (logging or saving or device == "cpu") and not math.isfinite(norm.item()):  # reading it waits for the GPU
+            raise UserError(f"the loss or its gradient is not finite at {stage.name} step {done}: a lower learning rate "
+                            f"may help; " + (f"the last good checkpoint is {stage.file}" if stage.file.exists()
+                                             else "there was no checkpoint yet"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        entry = {}
+        if logging:
+            rate = (done - first) * tokens_per_step / (time.time() - began)
+            entry = {"loss": total(float(loss))[0], "lr": stage.lr_at(step), "tokens_per_second": round(rate)}
+            say(f"[{label}] step {done:,}/{stage.steps:,} | loss {entry['loss']:.3f} | {rate:,.0f} tokens/s | "
+                f"{clock((time.time() - began) / (done - first) * (stage.steps - done))} left")
+        if done % stage.eval_every == 0 or done == stage.steps:
+            result = measure()
+            entry |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
+            say(f"[{label}] step {done:,}: held-out loss {result['loss']:.3f}, accuracy {result['accuracy']:.1%}")
+        if entry:
+            log.add(stage=stage.name, step=done, tokens=done * tokens_per_step, **entry)
+        if length and logging and measure()["accuracy"] > 0.99 and length < val.longest:  # published curriculum
+            length += 2
+            source, val = make("train", length), make("val", length)
+            batches = batches_ahead(source, done, stage, s)
+            say(f"[{label}] accuracy passed 0.99: input length {length}")
+        if saving:
+            checkpoint(done)
+    return result, started_at, before + time.time() - began
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def new_model(s, source, block_size, tied, dropout, seed):
+    torch.manual_seed(seed)
+    config = GPTConfig(source.vocab_size, block_size, *parse_size(s.size), dropout=dropout, tied=tied)
+    return GPT(config).to(s.device)
+
+
+def run(s):
+    """Runs what the settings say, in s.out. Returns the content of result.json. Raises UserError and Stopped."""
+    s = resolve(s)
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if s.device.startswith("cuda") else "gloo")
+    if s.device.startswith("cuda") and world() > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+
+    # Both sources first: a bad spec, corpus or checkpoint is refused before anything is written.
+    def data(split, length=None):
+        return make_source(s.data, split, s.seed, s.block_size, s.tokenizer)
+
+    if world() > 1 and rank() > 0:
+        dist.barrier()  # process 0 fills the token cache
+    train_source, _ = data("train"), data("val")
+    if world() > 1 and rank() == 0:
+        dist.barrier()
+
+    def warmup_data(split, length=None):
+        if s.warmup == "text":
+            return make_source(s.data, "warmup" if split == "train" else split, s.seed, s.block_size, s.tokenizer)
+        return make_source(s.warmup, split, s.seed, s.warmup_block_size, longest=length)
+
+    warmup_source = warmup_data("train") if s.warmup_steps else None
+    if s.warmup_steps and s.warmup != "text" and not s.warmup_block_size and kind_of(s.data) == "text":
+        if warmup_source.block_size > s.block_size:
+            raise UserError(f"--warmup {s.warmup} makes sequences of {warmup_source.block_size} tokens: longer than "
+                            f"--block_size {s.block_size}; make them shorter, or add --warmup_block_size "
+                            f"{warmup_source.block_size}")
+    saved = {name: load(path, s.device) for name in ("init", "attn_from", "mlp_from") if (path := getattr(s, name))}
+    target = new_model(s, train_source, train_source.block_size, s.tied, s.dropout, s.seed)
+    for model, _ in saved.values():
+        transfer(new_model(s, train_source, train_source.block_size, s.tied, s.dropout, s.seed), model, ())  # fits?
+
+    if world() > 1:
+        dist.barrier()
+    finished = open_run(s)
+    if finished:
+        return finished
+    out = Path(s.out)
+    if world() > 1:
+        dist.barrier()
+    stages = [Stage("warmup", s.warmup_steps, s.warmup_batch_size, s.warmup_lr, s.warmup_lr_schedule, s.warmup_lr_ramp,
+                    0.0, s.warmup_weight_decay, s.eval_every or max(1, s.warmup_steps // 5),
+                    s.save_every or max(1, s.warmup_steps // 10), out / "warmup.pt"),
+              Stage("train", s.steps, s.batch_size, s.lr, s.lr_schedule, s.lr_ramp, s.min_lr, s.weight_decay,
+                    s.eval_every or max(1, s.steps // 5), s.save_every or max(1, s.steps // 10), out / "ckpt.pt")]
+    for stage in stages:
+        share = world() * s.grad_accum
+    # Where did it stop? The furthest checkpoint says.
+    state = next((load(stage.file, s.device) for stage in reversed(stages) if stage.file.exists()), None)
+    log = Log(out / "log.jsonl", state and state[1]["stage"], state and state[1]["step"])
+    say(f"{s.out}: {s.size} GPT, {sum(p.numel() for p in target.parameters()):,} parameters, context "
+        f"{target.config.block_size}; {s.device}, {s.dtype}, {world()} process{'es' * (world() > 1)}"
+        + (f"; going on from {state[1]['stage']} step {state[1]['step']:,}" if state else ""))
+
+    warm, facts = None, {"loss": None, "accuracy": None, "first_loss": None, "first_accuracy": None, "tokens": 0,
+                         "seconds": 0.0}
+    if state and state[1]["stage"] == "train":
+        target, facts = state[0], state[1]["warmup"]
+    elif s.warmup_steps:
+        # Stage 1: warm up
+        say(f"[1/2 warm-up] {s.warmup}: {s.warmup_steps:,} steps of {s.warmup_batch_size} x "
+            f"{warmup_source.block_size} tokens")
+        warm = new_model(s, warmup_source, warmup_source.block_size, True, s.warmup_dropout, s.seed + 2 ** 32)
+        if state:
+            warm.load_state_dict(state[0].state_dict())
+        origin = {"spec": s.data if s.warmup == "text" else s.warmup, "tokenizer": s.tokenizer, "seed": s.seed}
+        result, start, seconds = train(s, stages[0], warm, warmup_data, log, state and state[1], {"source": origin})
+        facts = {"loss": result["loss"], "accuracy": result["accuracy"], "first_loss": start["loss"],
+                 "first_accuracy": start["accuracy"], "seconds": seconds,
+                 "tokens": s.warmup_steps * s.warmup_batch_size * warmup_source.block_size}
+    elif "init" in saved:
+        warm = saved["init"][0]
+        facts["tokens"] = saved["init"][1].get("tokens", 0)
+
+    if not (state and state[1]["stage"] == "train"):
+        # Transfer
+        embeddings = s.embeddings
+        for model, parts in ((warm, parse_parts(s.transfer)), (saved.get("mlp_from", [None])[0], ("mlp",)),
+                             (saved.get("attn_from", [None])[0], ("attn",))):
+            if model is not None:
+                transfer(target, model, parts, embeddings)
+
+    # Stage 2: continue
+    say(f"[2/2 train] {s.data}: {s.steps:,} steps of {s.batch_size} x {target.config.block_size} tokens")
+    origin = {"spec": s.data, "tokenizer": s.tokenizer, "seed": s.seed}
+    state = state[1] if state and state[1]["stage"] == "train" else None
+    result, _, seconds = train(s, stages[1], target, data, log, state, {"source": origin, "warmup": facts})
+
+    semantic = s.steps * s.batch_size * target.config.block_size
+    settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in OPERATIONAL}
+    result = {"settings": settings, "warmup_loss": facts["loss"], "warmup_accuracy": facts["accuracy"],
+              "warmup_first_loss": facts["first_loss"], "warmup_first_accuracy": facts["first_accuracy"],
+              "val_loss": result["loss"], "val_accuracy": result["accuracy"], "val_exact": result["exact"],
+              "val_bits_per_byte": result["bits_per_byte"],
+              "tokens": {"procedural": facts["tokens"], "semantic": semantic}, "seconds": facts["seconds"] + seconds,
+              "tokens_per_second": (facts["tokens"] + semantic) / (facts["seconds"] + seconds)}
+    if rank() == 0:
+        write_json(out / "result.json", result)
+    return result
+
+
+def summarise(result, s, given):
+    """What a newcomer wants to know at the end of a run."""
+    s = resolve(s)
+    spent, text = result["tokens"], kind_of(s.data) == "text"
+    say("\n" + "-" * 100)
+    if result["warmup_loss"] is not None:
+        say(f"warm-up    {s.warmup}: held-out loss {result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} nats per "
+            f"token, accuracy {result['warmup_first_accuracy']:.0%} -> {result['warmup_accuracy']:.0%}")
+    elif s.warmup == "none":
+        say("warm-up    none" if not s.init else f"warm-up    taken from {s.init}")
+    if spent["procedural"]:
+        say(f"tokens     {spent['procedural']:,} of warm-up, {spent['semantic']:,} of {s.data}: "
+            f"{spent['procedural'] / spent['semantic']:.3g} to 1 (paper: 0.001 to 0.003 to 1, at 300 times the tokens)")
+    else:
+        say(f"tokens     {spent['semantic']:,} of {s.data}")
+    line = f"result     held-out loss {result['val_loss']:.4f} nats per counted token"
+    if result["val_bits_per_byte"] is not None:
+        line += f" = {result['val_bits_per_byte']:.4f} bits per byte"
+    say(line + (f", perplexity {perplexity(result['val_loss']):.2f}" if text else
+                f", {result['val_accuracy']:.2%} of answer tokens and {result['val_exact']:.2%} of answers right"))
+    say(f"files      {s.out}: config.json, log.jsonl, ckpt.pt{', warmup.pt' * bool(s.warmup_steps)}, result.json "
+        f"({clock(result['seconds'])})")
+    other = {key: value for key, value in given.items() if key not in ("warmup", "out", "resume", "init")}
+    other = {"warmup": "none" if spent["procedural"] else "dyck", **other}
+    if "out" in given:
+        other["out"] = f"{s.out.rstrip('/')}-{other['warmup']}"
+    flags = " ".join(f"--{'no-' * (v is False)}{k}" + ("" if isinstance(v, bool) else f" {shlex.quote(str(v))}")
+                     for k, v in other.items())
+    say(f"next       python train.py {flags}\n           the same {'without the' if spent['procedural'] else 'with a'} "
+        f"warm-up; then: python analyze.py curves {s.out} {other.get('out') or resolve(Settings(**other)).out}")
+
+
+def main():
+    s, given = parse_arguments(sys.argv[1:])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: SIGNALS.append(number))
+    try:
+        result = run(s)
+        summarise(result, s, given)
+    except Stopped as stopped:
+        say(f"{stopped}; saved. To go on: the same command with --resume")
+        sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
