@@ -32,6 +32,13 @@ class UserError(Exception):
     """Something the user can put right. Every script prints it as one line on stderr and exits with status 2."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a bad flag is one line like every other error."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see python {self.prog} --help)")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Procedural rules: rule(rng, batch, ...) -> tokens, mask, both of shape (batch, width).
 # mask[b, t] says whether tokens[b, t] counts as a target: the model is asked to predict it from tokens[b, :t].
@@ -65,12 +72,13 @@ def input_to_output(inputs, output, vocab):
     return pack(wide, exists, counted, vocab + 1)
 
 
-def first_appearance(x, on, vocab):
+def first_appearance(x, on):
     """Where a symbol stands for the first time in its row: (batch, width) of bool."""
-    rows, places = np.arange(len(x))[:, None], np.arange(x.shape[1])
-    first = np.zeros((len(x), vocab), np.int64)
-    first[rows, x[:, ::-1]] = places[::-1]  # of repeated assignments the last one stays: the leftmost place
-    return on & (first[rows, x] == places)
+    order = np.argsort(x, axis=1, kind="stable")  # equal symbols side by side, in their order in the row
+    ranked = np.take_along_axis(x, order, axis=1)
+    first = np.empty(x.shape, bool)
+    np.put_along_axis(first, order, np.diff(ranked, axis=1, prepend=-1) != 0, axis=1)
+    return first & on
 
 
 def identity(rng, batch, length=20, vocab=100):
@@ -94,7 +102,7 @@ def sort(rng, batch, length=20, vocab=100):
 def set_(rng, batch, length=20, vocab=100):
     """the input without repeats, in order of first appearance: 3 7 3 5 | 3 7 5"""
     x, on = draw_input(rng, batch, length, vocab)
-    return input_to_output([(x, on)], (x, first_appearance(x, on, vocab)), vocab)
+    return input_to_output([(x, on)], (x, first_appearance(x, on)), vocab)
 
 
 def union(rng, batch, length=20, vocab=100):
@@ -105,7 +113,7 @@ def union(rng, batch, length=20, vocab=100):
     x_on, y_on = np.arange(high // 2) < half, np.arange(high // 2) < half
     x, y = x[:, :high // 2], rng.integers(1, vocab, (batch, high // 2))
     both, both_on = np.concatenate([x * x_on, y * y_on], axis=1), np.concatenate([x_on, y_on], axis=1)
-    return input_to_output([(x, x_on), (y, y_on)], (both, first_appearance(both, both_on, vocab)), vocab)
+    return input_to_output([(x, x_on), (y, y_on)], (both, first_appearance(both, both_on)), vocab)
 
 
 def delete(rng, batch, length=20, vocab=100):
@@ -476,8 +484,8 @@ def rule_source(spec, seed, split, block_size=None, longest=None):
     content = max(content_size(name, params) for _, name, params in members)
     pad = content + len(members)
     bare = len(members) == 1 and "vocab" not in members[0][2]  # no separator and no pad in its sequences
-    widths = [RULES[name](np.random.default_rng(0), 1, **params)[0].shape[1] for _, name, params in members]
-    width = max(widths) + (len(members) > 1 and any("vocab" not in params for _, _, params in members))
+    width = max(RULES[name](np.random.default_rng(0), 1, **params)[0].shape[1]
+                + (len(members) > 1 and "vocab" not in params) for _, name, params in members)
 
     def generate(rng, n):
         tokens, mask = np.full((n, width), pad), np.zeros((n, width), bool)
@@ -496,8 +504,10 @@ def rule_source(spec, seed, split, block_size=None, longest=None):
             tokens = np.take_along_axis(tokens, order, axis=1)
         return tokens, mask
 
-    return Generated(spec, "rule", generate, content if bare else pad + 1, block_size, rule_writer(members, content),
-                     seed, split, pad=0 if bare else pad)
+    source = Generated(spec, "rule", generate, content if bare else pad + 1, block_size, rule_writer(members, content),
+                       seed, split, pad=0 if bare else pad)
+    source.longest = max(np.max(params["length"]) for _, _, params in parse_rules(spec)[1])
+    return source
 
 
 def task_writer(name, params):
@@ -642,7 +652,7 @@ def prepare(spec, tokenizer_name):
     if (folder / "meta.json").exists():
         return folder
     tokenizer = load_tokenizer(tokenizer_name)
-    print(f"tokenising {spec} ({len(files)} files) into {folder}, once", file=sys.stderr, flush=True)
+    print(f"tokenising {spec} ({len(files)} files) into {folder}, once", flush=True)
     documents = list(dict.fromkeys(text for path in files for text in read(path.read_bytes(), path) if text))
     np.random.default_rng(0).shuffle(documents)
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
@@ -913,7 +923,7 @@ def list_everything():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Look at the data.")
+    parser = Parser(description="Look at the data.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every rule, task and corpus with its parameters")
     shower = commands.add_parser("show", help="print sequences as a person would write them")

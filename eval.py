@@ -4,7 +4,6 @@
     python eval.py out/code-dyck-s0/ckpt.pt --data docs     on other data
     python eval.py out/haystack-none-s0/ckpt.pt --sample 3  solved examples (text: samples)
 """
-import argparse
 import contextlib
 import math
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import UserError, make_source, run_main
+from data import Parser, UserError, make_source, run_main
 from model import load
 
 
@@ -37,20 +36,18 @@ def evaluate(model, source, batch_size, batches, device="cpu", autocast=contextl
     (share of rows right in every counted token), bits_per_byte (text whose vocabulary is known, else None), tokens."""
     training = model.training
     model.eval()
-    if source.rows is not None:  # every row once
-        batch_size = min(batch_size, source.rows)
-        batches = min(batches, source.rows // batch_size)
+    n = batch_size * batches if source.rows is None else min(batch_size * batches, source.rows)
     loss = right = rows = exact = tokens = text_bytes = 0
-    for index in range(batches):
-        x, y = (torch.from_numpy(a).to(device) for a in source.batch(index, batch_size))
+    for index in range(-(-n // batch_size)):
+        x, y = (torch.from_numpy(a[:n - index * batch_size]).to(device) for a in source.batch(index, batch_size))
         with autocast():
             logits, wanted = model.counted(x, y)
         loss += F.cross_entropy(logits.float(), wanted, reduction="sum").item()
         hit = logits.argmax(-1) == wanted
-        row_of = (y != -1).nonzero()[:, 0]
-        wrong = torch.zeros(len(x), device=device).index_add_(0, row_of, (~hit).float())
-        right, exact = right + hit.sum().item(), exact + (wrong == 0).sum().item()
-        rows, tokens = rows + len(x), tokens + len(wanted)
+        row_of = (y != -1).nonzero()[:, 0]  # of each counted token
+        asked, hits = row_of.bincount(minlength=len(x)), row_of[hit].bincount(minlength=len(x))
+        right, exact = right + hit.sum().item(), exact + ((asked == hits) & (asked > 0)).sum().item()
+        rows, tokens = rows + (asked > 0).sum().item(), tokens + len(wanted)
         if source.token_bytes is not None:
             text_bytes += int(source.token_bytes[wanted.cpu().numpy()].sum())
     model.train(training)
@@ -82,7 +79,7 @@ def print_samples(model, source, n, device, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a checkpoint can do, on held-out data.")
+    parser = Parser(description="What a checkpoint can do, on held-out data.")
     parser.add_argument("checkpoint", help="ckpt.pt or warmup.pt of a run")
     parser.add_argument("--data", help="other data than the checkpoint was trained on")
     parser.add_argument("--tokenizer", help="of that data (default: the checkpoint's)")

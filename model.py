@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -228,7 +229,9 @@ def save(path, model, **extra):
 def load(path, device="cpu"):
     """Reads a checkpoint -> (GPT on `device`, everything that was saved). No code in the file is ever run."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickles; they are refused below
+            state = torch.load(path, map_location=device, weights_only=True)
         config = GPTConfig(**state["config"])
         model = GPT(config).to(device)
         model.load_state_dict(state["model"])

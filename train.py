@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 import typing
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import UserError, kind_of, make_source, parse_member, parse_rules, run_main, RULES, TASKS
+from data import Parser, UserError, kind_of, make_source, parse_member, parse_rules, run_main, RULES, TASKS
 from eval import evaluate, find_device, perplexity
 from model import GPT, GPTConfig, load, parse_parts, parse_size, save, transfer, write_atomically
 
@@ -109,7 +108,7 @@ CHOICES = {"warmup_lr_schedule": ("cosine", "linear", "constant"), "lr_schedule"
 
 def parse_arguments(argv):
     """The command line -> (Settings, the flags that were given)."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     group = None
     for f in dataclasses.fields(Settings):
         if f.metadata["group"]:
@@ -169,7 +168,7 @@ def resolve(s):
         default = dict(size="gpt2", batch_size=32, block_size=1024, steps=2000, lr=5e-4, lr_ramp=100, warmup_steps=500,
                        warmup_batch_size=32, warmup_lr=5e-4)
     else:  # text on two CPU cores, in less than five minutes (ours)
-        default = dict(size="tiny", batch_size=16, block_size=256, steps=400, lr=2e-3, lr_ramp=40, warmup_steps=150,
+        default = dict(size="tiny", batch_size=16, block_size=128, steps=1000, lr=2e-3, lr_ramp=50, warmup_steps=400,
                        warmup_batch_size=16, warmup_lr=2e-3)
     if task:
         default |= dict(steps=10000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3, tied=False, embeddings="mean",
@@ -179,12 +178,12 @@ def resolve(s):
         default |= dict(min_lr=(default["lr"] if s.lr is None else s.lr) / 10, weight_decay=0.1, tied=True,
                         embeddings="keep" if s.warmup == "text" else "random", eval_batches=20)
     default |= dict(dtype="bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32", compile=cuda,
-                    out="out/" + re.sub(r"[^\w.=+*,-]+", "_", f"{Path(s.data).name}-{s.warmup}-s{s.seed}"))
+                    out="out/" + re.sub(r"[^\w.=+*,-]+", "_", f"{Path(s.data).resolve().name}-{s.warmup}-s{s.seed}"))
     for name, value in default.items():
         if getattr(s, name) is None:
             setattr(s, name, value)
     if not task and s.warmup in ("dyck", "dyck_shuffle", "eca"):  # as long as the context, so that positions move over
-        s.warmup += f":length={s.block_size + s.block_size % 2}"
+        s.warmup += f":length={s.block_size - s.block_size % 2}"
     if s.init or s.attn_from or s.mlp_from or s.warmup == "none":
         s.warmup_steps = 0
     return s
@@ -209,6 +208,16 @@ def total(*values):
     tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU, over gloo: the accelerator is not kept waiting
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The block runs in process 0, then in the others."""
+    if world() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
 
 
 def say(*words):
@@ -282,11 +291,11 @@ def open_run(s):
                             f"{settings[differs[0]]}): choose another --out")
         if (out / "result.json").exists():
             return read_json(out / "result.json")
-        if not s.resume:
+        if not s.resume and rank() == 0:
             raise UserError(f"{out} holds this run, unfinished: add --resume to go on with it, or choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there and is not a run: choose another --out")
-    elif rank() == 0:
+    else:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -374,9 +383,9 @@ def compile_trunk(model, x, y, autocast):
         with autocast():
             model(x, y).backward()
     except Exception as error:  # a missing compiler, an unsupported platform: torch raises many kinds
-        del model.trunk  # the class's own method again
+        model.__dict__.pop("trunk", None)  # the class's own method again
         if rank() == 0:
-            warnings.warn(f"torch.compile cannot run here ({type(error).__name__}): going on without it")
+            print(f"warning: torch.compile cannot run here ({type(error).__name__}): going on without it", file=sys.stderr)
     model.zero_grad(set_to_none=True)
 
 
@@ -393,11 +402,7 @@ def train(s, stage, model, make, log, state=None, extra=None):
         optimizer.load_state_dict(state["optimizer"])
         first, length, before = state["step"], state["length"], state["seconds"]
         result, started_at = state["evaluation"], state["first_evaluation"]
-    source, val = make("train", length), make("val", length)
-    share = world() * s.grad_accum
-    if stage.batch_size % share:
-        raise UserError(f"--{'warmup_' * (stage.name == 'warmup')}batch_size {stage.batch_size} does not divide over "
-                        f"{world()} processes times --grad_accum {s.grad_accum}")
+    source, val, share = make("train", length), make("val", length), world() * s.grad_accum
     if s.compile and first < stage.steps:
         x, y, _ = step_batches(source, first, stage, s)[0]
         compile_trunk(model, x.to(device), y.to(device), autocast)
@@ -436,7 +441,7 @@ def train(s, stage, model, make, log, state=None, extra=None):
             torch.manual_seed((s.seed * 2 + (stage.name == "train")) * 2 ** 40 + place)  # for dropout
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last or world() == 1 else net.no_sync(), autocast():
-                part = net(x.to(device, non_blocking=True), y.to(device, non_blocking=True), reduction="sum") / counted
+                part = net(x.to(device, non_blocking=True), y.to(device, non_blocking=True), reduction="sum") / max(counted, 1)
                 (part * world()).backward()  # DDP takes the mean over the processes
             loss = loss + part.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
@@ -477,101 +482,91 @@ def train(s, stage, model, make, log, state=None, extra=None):
 # The run
 
 
-def new_model(s, source, block_size, tied, dropout, seed):
+def new_model(s, source, tied, dropout, seed):
     torch.manual_seed(seed)
-    config = GPTConfig(source.vocab_size, block_size, *parse_size(s.size), dropout=dropout, tied=tied)
+    config = GPTConfig(source.vocab_size, source.block_size, *parse_size(s.size), dropout=dropout, tied=tied)
     return GPT(config).to(s.device)
+
+
+def check_fit(s, source, warmup_source, longest):
+    """Refuses batches that do not divide, and a warm-up longer than the context that was asked for."""
+    share = world() * s.grad_accum
+    for name in ("warmup_batch_size", "batch_size") if warmup_source else ("batch_size",):
+        if getattr(s, name) % share:
+            raise UserError(f"--{name} {getattr(s, name)} does not divide over {world()} process{'es' * (world() > 1)} "
+                            f"times --grad_accum {s.grad_accum}")
+    if warmup_source and s.embeddings == "keep" and warmup_source.vocab_size != source.vocab_size:
+        raise UserError(f"--embeddings keep needs one vocabulary: {s.warmup} has {warmup_source.vocab_size} tokens, {s.data} "
+                        f"has {source.vocab_size}")
+    if warmup_source and longest and warmup_source.block_size > longest and not s.warmup_block_size:
+        raise UserError(f"--warmup {s.warmup} makes sequences of {warmup_source.block_size} tokens, longer than "
+                        f"--block_size {longest}: shorten them, or add --warmup_block_size {warmup_source.block_size}")
 
 
 def run(s):
     """Runs what the settings say, in s.out. Returns the content of result.json. Raises UserError and Stopped."""
-    s = resolve(s)
+    asked_block_size, s = s.block_size, resolve(s)
     if world() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if s.device.startswith("cuda") else "gloo")
-    if s.device.startswith("cuda") and world() > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if world() > 1 and s.device.startswith("cuda"):
         s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(s.device)
 
-    # Both sources first: a bad spec, corpus or checkpoint is refused before anything is written.
     def data(split, length=None):
         return make_source(s.data, split, s.seed, s.block_size, s.tokenizer)
-
-    if world() > 1 and rank() > 0:
-        dist.barrier()  # process 0 fills the token cache
-    train_source, _ = data("train"), data("val")
-    if world() > 1 and rank() == 0:
-        dist.barrier()
 
     def warmup_data(split, length=None):
         if s.warmup == "text":
             return make_source(s.data, "warmup" if split == "train" else split, s.seed, s.block_size, s.tokenizer)
         return make_source(s.warmup, split, s.seed, s.warmup_block_size, longest=length)
 
-    warmup_source = warmup_data("train") if s.warmup_steps else None
-    if s.warmup_steps and s.warmup != "text" and not s.warmup_block_size and kind_of(s.data) == "text":
-        if warmup_source.block_size > s.block_size:
-            raise UserError(f"--warmup {s.warmup} makes sequences of {warmup_source.block_size} tokens: longer than "
-                            f"--block_size {s.block_size}; make them shorter, or add --warmup_block_size "
-                            f"{warmup_source.block_size}")
-    saved = {name: load(path, s.device) for name in ("init", "attn_from", "mlp_from") if (path := getattr(s, name))}
-    target = new_model(s, train_source, train_source.block_size, s.tied, s.dropout, s.seed)
-    for model, _ in saved.values():
-        transfer(new_model(s, train_source, train_source.block_size, s.tied, s.dropout, s.seed), model, ())  # fits?
+    # A bad spec, corpus or checkpoint is refused here, before anything is written.
+    with first_process_first():  # it fills the token cache
+        source, _, warmup_source = data("train"), data("val"), warmup_data("train") if s.warmup_steps else None
+    check_fit(s, source, warmup_source, asked_block_size)
+    target = new_model(s, source, s.tied, s.dropout, s.seed)
+    facts = {"loss": None, "accuracy": None, "first_loss": None, "first_accuracy": None, "tokens": 0, "seconds": 0.0}
+    for name, parts in (("init", parse_parts(s.transfer)), ("mlp_from", ("mlp",)), ("attn_from", ("attn",))):
+        if path := getattr(s, name):
+            model, state = load(path, s.device)
+            transfer(target, model, parts, s.embeddings)
+            facts["tokens"] += state.get("tokens", 0)
 
-    if world() > 1:
-        dist.barrier()
-    finished = open_run(s)
-    if finished:
-        return finished
     out = Path(s.out)
-    if world() > 1:
-        dist.barrier()
+    with first_process_first():
+        if finished := open_run(s):
+            return finished
     stages = [Stage("warmup", s.warmup_steps, s.warmup_batch_size, s.warmup_lr, s.warmup_lr_schedule, s.warmup_lr_ramp,
                     0.0, s.warmup_weight_decay, s.eval_every or max(1, s.warmup_steps // 5),
                     s.save_every or max(1, s.warmup_steps // 10), out / "warmup.pt"),
               Stage("train", s.steps, s.batch_size, s.lr, s.lr_schedule, s.lr_ramp, s.min_lr, s.weight_decay,
                     s.eval_every or max(1, s.steps // 5), s.save_every or max(1, s.steps // 10), out / "ckpt.pt")]
-    for stage in stages:
-        share = world() * s.grad_accum
     # Where did it stop? The furthest checkpoint says.
-    state = next((load(stage.file, s.device) for stage in reversed(stages) if stage.file.exists()), None)
-    log = Log(out / "log.jsonl", state and state[1]["stage"], state and state[1]["step"])
+    model, state = next((load(stage.file, s.device) for stage in reversed(stages) if stage.file.exists()), (None, {}))
+    log = Log(out / "log.jsonl", state.get("stage"), state.get("step"))
     say(f"{s.out}: {s.size} GPT, {sum(p.numel() for p in target.parameters()):,} parameters, context "
         f"{target.config.block_size}; {s.device}, {s.dtype}, {world()} process{'es' * (world() > 1)}"
-        + (f"; going on from {state[1]['stage']} step {state[1]['step']:,}" if state else ""))
+        + (f"; going on from {state['stage']} step {state['step']:,}" if state else ""))
 
-    warm, facts = None, {"loss": None, "accuracy": None, "first_loss": None, "first_accuracy": None, "tokens": 0,
-                         "seconds": 0.0}
-    if state and state[1]["stage"] == "train":
-        target, facts = state[0], state[1]["warmup"]
+    if state.get("stage") == "train":
+        target, facts = model, state["warmup"]
     elif s.warmup_steps:
         # Stage 1: warm up
         say(f"[1/2 warm-up] {s.warmup}: {s.warmup_steps:,} steps of {s.warmup_batch_size} x "
             f"{warmup_source.block_size} tokens")
-        warm = new_model(s, warmup_source, warmup_source.block_size, True, s.warmup_dropout, s.seed + 2 ** 32)
-        if state:
-            warm.load_state_dict(state[0].state_dict())
+        warm = model or new_model(s, warmup_source, True, s.warmup_dropout, s.seed + 2 ** 32)
         origin = {"spec": s.data if s.warmup == "text" else s.warmup, "tokenizer": s.tokenizer, "seed": s.seed}
-        result, start, seconds = train(s, stages[0], warm, warmup_data, log, state and state[1], {"source": origin})
+        result, start, seconds = train(s, stages[0], warm, warmup_data, log, state, {"source": origin})
         facts = {"loss": result["loss"], "accuracy": result["accuracy"], "first_loss": start["loss"],
                  "first_accuracy": start["accuracy"], "seconds": seconds,
                  "tokens": s.warmup_steps * s.warmup_batch_size * warmup_source.block_size}
-    elif "init" in saved:
-        warm = saved["init"][0]
-        facts["tokens"] = saved["init"][1].get("tokens", 0)
-
-    if not (state and state[1]["stage"] == "train"):
         # Transfer
-        embeddings = s.embeddings
-        for model, parts in ((warm, parse_parts(s.transfer)), (saved.get("mlp_from", [None])[0], ("mlp",)),
-                             (saved.get("attn_from", [None])[0], ("attn",))):
-            if model is not None:
-                transfer(target, model, parts, embeddings)
+        transfer(target, warm, parse_parts(s.transfer), s.embeddings)
+        state = {}
 
     # Stage 2: continue
     say(f"[2/2 train] {s.data}: {s.steps:,} steps of {s.batch_size} x {target.config.block_size} tokens")
     origin = {"spec": s.data, "tokenizer": s.tokenizer, "seed": s.seed}
-    state = state[1] if state and state[1]["stage"] == "train" else None
     result, _, seconds = train(s, stages[1], target, data, log, state, {"source": origin, "warmup": facts})
 
     semantic = s.steps * s.batch_size * target.config.block_size
@@ -598,8 +593,8 @@ def summarise(result, s, given):
     elif s.warmup == "none":
         say("warm-up    none" if not s.init else f"warm-up    taken from {s.init}")
     if spent["procedural"]:
-        say(f"tokens     {spent['procedural']:,} of warm-up, {spent['semantic']:,} of {s.data}: "
-            f"{spent['procedural'] / spent['semantic']:.3g} to 1 (paper: 0.001 to 0.003 to 1, at 300 times the tokens)")
+        say(f"tokens     {spent['procedural']:,} of warm-up, then {spent['semantic']:,} of {s.data}: "
+            f"{spent['procedural'] / spent['semantic']:.3g} for one (paper: 0.001 to 0.003, in far longer runs)")
     else:
         say(f"tokens     {spent['semantic']:,} of {s.data}")
     line = f"result     held-out loss {result['val_loss']:.4f} nats per counted token"
@@ -609,7 +604,8 @@ def summarise(result, s, given):
                 f", {result['val_accuracy']:.2%} of answer tokens and {result['val_exact']:.2%} of answers right"))
     say(f"files      {s.out}: config.json, log.jsonl, ckpt.pt{', warmup.pt' * bool(s.warmup_steps)}, result.json "
         f"({clock(result['seconds'])})")
-    other = {key: value for key, value in given.items() if key not in ("warmup", "out", "resume", "init")}
+    drop = ("out", "resume", "init", "transfer", "embeddings", "attn_from", "mlp_from")
+    other = {key: value for key, value in given.items() if key not in drop and not key.startswith("warmup")}
     other = {"warmup": "none" if spent["procedural"] else "dyck", **other}
     if "out" in given:
         other["out"] = f"{s.out.rstrip('/')}-{other['warmup']}"

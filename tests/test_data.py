@@ -1,0 +1,519 @@
+"""Rules and tasks against slow oracles, masks token by token, purity of batches, corpora, specs that are refused."""
+import collections
+import json
+import math
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+import data
+from data import RULES, TASKS, UserError, make_source
+
+RNG = np.random.default_rng
+PAD = -7  # stands for nothing in the oracles
+
+
+def rows_of(name, n=200, seed=0, **params):
+    """Rows of a rule as lists: (tokens without pads, which of them count)."""
+    params = {**data.parameters(RULES[name]), **params}
+    tokens, mask = RULES[name](RNG(seed), n, **params)
+    assert tokens.shape == mask.shape and mask.dtype == bool
+    pad = params["vocab"] + 1 if "vocab" in params else None
+    for t, m in zip(tokens.tolist(), mask.tolist()):
+        length = t.index(pad) if pad in t else len(t)
+        assert all(x == pad for x in t[length:]) and not any(m[length:]), "pads stand at the end and never count"
+        yield t[:length], m[:length]
+
+
+def split_at(tokens, separator):
+    pieces = [[]]
+    for token in tokens:
+        pieces.append([]) if token == separator else pieces[-1].append(token)
+    return pieces
+
+
+def run_stack(operations):
+    stack = []
+    for op in operations:
+        if op == 0:
+            stack.pop()
+        else:
+            assert op not in stack, "what is on the stack is never pushed"
+            stack.append(op)
+    return stack[::-1]
+
+
+def without_first(x, target):
+    x = list(x)
+    if target in x:
+        x.remove(target)
+    return x
+
+
+ORACLES = {
+    "identity": lambda x: x, "reverse": lambda x: x[::-1], "sort": lambda x: sorted(x),
+    "set": lambda x: list(dict.fromkeys(x)), "union": lambda x, y: list(dict.fromkeys(x + y)),
+    "delete": lambda x, t: without_first(x, t[0]), "stack": run_stack}
+
+
+@pytest.mark.parametrize("length", [20, (2, 20), 64, 3])
+@pytest.mark.parametrize("name", ORACLES)
+def test_input_output_rules_agree_with_plain_python_and_count_exactly_the_output(name, length):
+    for vocab in (100, 6):
+        lengths = set()
+        for tokens, counted in rows_of(name, length=length, vocab=vocab):
+            *inputs, output = split_at(tokens, vocab)
+            assert output == ORACLES[name](*inputs)
+            assert all(0 <= t <= vocab for t in tokens)
+            assert counted == [False] * (len(tokens) - len(output)) + [True] * len(output)
+            lengths.add(sum(map(len, inputs)) if name == "union" else len(inputs[0]))
+        low, high = length if isinstance(length, tuple) else (length, length)
+        expected = {n // 2 * 2 for n in range(low, high + 1)} if name == "union" else set(range(low, high + 1))
+        assert lengths == expected
+
+
+def test_symbols_are_uniform_from_1_to_vocab_minus_1():
+    tokens, _ = RULES["identity"](RNG(0), 5000, length=20, vocab=11)
+    share = np.bincount(tokens[:, :20].ravel(), minlength=13) / 100_000
+    assert share[[0, 11, 12]].sum() == 0
+    assert np.allclose(share[1:11], 0.1, atol=0.005)
+
+
+def test_stack_pushes_as_often_as_published_and_ends_with_a_pop():
+    pushes, chances = np.zeros(20), np.zeros(20)
+    for tokens, _ in rows_of("stack", 4000, length=20):
+        depth = 0
+        for t, op in enumerate(tokens[:20]):
+            if depth >= 2 and t < 19:
+                pushes[t] += op != 0
+                chances[t] += 1
+            else:
+                assert (op != 0) == (depth <= 1), "one symbol or fewer: push; the last operation: pop"
+            depth += 1 if op else -1
+    share = pushes[2:19] / chances[2:19]
+    assert np.allclose(share[:11], 0.75, atol=0.03) and np.allclose(share[11:], 0.25, atol=0.03)
+
+
+def test_dyck_is_balanced_and_each_closing_bracket_is_of_its_partners_type():
+    for k, length in ((1, 2), (3, 40), (64, 128)):
+        for tokens, counted in rows_of("dyck", k=k, length=length):
+            stack = []
+            for token in tokens:
+                if token < k:
+                    stack.append(token)
+                else:
+                    assert stack.pop() == token - k
+            assert not stack and all(counted)
+
+
+@pytest.mark.parametrize("p", [0.49, 0.2])
+def test_dyck_opens_with_probability_p_where_it_may(p):
+    tokens, _ = RULES["dyck"](RNG(1), 3000, k=4, length=64, p=p)
+    opens = tokens < 4
+    depth = np.cumsum(np.where(opens, 1, -1), axis=1) - np.where(opens, 1, -1)
+    free = (depth > 0) & (depth < 64 - np.arange(64))
+    assert abs(opens[free].mean() - p) < 4 * math.sqrt(p * (1 - p) / free.sum())
+    assert np.allclose(np.bincount(tokens[opens]) / opens.sum(), 0.25, atol=0.01)
+
+
+def test_dyck_sequences_have_the_frequencies_of_the_process():
+    """All sequences of length 6 with one type: the walk's own probabilities, by hand."""
+    p = 0.49
+    tokens, _ = RULES["dyck"](RNG(2), 40000, k=1, length=6)
+    seen = collections.Counter(map(tuple, (tokens == 0).tolist()))
+    for word, count in seen.items():
+        probability, depth = 1.0, 0
+        for t, opening in enumerate(word):
+            if 0 < depth < 6 - t:
+                probability *= p if opening else 1 - p
+            depth += 1 if opening else -1
+        assert abs(count / 40000 - probability) < 0.012
+    assert len(seen) == 5  # the Catalan number
+
+
+def slow_dyck_shuffle(rng, k, length, p, depth):
+    word, still_open = [], collections.Counter()
+    for _ in range(length):
+        total = still_open.total()
+        if total == 0 or total < depth and rng.random() < p:
+            bracket = int(rng.integers(k))
+            still_open[bracket] += 1
+        else:
+            kinds = [b for b in range(k) if still_open[b]]
+            bracket = kinds[rng.integers(len(kinds))]
+            still_open[bracket] -= 1
+            bracket += k
+        word.append(bracket)
+    return tuple(word)
+
+
+def test_dyck_shuffle_closes_only_what_is_open_and_stays_within_its_depth():
+    for tokens, counted in rows_of("dyck_shuffle", k=5, length=200, depth=4):
+        still_open = collections.Counter()
+        for token in tokens:
+            still_open[token % 5] += 1 if token < 5 else -1
+            assert min(still_open.values()) >= 0 and still_open.total() <= 4
+        assert all(counted)
+
+
+def test_dyck_shuffle_has_the_frequencies_of_a_slow_generator():
+    n, rng = 20000, RNG(3)
+    tokens, _ = RULES["dyck_shuffle"](RNG(4), n, k=2, length=5, depth=3)
+    fast = collections.Counter(map(tuple, tokens.tolist()))
+    slow = collections.Counter(slow_dyck_shuffle(rng, 2, 5, 0.5, 3) for _ in range(n))
+    assert set(fast) == set(slow)
+    for word in slow:
+        assert abs(fast[word] - slow[word]) < 5 * math.sqrt(2 * slow[word]) + 5
+
+
+@pytest.mark.parametrize("rule", [30, 90, 110])
+def test_eca_follows_the_rule_table(rule):
+    table = {tuple(map(int, f"{i:03b}")): rule >> i & 1 for i in range(8)}
+    for tokens, counted in rows_of("eca", 50, rule=rule, width=7, length=40):
+        for t in range(7, 40):
+            row, cell = divmod(t, 7)
+            above = tokens[(row - 1) * 7:row * 7]
+            assert tokens[t] == table[above[cell - 1], above[cell], above[(cell + 1) % 7]]
+        assert counted == [False] * 7 + [True] * 33
+
+
+# Tasks
+
+
+def decode_number(digits, least_first=False):
+    return int("".join(map(str, digits[::-1] if least_first else digits)))
+
+
+@pytest.mark.parametrize("name,digits,sign", [("addition", 5, "+"), ("reversed_addition", 10, "+"), ("addition", 1, "+"),
+                                              ("multiplication", 5, "*"), ("multiplication", 9, "*")])
+def test_arithmetic_tasks_are_right_digit_by_digit(name, digits, sign):
+    tokens, mask = TASKS[name](RNG(0), 300, digits=digits)
+    assert tokens.shape[1] == (5 if sign == "*" else 3) * digits + 4
+    least_first = name == "reversed_addition"
+    for t, m in zip(tokens.tolist(), mask.tolist()):
+        a, b = decode_number(t[:digits], least_first), decode_number(t[digits + 1:2 * digits + 1], least_first)
+        assert 10 ** (digits - 1) <= min(a, b) and max(a, b) < 10 ** digits
+        answer = str(a * b if sign == "*" else a + b)[::-1 if least_first else 1]
+        expected = [20 + int(d) for d in answer] + [30]
+        end = 2 * digits + 2 + len(expected)
+        assert (t[digits], t[2 * digits + 1]) == (10, 11)
+        assert t[2 * digits + 2:end] == expected and set(t[end:]) <= {12}
+        assert m == [2 * digits + 2 <= i < end for i in range(len(t))]
+
+
+def test_haystack_asks_for_one_of_its_keys_and_counts_the_value_alone():
+    tokens, mask = TASKS["haystack"](RNG(0), 500, pairs=30)
+    assert tokens.shape == (500, 63)
+    sizes = set()
+    for t, m in zip(tokens.tolist(), mask.tolist()):
+        end = t.index(0)
+        query, answer = t[end - 2:end]
+        pairs = dict(zip(t[:end - 2:2], t[1:end - 2:2]))
+        assert len(pairs) == (end - 2) // 2 and set(pairs) <= set(range(128, 158))
+        assert all(1 <= v <= 127 for v in pairs.values())
+        assert pairs[query - 30] == answer and not any(t[end:])
+        assert [i for i, counts in enumerate(m) if counts] == [end - 1]
+        sizes.add(len(pairs))
+    assert sizes == set(range(1, 31))
+
+
+def test_sorting_sorts():
+    tokens, mask = TASKS["sorting"](RNG(0), 100, numbers=7, below=50)
+    for t, m in zip(tokens.tolist(), mask.tolist()):
+        assert t[7] == 50 and t[8:] == sorted(t[:7]) and m == [False] * 8 + [True] * 7
+
+
+@pytest.mark.parametrize("spec", ["addition:digits=2", "haystack:pairs=2"])
+def test_no_training_batch_holds_a_held_out_example(spec):
+    def examples(split, seed, batches):
+        source = make_source(spec, split, seed)
+        return {row.tobytes() for i in range(batches) for row in source.batch(i, 1000)[0]}
+    held_out = examples("val", 0, 4)
+    training = examples("train", 0, 150)
+    assert held_out and training and not held_out & training
+    assert held_out == examples("val", 0, 4) != examples("val", 1, 4)
+    if spec.startswith("addition"):
+        assert len(held_out | training) == 90 * 90, "between them they are all there is"
+
+
+# Sources
+
+
+ANY = ["dyck:k=4,length=30", "set+union:length=2-9", "shuffled:stack", "eca", "haystack", "math", "code"]
+
+
+@pytest.mark.parametrize("spec", ANY)
+def test_a_batch_is_a_pure_function_of_seed_split_and_index(spec):
+    one, two = make_source(spec, seed=3), make_source(spec, seed=3)
+    x, y = one.batch(5, 6)
+    assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (6, one.block_size)
+    assert x.min() >= 0 and max(x.max(), y.max()) < one.vocab_size and y.min() >= -1
+    two.batch(90, 2)
+    assert all(np.array_equal(a, b) for a, b in zip((x, y), two.batch(5, 6)))
+    halves = [two.batch(10, 3), two.batch(11, 3)]
+    assert np.array_equal(np.concatenate([h[0] for h in halves]), x), "rows do not depend on the size of a batch"
+    assert not np.array_equal(make_source(spec, "val", 3).batch(5, 6)[0], x)
+    assert not np.array_equal(make_source(spec, seed=4).batch(5, 6)[0], x)
+
+
+def test_rows_that_cross_a_chunk_are_the_same_rows():
+    source = make_source("dyck:length=4096,k=2")
+    edge = source.chunk_rows
+    x, _ = source.batch(1, edge - 1)
+    assert np.array_equal(x[0], source.batch(edge - 1, 1)[0][0]) and np.array_equal(x[1], source.batch(edge, 1)[0][0])
+
+
+@pytest.mark.parametrize("spec", ["dyck:k=4,length=30", "set:length=2-9", "haystack", "addition"])
+def test_targets_are_the_next_tokens_where_the_rule_counts_them(spec):
+    source = make_source(spec)
+    name, params, _ = data.parse_member(spec, {**RULES, **TASKS})
+    tokens, mask = source.draw(np.random.default_rng((0, 0, 0)), source.chunk_rows)
+    x, y = source.batch(0, 50)
+    for b in range(50):
+        for t in range(source.block_size):
+            follows = t + 1 < source.block_size and mask[b, t + 1]
+            assert x[b, t] == tokens[b, t] and y[b, t] == (tokens[b, t + 1] if follows else -1)
+
+
+def test_members_of_a_mixture_share_symbols_and_have_separators_of_their_own():
+    source = make_source("0.7*set:length=20+0.3*dyck:k=10,length=24")
+    assert source.vocab_size == 100 + 2 + 1 and source.block_size == 41
+    x, y = source.batch(0, 4000)
+    is_set, is_dyck = (x == 100).any(1), (x == 101).any(1)
+    assert not (is_set & is_dyck).any() and (is_set | is_dyck).all()
+    assert abs(is_set.mean() - 0.7) < 0.03
+    assert (x[is_dyck, 0] == 101).all() and (x[is_dyck][:, 1:25] < 20).all() and (x[is_dyck][:, 25:] == 102).all()
+    assert (y[is_dyck][:, 0] >= 0).sum() == is_dyck.sum() and (y[is_set][:, :20] == -1).all()
+
+
+def test_members_without_parameters_take_those_of_the_last():
+    _, members = data.parse_rules("0.7*set+0.3*union:length=32")
+    assert [(w, n, p["length"]) for w, n, p in members] == [(0.7, "set", 32), (0.3, "union", 32)]
+    assert [p["length"] for _, _, p in data.parse_rules("set:length=8+union:length=32")[1]] == [8, 32]
+
+
+@pytest.mark.parametrize("spec", ["dyck:k=4,length=30", "set:length=2-9", "set+union"])
+def test_the_shuffled_control_permutes_tokens_and_keeps_places_that_count(spec):
+    plain, shuffled = make_source(spec), make_source("shuffled:" + spec)
+    pad = plain.pad if "set" in spec else -1
+    (x, y), (sx, sy) = plain.batch(0, 300), shuffled.batch(0, 300)
+    assert np.array_equal((sx == pad).sum(1), (np.sort(sx) == pad).sum(1)) and sx.shape == x.shape
+    places = np.arange(x.shape[1])
+    assert ((sx == pad) == (places >= (sx != pad).sum(1, keepdims=True))).all(), "pads stay at the end"
+    assert (sy[(sy != -1)] == np.roll(sx, -1, axis=1)[sy != -1]).all()
+    tokens, mask = plain.generate(RNG(0), 200)
+    s_tokens, s_mask = shuffled.generate(RNG(0), 200)
+    assert np.array_equal(np.sort(tokens), np.sort(s_tokens)) and not np.array_equal(tokens, s_tokens)
+    assert np.array_equal(mask, s_mask)
+
+
+def test_the_curriculum_cuts_input_lengths_within_the_same_block():
+    full, short = make_source("set:length=20"), make_source("set:length=20", longest=4)
+    assert short.block_size == full.block_size == 41 and short.vocab_size == full.vocab_size and full.longest == 20
+    x, _ = short.batch(0, 10)
+    assert (x[:, 4] == 100).all() and (x[:, 9:] == 101).all()
+
+
+# Corpora
+
+
+def test_a_folder_is_split_by_document_and_every_window_comes_once_per_epoch(prose):
+    train, val = (make_source(str(prose), split, block_size=32) for split in ("train", "val"))
+    texts = [f.read_text() for f in prose.iterdir()]
+    parts = [set(bytes(b if b < 256 else 0 for b in s.tokens).decode().split("\0")) - {""} for s in (train, val)]
+    assert sorted(parts[0] | parts[1]) == sorted(texts) and not parts[0] & parts[1]
+    assert 0.03 < len(val.tokens) / (len(train.tokens) + len(val.tokens)) < 0.15
+    starts = train.epoch(0)
+    assert len(set(starts.tolist())) == train.windows and starts.max() + 33 <= len(train.tokens)
+    x, y = train.batch(0, train.windows)
+    assert np.array_equal(x[:, 1:], y[:, :-1]) and not np.array_equal(train.batch(1, train.windows)[0], x)
+
+
+def test_the_text_warm_up_reads_the_first_epoch_from_its_other_end(prose):
+    train, other = (make_source(str(prose), split, block_size=32) for split in ("train", "warmup"))
+    n = train.windows
+    assert np.array_equal(train.batch(0, n)[0][::-1], other.batch(0, n)[0])
+
+
+def test_validation_windows_do_not_depend_on_the_seed(prose):
+    assert np.array_equal(*(make_source(str(prose), "val", seed, 32).batch(0, 3)[0] for seed in (0, 1)))
+
+
+def test_the_cache_is_keyed_by_content_and_tokenised_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "a.txt"
+    text.write_text("hello world " * 200)
+    one = data.prepare(str(text), "bytes")
+    assert "tokenising" in capsys.readouterr().out
+    assert data.prepare(str(text), "bytes") == one and not capsys.readouterr().out
+    text.write_text("hello there " * 200)
+    assert data.prepare(str(text), "bytes") != one
+    assert [p for p in (tmp_path / "cache").iterdir() if p.name.startswith("tmp-")] == []
+
+
+def test_jsonl_with_text_or_content(tmp_path):
+    lines = [json.dumps({("text", "content")[i % 2]: f"document {i} " * 9}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = make_source(str(tmp_path / "a.jsonl"), block_size=16)
+    assert "document" in source.decode(source.batch(0, 4)[0].ravel())
+
+
+def test_nanogpt_folders_with_and_without_a_meta_file(tmp_path):
+    for part in ("train", "val"):
+        np.arange(1000, dtype=np.uint16).tofile(tmp_path / f"{part}.bin")
+    source = make_source(str(tmp_path), block_size=16)
+    assert source.vocab_size == 50257 and source.batch(0, 4)[0].max() < 1000
+    letters = {i: chr(i) for i in range(1000)}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1000, "itos": letters, "stoi": {}}))
+    source = make_source(str(tmp_path), block_size=16)
+    assert source.vocab_size == 1000 and source.decode([97, 98]) == "ab" and source.token_bytes[200] == 2
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 10, "itos": {i: "x" for i in range(10)}}))
+    with pytest.raises(UserError, match="vocabulary"):
+        make_source(str(tmp_path), block_size=16).batch(0, 40)
+
+
+def test_a_meta_file_with_code_in_it_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+    np.zeros(99, np.uint16).tofile(tmp_path / "train.bin")
+    np.zeros(99, np.uint16).tofile(tmp_path / "val.bin")
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="meta"):
+        make_source(str(tmp_path))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_the_bytes_tokenizer_returns_every_text():
+    tokenizer = data.load_tokenizer("bytes")
+    text = "plain, naïve, 日本語, \U0001f600\r\n\t" + "".join(map(chr, range(32, 400)))
+    assert tokenizer.encode_ordinary(text) == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
+    assert tokenizer.n_vocab == 257 and data.bytes_per_token(tokenizer).tolist() == [1] * 256 + [0]
+
+
+def test_code_is_python_and_docs_are_english():
+    code = make_source("code")
+    assert "def " in "".join(code.decode(row) for row in code.batch(0, 40)[0])
+    words = "Return the value of x if it is given."
+    raw = f'def f(x):\n    """{words}\n\n    {words * 6}"""\n    return "not this"\n'.encode()
+    assert data.docstrings(raw)[0].startswith(words) and "not this" not in data.docstrings(raw)[0]
+    assert data.docstrings(b"def f(:") == []
+
+
+def polynomial_value(text, x):
+    return eval(text, {"x": x})  # our own generator's output, with ** and * as Python writes them
+
+
+def test_every_answer_of_the_mathematics_corpus_is_right():
+    rng, kinds = RNG(0), collections.Counter()
+    for _ in range(6000):
+        question, answer = data.math_question(lambda low, high: int(rng.integers(low, high + 1)))
+        kinds[question.split()[0]] += 1
+        if m := re.fullmatch(r"What is (-?\d+) ([-+*]) \(?(-?\d+)\)?\?", question):
+            assert int(answer) == {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[m[2]](int(m[1]), int(m[3]))
+        elif m := re.fullmatch(r"Divide (-?\d+) by (\d+)\.", question):
+            assert int(answer) * int(m[2]) == int(m[1])
+        elif m := re.fullmatch(r"Solve (.*) = (-?\d+) for x\.", question):
+            assert polynomial_value(m[1], int(answer)) == int(m[2])
+        elif m := re.fullmatch(r"Which is larger, (\d+)/(\d+) or (\d+)/(\d+)\?", question):
+            p, q, r, s = map(int, m.groups())
+            assert answer == ("equal" if p * s == r * q else f"{p}/{q}" if p / q > r / s else f"{r}/{s}")
+        elif m := re.fullmatch(r"Is (-?\d+) less than (-?\d+)\?", question):
+            assert answer == ("yes" if int(m[1]) < int(m[2]) else "no")
+        elif m := re.fullmatch(r"Does (\d+) divide (\d+)\?", question):
+            assert answer == ("yes" if int(m[2]) % int(m[1]) == 0 else "no")
+        elif m := re.fullmatch(r"What remains when (\d+) is divided by (\d+)\?", question):
+            assert int(answer) == int(m[1]) % int(m[2])
+        elif m := re.fullmatch(r"Write (\d+) in base (\d+)\.", question):
+            assert int(answer, int(m[2])) == int(m[1])
+        elif m := re.fullmatch(r"Which number is (\w+) in base (\d+)\?", question):
+            assert int(answer) == int(m[1], int(m[2]))
+        elif m := re.fullmatch(r"Let f\(x\) = (.*)\. What is f\((-?\d+)\)\?", question):
+            assert int(answer) == polynomial_value(m[1], int(m[2]))
+        elif m := re.fullmatch(r"Find the derivative of (.*) with respect to x\.", question):
+            for x in (-2, 0, 3):  # cubics at most: the central difference with h = 1 is off by the cubic coefficient
+                slope = (polynomial_value(m[1], x - 2) - 8 * polynomial_value(m[1], x - 1)
+                         + 8 * polynomial_value(m[1], x + 1) - polynomial_value(m[1], x + 2)) / 12
+                assert slope == polynomial_value(answer, x)
+        elif m := re.fullmatch(r"Expand (.*)\.", question):
+            assert all(polynomial_value(m[1], x) == polynomial_value(answer, x) for x in (-3, 0, 1, 5))
+        else:
+            raise AssertionError(question)
+    assert len(kinds) >= 9
+
+
+def test_no_mathematics_question_is_in_both_splits():
+    def questions(split):
+        source = make_source("math", split)
+        text = "".join(source.decode(row) for row in source.batch(0, 400)[0])
+        return set(text.split("\n")[2:-2:1])
+    train, val = ({q for q in questions(split) if q.endswith(("?", "."))} for split in ("train", "val"))
+    assert len(train) > 500 and len(val) > 500 and not train & val
+
+
+# What a person sees, and what is refused
+
+
+@pytest.mark.parametrize("spec,expected", [
+    ("identity:length=3", r"\d+ \d+ \d+ \| «\d+ \d+ \d+»"), ("stack:length=5", r"[\dpo ]+ \| «[\d ]+»[ _]*"),
+    ("dyck:k=3,length=8", r"[(\[{] «[()\[\]{} ]+»"), ("eca:width=8,length=24", r"([·█]{8}\n){2}[·█]{8}"),
+    ("haystack:pairs=1", r"k0: \d+ \?k0 «\d+» _"), ("addition:digits=2", r"\d\d\+\d\d=«\d+\.»_?"),
+    ("sorting:numbers=2", r"\d+ \d+ \| «\d+ \d+»"), ("set+dyck", r"(\|dyck\| «[()\d ]+»|[\d ]+\|set\| «[\d ]+»)[ _]*")])
+def test_sequences_are_shown_as_a_person_would_write_them(spec, expected, capsys):
+    data.show(spec, 4, 0, "train", "bytes")
+    shown = capsys.readouterr().out.strip().split("\n\n")[1:]
+    assert len(shown) == 4 and all(re.fullmatch(expected, row) for row in shown), shown
+
+
+def test_list_names_everything(script):
+    listing = script("data.py", "list").stdout
+    assert all(name in listing for name in [*RULES, *TASKS, "code", "docs", "math", "k=16", "pairs=30"])
+
+
+@pytest.mark.parametrize("spec", ["dyck:k=0", "eca:rule=256", "dyck:length=7", "dyck:p=2", "set:length=9-2", "dyck:length=2-8",
+                                  "set:vocab=2", "set:wide=3", "set:length", "set:length=x", "dyke", "set+dyke", "haystack:pairs=65",
+                                  "addition:digits=0", "-1*set+union", "a*set", "union:length=1", "eca:width=16,length=16",
+                                  "shuffled:haystack", "no/such/file", "addition:digits=1,digits=1", "set:length=0", ""])
+def test_bad_specs_are_refused_in_one_line(spec, refused):
+    refused(data, "show", spec)
+
+
+def test_an_unknown_name_is_answered_with_those_there_are(refused):
+    line = refused(data, "show", "dyk")
+    assert "dyck" in line and "haystack" in line and "code" in line
+
+
+def test_a_sequence_longer_than_the_block_is_refused():
+    with pytest.raises(UserError, match="longer than the block of 40"):
+        make_source("set:length=20", block_size=40)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00binary", b"too short", b"nul \0 byte"])
+def test_empty_binary_and_short_corpora_are_refused(content, tmp_path, refused):
+    (tmp_path / "corpus.txt").write_bytes(content)
+    refused(data, "show", tmp_path / "corpus.txt")
+
+
+def test_bad_json_lines_and_empty_folders_are_refused(tmp_path, refused):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"title": "no text"}\n')
+    assert "line 2" in refused(data, "show", tmp_path / "a.jsonl")
+    (tmp_path / "empty").mkdir()
+    refused(data, "show", tmp_path / "empty")
+
+
+def test_a_vocabulary_that_cannot_be_fetched_names_the_offline_tokenizer(tmp_path, script):
+    text = tmp_path / "a.txt"
+    text.write_text("hello world " * 99)
+    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
+    done = script("data.py", "show", text, "--tokenizer", "gpt2", env=nowhere)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--tokenizer bytes" in done.stderr
+    assert script("data.py", "show", text, "--tokenizer", "klingon").returncode == 2
+
+
+def test_an_unwritable_cache_is_named(tmp_path, monkeypatch, refused):
+    (tmp_path / "a.txt").write_text("hello world " * 99)
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "file" / "cache"))
+    assert "NANOWARM_CACHE" in refused(data, "show", tmp_path / "a.txt")

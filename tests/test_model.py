@@ -1,0 +1,252 @@
+"""The GPT against an independent one, its loss against a plain reference, parts, transfer, generation, checkpoints."""
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval as eval_script
+from data import UserError
+from model import GPT, GPTConfig, PARTS, SIZES, load, parse_parts, parse_size, part_of, save, transfer
+
+
+def small(vocab_size=50, block_size=24, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(vocab_size, block_size, 2, 4, 32, **kwargs))
+
+
+def plain_gpt2(weights, idx, n_layer, n_head):
+    """GPT-2 written out: one head and one matrix at a time, from its paper's equations. Returns logits."""
+    w = {name: p.double() for name, p in weights.items()}
+    B, T = idx.shape
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    x = w["wte.weight"][idx] + w["wpe.weight"][:T]
+    for layer in range(n_layer):
+        name = f"h.{layer}"
+        q, k, v = linear(norm(x, f"{name}.ln_1"), f"{name}.attn.c_attn").chunk(3, dim=-1)
+        heads = []
+        for q_h, k_h, v_h in zip(q.chunk(n_head, -1), k.chunk(n_head, -1), v.chunk(n_head, -1)):
+            scores = q_h @ k_h.transpose(1, 2) / math.sqrt(q_h.shape[-1])
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            heads.append(scores.softmax(-1) @ v_h)
+        x = x + linear(torch.cat(heads, -1), f"{name}.attn.c_proj")
+        u = linear(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc")
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
+        x = x + linear(u, f"{name}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_those_of_gpt2(tied):
+    model = small(tied=tied)
+    for p in model.parameters():  # away from ones and zeros, so that every weight matters
+        torch.nn.init.normal_(p, std=0.3)
+    idx = torch.randint(50, (3, 20))
+    expected = plain_gpt2(model.state_dict(), idx, 2, 4)
+    assert torch.allclose(model(idx).double(), expected, atol=1e-4)
+
+
+def test_a_later_token_changes_no_earlier_logit():
+    model, idx = small(), torch.randint(50, (1, 20))
+    other = idx.clone()
+    other[0, 10] = (idx[0, 10] + 1) % 50
+    one, two = model(idx)[0], model(other)[0]
+    assert torch.equal(one[:10], two[:10]) and not torch.allclose(one[10], two[10])
+
+
+def test_initialisation_is_gpt2s():
+    model = GPT(GPTConfig(500, 64, 8, 4, 128))
+    assert model.lm_head.weight is model.wte.weight
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all()
+        elif part_of(name) == "norm":
+            assert (p == 1).all()
+        else:
+            expected = 0.02 / math.sqrt(16) if "c_proj" in name else 0.02
+            assert abs(p.std() / expected - 1) < 0.05, name
+
+
+def test_gpt2_small_has_124_million_parameters():
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GPT(GPTConfig(50257, 1024, *SIZES["gpt2"])).parameters())
+    assert count == 124_439_808
+
+
+def test_the_loss_is_plain_cross_entropy_over_counted_positions_and_so_is_its_gradient():
+    model, idx = small(), torch.randint(50, (4, 20))
+    targets = torch.where(torch.rand(4, 20) < 0.3, torch.randint(50, (4, 20)), -1)
+    loss = model(idx, targets)
+    loss.backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    plain = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-1)
+    plain.backward()
+    assert torch.allclose(loss, plain, atol=1e-6)
+    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(got, model.parameters()))
+
+
+def test_the_output_head_is_run_on_counted_positions_alone():
+    model, seen = small(), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    targets = torch.full((6, 20), -1)
+    targets[:, 7] = 3
+    model(torch.randint(50, (6, 20)), targets)
+    assert seen == [(6, 50)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_belongs_to_exactly_one_part(tied):
+    names = [name for name, _ in small(tied=tied).named_parameters()]
+    parts = {part: {n for n in names if part_of(n) == part} for part in PARTS}
+    assert sum(map(len, parts.values())) == len(names)
+    assert parts["embed"] == {"wte.weight", "wpe.weight"} | ({"lm_head.weight"} - {"lm_head.weight"} if tied else {"lm_head.weight"})
+    assert all(".attn." in n for n in parts["attn"]) and all(".mlp." in n for n in parts["mlp"])
+    assert {n.split(".")[-2] for n in parts["norm"]} == {"ln_1", "ln_2", "ln_f"}
+
+
+def scrambled(seed, **kwargs):
+    model = small(seed=seed, **kwargs)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("parts", [("attn",), ("mlp",), ("norm",), ("attn", "norm"), ("attn", "mlp", "norm"), ()])
+@pytest.mark.parametrize("context", [16, 24, 40])
+def test_transfer_moves_exactly_the_named_parts_and_positions_that_fit(parts, context):
+    source, target = scrambled(1, vocab_size=30, block_size=context), scrambled(2)
+    before = {name: p.clone() for name, p in target.named_parameters()}
+    theirs = dict(source.named_parameters())
+    transfer(target, source, parts)
+    for name, p in target.named_parameters():
+        if name == "wpe.weight":
+            assert torch.equal(p, theirs[name][:24] if context >= 24 else before[name])
+        else:
+            assert torch.equal(p, theirs[name] if part_of(name) in parts else before[name]), name
+
+
+def test_mean_embeddings_start_every_row_at_the_mean_of_the_sources():
+    source, target = scrambled(1, vocab_size=30), scrambled(2, tied=False)
+    transfer(target, source, ("attn",), "mean")
+    mean = source.wte.weight.mean(0)
+    assert (target.wte.weight == mean).all() and (target.lm_head.weight == mean).all()
+
+
+def test_kept_embeddings_need_the_same_vocabulary():
+    source, target = scrambled(1), scrambled(2)
+    transfer(target, source, ("attn", "mlp", "norm"), "keep")
+    idx = torch.randint(50, (2, 24))
+    assert torch.equal(source(idx), target(idx))
+    with pytest.raises(UserError, match="vocabulary"):
+        transfer(scrambled(2, vocab_size=9), source, (), "keep")
+
+
+def test_weights_of_another_shape_are_refused():
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="do not fit"):
+        transfer(small(), GPT(GPTConfig(50, 24, 3, 4, 32)), ("attn",))
+
+
+def test_greedy_generation_takes_the_likeliest_token_each_time():
+    model, idx = small(), torch.randint(50, (2, 5))
+    out = model.generate(idx, 30, temperature=0)
+    assert out.shape == (2, 35) and torch.equal(out[:, :5], idx)
+    for t in range(5, 35):
+        assert torch.equal(out[:, t], model(out[:, max(0, t - 24):t])[:, -1].argmax(-1))
+
+
+def test_sampling_follows_its_generator_and_top_k():
+    model, idx = small(), torch.randint(50, (1, 5))
+    one, two, three = (model.generate(idx, 20, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, three)
+    assert torch.equal(model.generate(idx, 20, top_k=1), model.generate(idx, 20, temperature=0))
+
+
+@pytest.mark.parametrize("size,expected", [("gpt2", (12, 12, 768)), ("1.3b", (24, 16, 2048)), ("2_4_16", (2, 4, 16))])
+def test_sizes_have_names_or_say_layers_heads_width(size, expected):
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["huge", "2_4", "2_3_16", "0_1_16", "2_4_x"])
+def test_unknown_sizes_are_refused(size):
+    with pytest.raises(UserError):
+        parse_size(size)
+
+
+def test_unknown_parts_are_refused():
+    assert parse_parts("full") == ("attn", "mlp", "norm") and parse_parts("attn,norm") == ("attn", "norm")
+    with pytest.raises(UserError, match="attn, mlp, norm"):
+        parse_parts("attn,heads")
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_brings_back_model_and_extras(tmp_path):
+    model = scrambled(1, tied=False)
+    save(tmp_path / "a.pt", model, step=3, note={"spec": "dyck"})
+    again, state = load(tmp_path / "a.pt")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    assert state["step"] == 3 and state["note"] == {"spec": "dyck"} and again.config == model.config
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["step"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    save(tmp_path / "a.pt", small(), step=1)
+    before = (tmp_path / "a.pt").read_bytes()
+
+    def full(state, file):
+        file.write(b"half a file")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(tmp_path / "a.pt", small(), step=2)
+    assert (tmp_path / "a.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+class Trap:
+    def __reduce__(self):
+        return (print, ("sprung",))
+
+
+def damage(path, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif how == "text":
+        path.write_text("not a checkpoint")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "code":
+        torch.save({"config": {}, "model": Trap()}, path)
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps(Trap()))
+    elif how == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif how == "architecture":
+        state = torch.load(path, weights_only=True)
+        state["config"]["n_layer"] = 3
+        torch.save(state, path)
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "text", "empty", "code", "pickle", "other", "architecture", "folder"])
+def test_damaged_and_dangerous_checkpoints_are_refused_in_one_line(how, tmp_path, refused, capfd):
+    save(tmp_path / "a.pt", small(), step=1)
+    damage(tmp_path / "a.pt", how)
+    assert "a.pt" in refused(eval_script, tmp_path / "a.pt")
+    assert "sprung" not in capfd.readouterr().out

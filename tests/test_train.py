@@ -1,0 +1,437 @@
+"""Runs end to end: the same numbers whatever interrupts them and however many processes share them; what is refused."""
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train as script
+from conftest import ROOT
+from data import UserError, make_source
+from model import GPT, GPTConfig, load, part_of, save
+from train import Settings, Stage, run
+
+SMALL = dict(warmup="set:length=4,vocab=12", warmup_steps=12, warmup_batch_size=8, size="1_2_16", block_size=32, steps=14,
+             batch_size=8, eval_batches=2, eval_every=6, save_every=5, log_every=4, device="cpu")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+def flags(**settings):
+    words = []
+    for key, value in settings.items():
+        words += [f"--{'no-' * (value is False)}{key}"] + ([] if isinstance(value, bool) else [str(value)])
+    return words
+
+
+@pytest.fixture
+def settings(prose, tmp_path):
+    """Settings(...) for a run of a second, in a folder of its own."""
+    def make(out="run", **changes):
+        return Settings(**{**SMALL, "data": str(prose), "out": str(tmp_path / out), **changes})
+    return make
+
+
+def outcome(folder):
+    """What must be the same bits: weights, optimiser, log but for its timing, result but for its timing."""
+    _, state = load(f"{folder}/ckpt.pt")
+    tensors = [*state["model"].values()] + [v for p in state["optimizer"]["state"].values() for v in p.values()]
+    lines = [json.loads(line) for line in open(f"{folder}/log.jsonl")]
+    result = json.load(open(f"{folder}/result.json"))
+    for entry in [*lines, result]:
+        entry.pop("tokens_per_second", None)
+    result.pop("seconds")
+    return [t.numpy().tobytes() for t in tensors], lines, result
+
+
+def test_a_run_writes_what_the_house_says(settings, tmp_path):
+    result = run(settings())
+    folder = tmp_path / "run"
+    assert sorted(p.name for p in folder.iterdir()) == ["ckpt.pt", "config.json", "log.jsonl", "result.json", "warmup.pt"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["settings"]["lr"] == 2e-3 and {"python", "torch", "numpy", "commit"} <= set(config["environment"])
+    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    assert [(e["stage"], e["step"]) for e in lines if "loss" in e] == (
+        [("warmup", n) for n in (1, 4, 8, 12)] + [("train", n) for n in (1, 4, 8, 12, 14)])
+    assert [(e["stage"], e["step"]) for e in lines if "val_loss" in e] == (
+        [("warmup", n) for n in (0, 6, 12)] + [("train", n) for n in (0, 6, 12, 14)])
+    assert result["tokens"] == {"procedural": 12 * 8 * 9, "semantic": 14 * 8 * 32}
+    losses = [e["val_loss"] for e in lines if e["stage"] == "train" and "val_loss" in e]
+    assert result["val_loss"] == losses[-1] < losses[0]
+    assert math.isclose(result["val_bits_per_byte"], result["val_loss"] / math.log(2), rel_tol=0.05)
+    for name in ("warmup.pt", "ckpt.pt"):
+        assert torch.load(folder / name, weights_only=True)["stage"] == name.replace("ckpt", "train").split(".")[0]
+
+
+def test_the_same_settings_give_the_same_bits_and_another_seed_gives_others(settings, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(settings(name, seed=seed))
+    a, b, c = (outcome(tmp_path / name) for name in "abc")
+    assert a == b and a[0] != c[0]
+
+
+def test_training_learns_a_task(settings):
+    result = run(settings(data="sorting:numbers=2,below=20", warmup="none", size="1_2_32", block_size=None, steps=300,
+                          batch_size=64, lr=1e-2, lr_ramp=10, eval_batches=50, eval_every=None, save_every=None))
+    assert result["val_exact"] <= result["val_accuracy"] and result["val_accuracy"] > 0.9
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the program may catch it."""
+
+
+@pytest.mark.parametrize("where,calls", [("os.replace", range(2, 10, 2)), ("os.fsync", (3, 6)), ("train.Log.add", (1, 3, 9, 12)),
+                                         ("torch.optim.AdamW.step", (3, 12, 13, 20))])
+def test_killed_anywhere_and_resumed_the_run_ends_with_the_same_bits(where, calls, settings, tmp_path, monkeypatch):
+    run(settings("whole", warmup_dropout=0.1, dropout=0.1))
+    for at in calls:
+        module, _, name = where.rpartition(".")
+        owner = {"os": os, "train.Log": script.Log, "torch.optim.AdamW": torch.optim.AdamW}[module]
+        original, count = getattr(owner, name), iter(range(1, 10 ** 6))
+
+        def dies(*args, **kwargs):
+            if next(count) == at:
+                raise Killed
+            return original(*args, **kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dies)
+            with pytest.raises(Killed):
+                run(settings(f"cut{at}", warmup_dropout=0.1, dropout=0.1))
+        run(settings(f"cut{at}", warmup_dropout=0.1, dropout=0.1, resume=True))
+        whole, cut = outcome(tmp_path / "whole"), outcome(tmp_path / f"cut{at}")
+        whole[2]["settings"] = cut[2]["settings"] = None
+        assert whole == cut, at
+
+
+def wait_for(path, text, process, seconds=60):
+    end = time.time() + seconds
+    while time.time() < end and process.poll() is None:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {text!r} in {path}")
+
+
+LONG = {**SMALL, "steps": 400, "warmup_steps": 200, "save_every": 20, "eval_every": 100, "log_every": 10}
+
+
+def test_kill_9_at_random_moments_then_resume(prose, tmp_path):
+    rng, out = random.Random(0), tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), *flags(**LONG, data=prose, out=out, resume=True)]
+    run(Settings(**LONG, data=str(prose), out=str(tmp_path / "whole")))
+    for stage in ("warmup", "train"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_for(out / "log.jsonl", f'"stage": "{stage}", "step": 10', process)
+        time.sleep(rng.random() * 0.5)
+        process.kill()
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole, killed = outcome(tmp_path / "whole"), outcome(out)
+    assert whole[:2] == killed[:2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_finish_the_step_save_and_say_how_to_go_on(number, prose, tmp_path):
+    out, settings = tmp_path / "run", {**LONG, "save_every": 10 ** 6, "steps": 10 ** 5}
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(**settings, data=prose, out=out)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(out / "log.jsonl", '"stage": "train", "step": 10', process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and not stderr
+    assert "--resume" in stdout.splitlines()[-1]
+    step = int(re.search(r"train step ([\d,]+) of", stdout)[1].replace(",", ""))
+    assert load(out / "ckpt.pt")[1]["step"] == step >= 10 and not (out / "result.json").exists()
+
+
+def test_two_processes_and_accumulation_end_with_the_loss_of_one(script, prose, tmp_path):
+    losses = []
+    for name, launcher, extra in (("one", (sys.executable,), {}), ("accumulated", (sys.executable,), {"grad_accum": 2}),
+                                  ("two", (*TORCHRUN, "--nproc_per_node=2"), {})):
+        done = script("train.py", *flags(**SMALL, **extra, data=prose, out=tmp_path / name), launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        losses.append(json.load(open(tmp_path / name / "result.json")))
+        lines = [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+        assert len(lines) == 13, "one process writes the log"
+    for key in ("val_loss", "val_bits_per_byte", "warmup_loss", "val_accuracy"):
+        assert max(r[key] for r in losses) - min(r[key] for r in losses) < 1e-4
+
+
+def test_two_processes_are_stopped_and_resumed(prose, tmp_path):
+    out = tmp_path / "run"
+    command = [*TORCHRUN, "--nproc_per_node=2", str(ROOT / "train.py"),
+               *flags(**{**LONG, "save_every": 10 ** 6, "steps": 600}, data=prose, out=out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(out / "log.jsonl", '"stage": "train", "step": 10', process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    assert process.returncode != 0 and load(out / "ckpt.pt")[1]["step"] >= 10
+    assert subprocess.run([*command, "--resume"], capture_output=True, timeout=120).returncode == 0
+    run(Settings(**{**LONG, "steps": 600}, data=str(prose), out=str(tmp_path / "one")))
+    one, two = (json.load(open(tmp_path / name / "result.json")) for name in ("one", "run"))
+    assert abs(one["val_loss"] - two["val_loss"]) < 1e-4
+
+
+def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(prose, tmp_path):
+    out = tmp_path / "run"
+    run(Settings(**{**SMALL, "steps": 5}, data=str(prose), out=str(tmp_path / "sizes")))
+    limit = (tmp_path / "sizes" / "ckpt.pt").stat().st_size - 2000
+    assert (tmp_path / "sizes" / "warmup.pt").stat().st_size < limit
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(**SMALL, data=prose, out=out)], text=True,
+                          capture_output=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "ckpt.pt" in done.stderr, done.stderr
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "log.jsonl", "warmup.pt"]
+    assert load(out / "warmup.pt")[1]["step"] == 12
+    run(Settings(**SMALL, data=str(prose), out=str(out), resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(settings, tmp_path, monkeypatch):
+    original, count = GPT.forward, iter(range(10 ** 6))
+
+    def turns_bad(self, idx, targets=None, reduction="mean"):
+        loss = original(self, idx, targets, reduction)
+        return loss * float("nan") if self.training and next(count) == 12 + 8 else loss
+    monkeypatch.setattr(GPT, "forward", turns_bad)
+    with pytest.raises(UserError, match="not finite at train step 9.*ckpt.pt"):
+        run(settings())
+    _, state = load(tmp_path / "run" / "ckpt.pt")
+    assert state["step"] == 5 and all(t.isfinite().all() for t in state["model"].values())
+
+
+# Transfer in a run
+
+
+def test_a_saved_warm_up_can_be_taken_up_and_gives_the_same_run(settings, tmp_path):
+    run(settings("both"))
+    run(settings("init", warmup=None, init=str(tmp_path / "both" / "warmup.pt")))
+    both, init = outcome(tmp_path / "both"), outcome(tmp_path / "init")
+    assert both[0] == init[0] and init[2]["tokens"] == both[2]["tokens"]
+    assert not (tmp_path / "init" / "warmup.pt").exists()
+
+
+def first_weights(monkeypatch, s):
+    """The weights with which stage 2 of a run starts."""
+    seen = {}
+
+    def record(settings, stage, model, *args, **kwargs):
+        seen.setdefault(stage.name, {name: p.detach().clone() for name, p in model.named_parameters()})
+        return original(settings, stage, model, *args, **kwargs)
+    original = script.train
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train", record)
+        run(s)
+    return seen["train"]
+
+
+@pytest.mark.parametrize("parts", ["attn", "mlp", "full"])
+def test_a_run_moves_the_parts_it_was_asked_to_and_starts_the_rest_as_without_warm_up(parts, settings, tmp_path, monkeypatch):
+    fresh = first_weights(monkeypatch, settings("none", warmup="none"))
+    moved = first_weights(monkeypatch, settings("some", transfer=parts))
+    warm = dict(load(tmp_path / "some" / "warmup.pt")[0].named_parameters())
+    for name in fresh:
+        taken = part_of(name) in (("attn", "mlp", "norm") if parts == "full" else (parts,))
+        assert torch.equal(moved[name], warm[name] if taken else fresh[name]), name
+
+
+def test_weight_mixtures_take_attention_and_mlps_from_two_checkpoints(settings, tmp_path, monkeypatch):
+    run(settings("a"))
+    run(settings("b", warmup="sort:length=4,vocab=12", seed=1))
+    a, b = (dict(load(tmp_path / n / "warmup.pt")[0].named_parameters()) for n in "ab")
+    fresh = first_weights(monkeypatch, settings("none", warmup="none"))
+    mixed = first_weights(monkeypatch, settings("mix", warmup=None, attn_from=str(tmp_path / "a" / "warmup.pt"),
+                                                mlp_from=str(tmp_path / "b" / "warmup.pt")))
+    for name in mixed:
+        assert torch.equal(mixed[name], {"attn": a, "mlp": b}.get(part_of(name), fresh)[name]), name
+
+
+def test_a_task_starts_with_mean_embeddings_and_published_settings(settings, tmp_path, monkeypatch):
+    resolved = script.resolve(Settings(data="haystack", device="cpu"))
+    assert (resolved.size, resolved.batch_size, resolved.steps, resolved.lr) == ("2_4_16", 1000, 10000, 1e-3)
+    assert (resolved.lr_ramp, resolved.weight_decay, resolved.tied, resolved.embeddings) == (500, 1e-3, False, "mean")
+    assert script.resolve(Settings(data="multiplication", device="cpu")).size == "4_8_512"
+    start = first_weights(monkeypatch, settings(data="haystack:pairs=2", block_size=None))
+    mean = load(tmp_path / "run" / "warmup.pt")[0].wte.weight.mean(0)
+    assert (start["wte.weight"] == mean).all() and (start["lm_head.weight"] == mean).all()
+
+
+def test_the_text_warm_up_spends_as_many_tokens_on_the_same_corpus_and_keeps_its_embeddings(settings, tmp_path, monkeypatch):
+    start = first_weights(monkeypatch, settings(warmup="text"))
+    warm = dict(load(tmp_path / "run" / "warmup.pt")[0].named_parameters())
+    assert all(torch.equal(start[name], warm[name]) for name in start)
+    assert json.load(open(tmp_path / "run" / "result.json"))["tokens"]["procedural"] == 12 * 8 * 32
+
+
+def test_the_curriculum_grows_the_input_by_two_as_accuracy_passes_99_percent(settings, capsys, monkeypatch):
+    perfect = {"loss": 0.0, "accuracy": 1.0, "exact": 1.0, "tokens": 1, "bits_per_byte": None}
+    monkeypatch.setattr(script, "evaluate", lambda *args: perfect)
+    run(settings(warmup="set:length=7,vocab=12", warmup_curriculum=True, warmup_steps=20))
+    assert re.findall(r"input length (\d+)", capsys.readouterr().out) == ["4", "6", "8"]
+
+
+def test_a_curriculum_resumes_at_its_length(settings, tmp_path, monkeypatch):
+    changes = dict(warmup="identity:length=8,vocab=4", warmup_curriculum=True, warmup_steps=150, warmup_lr=1e-2, log_every=10,
+                   size="1_2_32")
+    run(settings("whole", **changes))
+    original, count = torch.optim.AdamW.step, iter(range(10 ** 6))
+
+    def dies(*args, **kwargs):
+        if next(count) == 128:
+            raise Killed
+        return original(*args, **kwargs)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", dies)
+        with pytest.raises(Killed):
+            run(settings("cut", **changes))
+    run(settings("cut", **changes, resume=True))
+    assert outcome(tmp_path / "whole")[:2] == outcome(tmp_path / "cut")[:2]
+
+
+@pytest.mark.parametrize("schedule,expected", [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.55, 0.1]),
+                                               ("cosine", [0.5, 1, 1, 0.55, 0.1])])
+def test_the_learning_rate_ramps_up_and_follows_its_schedule(schedule, expected):
+    stage = Stage("train", 110, 1, 1.0, schedule, 10, 0.1, 0.0, 1, 1, None)
+    assert [stage.lr_at(step) for step in (4, 9, 10, 60, 110)] == pytest.approx(expected)
+
+
+def test_weight_decay_is_on_matrices_alone():
+    model = GPT(GPTConfig(10, 8, 1, 2, 8))
+    stage = Stage("train", 1, 1, 1.0, "constant", 0, 0.0, 0.3, 1, 1, None)
+    decayed, spared = script.make_optimizer(model, stage, Settings(device="cpu")).param_groups
+    assert decayed["weight_decay"] == 0.3 and all(p.dim() >= 2 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0 and all(p.dim() == 1 for p in spared["params"])
+
+
+def test_compile_gives_the_same_run_or_one_warning(settings, capfd):
+    plain, compiled = run(settings("plain", warmup="none")), run(settings("compiled", warmup="none", compile=True))
+    assert abs(plain["val_loss"] - compiled["val_loss"]) < 1e-3
+
+
+def test_where_compile_cannot_run_there_is_one_warning_and_the_run_goes_on(settings, capfd, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+    monkeypatch.setattr(torch, "compile", broken)
+    result = run(settings("a", compile=True, warmup="none"))
+    assert capfd.readouterr().err.count("warning: torch.compile cannot run here") == 1
+    assert result == {**run(settings("b", warmup="none")), "seconds": result["seconds"],
+                      "tokens_per_second": result["tokens_per_second"]}
+
+
+def test_bfloat16_trains(settings):
+    assert run(settings(dtype="bfloat16"))["val_loss"] < 5.6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_nothing_has_to_be_said_and_the_loss_is_the_cpus(settings):
+    gpu = run(settings("gpu", device=None, dtype="float32"))
+    assert abs(gpu["val_loss"] - run(settings("cpu"))["val_loss"]) < 1e-2
+
+
+# The command line
+
+
+def test_the_commands_of_the_readme_as_a_person_types_them(script, prose, tmp_path):
+    quick = flags(size="1_2_16", warmup_steps=3, steps=4, warmup_batch_size=2, batch_size=2, eval_batches=1, block_size=32)
+    done = script("train.py", "--warmup", "dyck", *quick, cwd=tmp_path,
+                  launcher=(os.path.join(os.path.dirname(sys.executable), "torchrun"),))
+    assert done.returncode == 0, done.stderr
+    for words in ("dyck:length=32", "left", "bits per byte", "for one", "out/code-dyck-s0", "--warmup none"):
+        assert words in done.stdout
+    follow = re.search(r"next +python (train.py .*)", done.stdout)[1].split()
+    done = script(*follow, cwd=tmp_path)
+    assert done.returncode == 0 and "--warmup dyck" in done.stdout
+    compare = re.search(r"python (analyze.py curves .*)", done.stdout)[1].split()
+    done = script(*compare, cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "curves.png").stat().st_size > 10_000
+    again = script("train.py", *flags(warmup="dyck"), *quick, cwd=tmp_path)
+    assert again.returncode == 0 and "train] step" not in again.stdout, "a finished run is told again, not run again"
+
+
+def test_help_lists_every_setting_with_its_meaning(script):
+    text = script("train.py", "--help").stdout
+    for name in Settings.__dataclass_fields__:
+        assert f"--{name} " in text
+    assert "warm-up:" in text and "optimisation:" in text
+
+
+@pytest.mark.parametrize("bad", [
+    dict(warmup="dyke"), dict(warmup="dyck:k=0"), dict(warmup="eca:rule=256"), dict(warmup="haystack"), dict(data="haystak"),
+    dict(data="set"), dict(size="huge"), dict(transfer="heads"), dict(embeddings="none"), dict(steps=0), dict(lr=-1),
+    dict(lr="nan"), dict(lr="fast"), dict(dtype="int8"), dict(lr_schedule="step"), dict(dropout=1), dict(device="tpu"),
+    dict(batch_size=9, grad_accum=2), dict(warmup_batch_size=9, grad_accum=2), dict(warmup="set:length=40"),
+    dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
+    dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True),
+    dict(embeddings="keep")])
+def test_bad_settings_are_refused_and_nothing_is_written(bad, refused, prose, tmp_path):
+    settings = {**SMALL, "data": prose, "out": tmp_path / "run", **bad}
+    if "init" in bad:
+        settings.pop("warmup")
+    refused(script, *flags(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_cuda_asked_for_and_absent_is_refused(refused, prose, tmp_path):
+    assert "cuda" in refused(script, *flags(**{**SMALL, "device": "cuda"}, data=prose, out=tmp_path / "run"))
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused(script, prose, tmp_path):
+    done = script("train.py", *flags(**{**SMALL, "batch_size": 9}, data=prose, out=tmp_path / "run"),
+                  launcher=(*TORCHRUN, "--nproc_per_node=2"))
+    assert done.returncode != 0 and "error: --batch_size 9 does not divide over 2 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(refused, prose, tmp_path):
+    save(tmp_path / "other.pt", GPT(GPTConfig(14, 9, 2, 2, 16)))
+    settings = {**SMALL, "data": prose, "out": tmp_path / "run", "init": tmp_path / "other.pt"}
+    settings.pop("warmup")
+    assert "do not fit" in refused(script, *flags(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(refused, settings, prose, tmp_path, capfd):
+    run(settings())
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    line = refused(script, *flags(**{**SMALL, "steps": 99}, data=prose, out=tmp_path / "run"))
+    assert "steps 14, here 99" in line and "another --out" in line
+    refused(script, *flags(**{**SMALL, "steps": 99}, data=prose, out=tmp_path / "run", resume=True))
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    (tmp_path / "run" / "result.json").unlink()
+    assert "--resume" in refused(script, *flags(**SMALL, data=prose, out=tmp_path / "run"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "not a run" in refused(script, *flags(**SMALL, data=prose, out=tmp_path / "mine"))
+
+
+def test_an_out_that_cannot_be_made_is_refused(refused, prose, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(script, *flags(**SMALL, data=prose, out=tmp_path / "file" / "run"))
+
+
+def test_a_truncated_checkpoint_is_named_on_resuming(refused, settings, prose, tmp_path):
+    run(settings())
+    (tmp_path / "run" / "result.json").unlink()
+    whole = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    (tmp_path / "run" / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
+    assert "ckpt.pt" in refused(script, *flags(**SMALL, data=prose, out=tmp_path / "run", resume=True))
+
+
+def test_sources_are_reached_by_every_process_in_disjoint_shares(monkeypatch):
+    source, stage = make_source("set:length=4"), Stage("train", 9, 12, 1.0, "constant", 0, 0, 0, 1, 1, None)
+    whole = source.batch(7, 12)[0]
+    for processes, accumulated in ((1, 1), (2, 1), (2, 3), (4, 3)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        rows = {}
+        for r in range(processes):
+            monkeypatch.setenv("RANK", str(r))
+            for x, _, place in script.step_batches(source, 7, stage, Settings(grad_accum=accumulated, device="cpu")):
+                rows[place] = x
+        assert torch.equal(torch.cat([rows[place] for place in sorted(rows)]), torch.from_numpy(whole))
