@@ -16,12 +16,12 @@ def read_run(folder):
         raise UserError(f"{folder} is not the folder of a run: it has no config.json")
     try:
         entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        points = [e for e in entries if e["stage"] == "train" and "val_loss" in e]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {folder / 'log.jsonl'}: {error}") from None
-    points = [e for e in entries if e["stage"] == "train" and "val_loss" in e]
     if not points:
         raise UserError(f"{folder} has no evaluation of its training stage yet")
-    return read_json(folder / "config.json")["settings"], points
+    return read_json(folder / "config.json", "settings")["settings"], points
 
 
 def curves(folders, picture):

@@ -301,15 +301,15 @@ def parse_value(where, key, text, default):
 
 def parse_member(text, functions):
     """"set:length=64,vocab=100" -> ("set", every parameter, those that were given)"""
-    name, _, given = text.strip().partition(":")
+    name, _, given = (part.strip() for part in text.partition(":"))
     if name not in functions:
-        raise UserError(f"unknown rule {name!r} in {text!r}: there are {', '.join(functions)}"
-                        if functions is RULES else f"unknown task {name!r}: there are {', '.join(functions)}")
+        raise UserError(f"unknown rule or task {name!r} in {text!r}: there are {', '.join(functions)}")
     known, params = parameters(functions[name]), {}
     for item in filter(None, given.split(",")):
         key, equals, value = item.partition("=")
         if key not in known or not equals or key in params:
-            raise UserError(f"{name}: bad parameter {item!r}: it takes {', '.join(f'{k}={v}' for k, v in known.items())}")
+            takes = ", ".join(f"{k}={v}" for k, v in known.items())
+            raise UserError(f"{name}: bad parameter {item!r}: it takes {takes}")
         params[key] = parse_value(name, key, value, known[key])
     return name, {**known, **params}, params
 
@@ -456,7 +456,8 @@ def rule_writer(members, content):
             elif k:
                 words.append(bracket(token % k, k, token))
             else:
-                words.append("·█"[token] if name == "eca" else "pop" if token == 0 and name == "stack" else str(token))
+                words.append("·█"[token] if name == "eca" else
+                             "pop" if name == "stack" and token == 0 else str(token))
         if name != "eca":
             return write_words(words, counted)
         start = len(words) % params["width"] and int(len(members) > 1)
@@ -624,8 +625,8 @@ def corpus_files(spec):
     if spec == "docs":
         return [f for folder in package_folders() for f in python_files(folder)], lambda raw, path: docstrings(raw)
     root = Path(spec)
-    files = [root] if root.is_file() else sorted(
-        f for f in root.rglob("*") if f.is_file() and not any(part.startswith(".") for part in f.relative_to(root).parts))
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
+    files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(root).parts)]
     if not files:
         raise UserError(f"{spec} has no files")
     return files, lambda raw, path: json_lines(raw, path) if path.suffix == ".jsonl" else [as_text(raw, path)]
@@ -641,19 +642,19 @@ def prepare(spec, tokenizer_name):
     Documents are shuffled (always the same way), repeats dropped, and the last tenth held out for validation; a corpus
     that is a single document is cut within it. Each document ends with <|endoftext|>."""
     files, read = corpus_files(spec)
-    key = hashlib.sha256(f"1 {tokenizer_name} {spec if spec in CORPORA else ''}".encode())
+    key, raws = hashlib.sha256(f"1 {tokenizer_name} {spec if spec in CORPORA else ''}".encode()), []
     for path in files:
         try:
-            raw = path.read_bytes()
+            raws.append(path.read_bytes())
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        key.update(path.suffix.encode() + len(raw).to_bytes(8, "little") + raw)
+        key.update(path.suffix.encode() + len(raws[-1]).to_bytes(8, "little") + raws[-1])
     folder = cache_folder() / key.hexdigest()[:24]
     if (folder / "meta.json").exists():
         return folder
     tokenizer = load_tokenizer(tokenizer_name)
     print(f"tokenising {spec} ({len(files)} files) into {folder}, once", flush=True)
-    documents = list(dict.fromkeys(text for path in files for text in read(path.read_bytes(), path) if text))
+    documents = list(dict.fromkeys(text for path, raw in zip(files, raws) for text in read(raw, path) if text))
     np.random.default_rng(0).shuffle(documents)
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
     coded = [np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token], dtype) for text in documents]
@@ -756,8 +757,11 @@ class Corpus:
             rows = self.windows - 1 - rows % self.windows
         elif self.split == "val":
             rows = rows % self.windows
-        starts = np.array([self.epoch(e)[w] for e, w in zip(*divmod(rows, self.windows))])
-        both = np.stack([self.tokens[s:s + self.block_size + 1] for s in starts]).astype(np.int64)
+        epochs, windows = np.divmod(rows, self.windows)
+        starts = np.empty_like(rows)
+        for e in np.unique(epochs):
+            starts[epochs == e] = self.epoch(e)[windows[epochs == e]]
+        both = self.tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
         if both.max() >= self.vocab_size:
             raise UserError(f"{self.name} holds the token {both.max()}, but its vocabulary has {self.vocab_size}")
         return both[:, :-1], both[:, 1:]
@@ -935,8 +939,8 @@ def main():
     args = parser.parse_args()
     if args.command == "list":
         return list_everything()
-    if args.n < 1 or args.seed < 0:
-        raise UserError("-n must be at least 1 and --seed at least 0")
+    if not 1 <= args.n <= 10000 or args.seed < 0:
+        raise UserError("-n goes from 1 to 10000, --seed from 0")
     show(args.spec, args.n, args.seed, args.split, args.tokenizer)
 
 
@@ -948,6 +952,11 @@ def run_main(main):
         if os.environ.get("RANK", "0") == "0":  # under torchrun every process fails the same way: one line is enough
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except MemoryError:
+        print("error: not enough memory: ask for less (a smaller batch, block or corpus)", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # `python data.py list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import typing
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,8 +62,8 @@ class Settings:
     attn_from: str | None = flag(None, "weight mixture: take the attention from this checkpoint")
     mlp_from: str | None = flag(None, "weight mixture: take the MLPs from this checkpoint")
     transfer: str = flag("full", "what moves over: full, or a list of attn, mlp, norm")
-    embeddings: str | None = flag(None, "token embeddings after transfer: random, mean (of the warm-up's rows), or keep "
-                                  "(same vocabulary; default mean on tasks, keep after text, else random)")
+    embeddings: str | None = flag(None, "token embeddings after transfer: random, mean (of the warm-up's rows), or "
+                                  "keep (same vocabulary; default mean on tasks, keep after text, else random)")
 
     data: str = flag("code", "task, corpus (code, docs, math) or path to text to train on", "data and model")
     tokenizer: str = flag("bytes", "bytes, or an encoding that tiktoken knows, such as gpt2")
@@ -98,10 +99,11 @@ class Settings:
 # What may differ between a run and its resumption; everything else defines the run.
 OPERATIONAL = ("device", "compile", "eval_every", "save_every", "log_every", "grad_accum", "out", "resume")
 
-AT_LEAST = {**dict.fromkeys(("warmup_steps", "warmup_batch_size", "warmup_block_size", "block_size", "steps", "log_every",
-                             "batch_size", "grad_accum", "eval_every", "eval_batches", "save_every"), 1),
-            **dict.fromkeys(("warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr_ramp", "min_lr",
-                             "weight_decay", "beta1", "beta2", "grad_clip", "seed", "warmup_lr", "lr"), 0)}
+AT_LEAST = {
+    1: ("warmup_steps", "warmup_batch_size", "warmup_block_size", "block_size", "steps", "batch_size", "grad_accum",
+        "log_every", "eval_every", "eval_batches", "save_every"),
+    0: ("warmup_lr", "warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr", "lr_ramp", "min_lr",
+        "weight_decay", "beta1", "beta2", "grad_clip", "seed")}
 CHOICES = {"warmup_lr_schedule": ("cosine", "linear", "constant"), "lr_schedule": ("cosine", "linear", "constant"),
            "embeddings": ("random", "mean", "keep"), "dtype": ("float32", "bfloat16")}
 
@@ -125,16 +127,18 @@ def parse_arguments(argv):
 
 def check(s):
     """Refuses values that no run can have. Raises UserError."""
-    for name, least in AT_LEAST.items():
-        value = getattr(s, name)
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"--{name} {value} is not accepted: at least {least}")
+    for least, names in AT_LEAST.items():
+        for name in names:
+            if (value := getattr(s, name)) is not None and not least <= value < math.inf:
+                raise UserError(f"--{name} {value} is not accepted: at least {least}")
     for name, choices in CHOICES.items():
         if getattr(s, name) not in (None, *choices):
             raise UserError(f"--{name} {getattr(s, name)} is not accepted: {', '.join(choices)}")
     for name in ("warmup_dropout", "dropout", "beta1", "beta2"):
         if getattr(s, name) >= 1:
             raise UserError(f"--{name} {getattr(s, name)} is not accepted: less than 1")
+    if s.seed >= 2 ** 32:
+        raise UserError(f"--seed {s.seed} is not accepted: less than 2**32")
     parse_parts(s.transfer)
     if s.size:
         parse_size(s.size)
@@ -150,15 +154,27 @@ def check(s):
         raise UserError("--warmup_curriculum needs a procedural warm-up")
 
 
+def run_name(s):
+    """"code-dyck-s0", and whatever else was asked for: "code-dyck-s0-transfer=attn"."""
+    name = f"{Path(s.data).resolve().name}-{s.warmup}-s{s.seed}"
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        if value != f.default and f.name not in (*OPERATIONAL, "data", "warmup", "seed"):
+            name += f"-{f.name}={value}"
+    name = re.sub(r"[^\w.=+*,-]+", "_", name)
+    return name if len(name) < 150 else f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
+
+
 def resolve(s):
     """Fills in what was left open: the published settings for tasks, what suits the device for text."""
     check(s)
     s = dataclasses.replace(s)
+    if s.warmup is None:
+        s.warmup = "none" if s.init or s.attn_from or s.mlp_from else "dyck"
+    s.out = s.out or f"out/{run_name(s)}"
     s.device = find_device(s.device)
     cuda = s.device.startswith("cuda")
     task = kind_of(s.data) == "task" and parse_member(s.data, TASKS)[0]
-    if s.warmup is None:
-        s.warmup = "none" if s.init or s.attn_from or s.mlp_from else "dyck"
 
     if task == "multiplication":  # paper, "Algorithmic tasks"
         default = dict(size="4_8_512", batch_size=64)
@@ -177,13 +193,12 @@ def resolve(s):
     else:
         default |= dict(min_lr=(default["lr"] if s.lr is None else s.lr) / 10, weight_decay=0.1, tied=True,
                         embeddings="keep" if s.warmup == "text" else "random", eval_batches=20)
-    default |= dict(dtype="bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32", compile=cuda,
-                    out="out/" + re.sub(r"[^\w.=+*,-]+", "_", f"{Path(s.data).resolve().name}-{s.warmup}-s{s.seed}"))
+    default |= dict(dtype="bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32", compile=cuda)
     for name, value in default.items():
         if getattr(s, name) is None:
             setattr(s, name, value)
     if not task and s.warmup in ("dyck", "dyck_shuffle", "eca"):  # as long as the context, so that positions move over
-        s.warmup += f":length={s.block_size - s.block_size % 2}"
+        s.warmup += f":length={max(2, s.block_size - s.block_size % 2)}"
     if s.init or s.attn_from or s.mlp_from or s.warmup == "none":
         s.warmup_steps = 0
     return s
@@ -236,23 +251,28 @@ def write_json(path, value):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def read_json(path):
+def read_json(path, *keys):
+    """A JSON object from a file that must have these keys."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict) or not isinstance(value[keys[0]], dict) or not value.keys() >= set(keys):
+            raise ValueError("not written by train.py")
+        return value
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
 class Log:
-    """log.jsonl: one object per line. On resuming, lines after the checkpoint are dropped."""
+    """log.jsonl: one object per line. On resuming, lines after the checkpoint's (stage, step) are dropped."""
 
     def __init__(self, path, stage=None, step=0):
         self.path, kept = path, []
         if stage and path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last line may be half a line
+            for line in path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half a line
                     entry = json.loads(line)
-                    if entry["stage"] != stage and stage == "train" or entry["stage"] == stage and entry["step"] <= step:
+                    earlier = (entry["stage"], stage) == ("warmup", "train")
+                    if earlier or entry["stage"] == stage and entry["step"] <= step:
                         kept.append(line + "\n")
         if rank() == 0:
             write_atomically(path, lambda file: file.write("".join(kept).encode()))
@@ -284,13 +304,13 @@ def open_run(s):
     out = Path(s.out)
     settings = {key: value for key, value in dataclasses.asdict(s).items() if key not in ("out", "resume")}
     if (out / "config.json").exists():
-        there = read_json(out / "config.json")["settings"]
+        there = read_json(out / "config.json", "settings")["settings"]
         differs = [key for key in settings if key not in OPERATIONAL and there.get(key) != settings[key]]
         if differs:
             raise UserError(f"{out} holds a run with other settings ({differs[0]} {there.get(differs[0])}, here "
                             f"{settings[differs[0]]}): choose another --out")
         if (out / "result.json").exists():
-            return read_json(out / "result.json")
+            return read_json(out / "result.json", "settings", "tokens", "val_loss")
         if not s.resume and rank() == 0:
             raise UserError(f"{out} holds this run, unfinished: add --resume to go on with it, or choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -319,6 +339,7 @@ class Stage:
     lr_ramp: int
     min_lr: float
     weight_decay: float
+    dropout: float
     eval_every: int
     save_every: int
     file: Path  # its checkpoint
@@ -385,8 +406,24 @@ def compile_trunk(model, x, y, autocast):
     except Exception as error:  # a missing compiler, an unsupported platform: torch raises many kinds
         model.__dict__.pop("trunk", None)  # the class's own method again
         if rank() == 0:
-            print(f"warning: torch.compile cannot run here ({type(error).__name__}): going on without it", file=sys.stderr)
+            print(f"warning: torch.compile cannot run here ({type(error).__name__}): going on without it",
+                  file=sys.stderr)
     model.zero_grad(set_to_none=True)
+
+
+def accumulate_gradients(net, micro_batches, counted, stage, s, autocast):
+    """Backward through each micro-batch; returns this process's share of the step's loss (a tensor)."""
+    loss = 0.0
+    for i, (x, y, place) in enumerate(micro_batches):
+        if stage.dropout:  # masks depend on the seed, the stage and the micro-batch's place in the run alone
+            torch.manual_seed(int(np.random.SeedSequence((s.seed, stage.name == "train", place)).generate_state(1)[0]))
+        last = i == len(micro_batches) - 1  # with DDP, gradients are synchronised once per step
+        with contextlib.nullcontext() if last or world() == 1 else net.no_sync(), autocast():
+            part = net(x.to(s.device, non_blocking=True), y.to(s.device, non_blocking=True), reduction="sum")
+            part = part / max(counted, 1)
+            (part * world()).backward()  # DDP takes the mean over the processes
+        loss = loss + part.detach()
+    return loss
 
 
 def train(s, stage, model, make, log, state=None, extra=None):
@@ -423,7 +460,7 @@ def train(s, stage, model, make, log, state=None, extra=None):
             checkpoint(step)
             raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
 
-    if first == 0:
+    if not state:
         result = started_at = measure()
         log.add(stage=stage.name, step=0, tokens=0, val_loss=result["loss"], val_accuracy=result["accuracy"])
         say(f"[{label}] before: held-out loss {result['loss']:.3f}, accuracy {result['accuracy']:.1%}")
@@ -436,14 +473,7 @@ def train(s, stage, model, make, log, state=None, extra=None):
         # The loss is the mean over all counted tokens of the step, in whichever process and micro-batch they are.
         counted, asked = total(sum(int((y != -1).sum()) for _, y, _ in micro_batches), len(SIGNALS))
         stop_if_asked(step, asked)
-        loss = 0.0
-        for i, (x, y, place) in enumerate(micro_batches):
-            torch.manual_seed((s.seed * 2 + (stage.name == "train")) * 2 ** 40 + place)  # for dropout
-            last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if last or world() == 1 else net.no_sync(), autocast():
-                part = net(x.to(device, non_blocking=True), y.to(device, non_blocking=True), reduction="sum") / max(counted, 1)
-                (part * world()).backward()  # DDP takes the mean over the processes
-            loss = loss + part.detach()
+        loss = accumulate_gradients(net, micro_batches, counted, stage, s, autocast)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
 
         done = step + 1
@@ -451,8 +481,7 @@ def train(s, stage, model, make, log, state=None, extra=None):
         saving = done % stage.save_every == 0 or done == stage.steps
         if (logging or saving or device == "cpu") and not math.isfinite(norm.item()):  # reading it waits for the GPU
             raise UserError(f"the loss or its gradient is not finite at {stage.name} step {done}: a lower learning rate "
-                            f"may help; " + (f"the last good checkpoint is {stage.file}" if stage.file.exists()
-                                             else "there was no checkpoint yet"))
+                            f"may help; {f'the last good checkpoint is {stage.file}' * stage.file.exists()}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -496,8 +525,8 @@ def check_fit(s, source, warmup_source, longest):
             raise UserError(f"--{name} {getattr(s, name)} does not divide over {world()} process{'es' * (world() > 1)} "
                             f"times --grad_accum {s.grad_accum}")
     if warmup_source and s.embeddings == "keep" and warmup_source.vocab_size != source.vocab_size:
-        raise UserError(f"--embeddings keep needs one vocabulary: {s.warmup} has {warmup_source.vocab_size} tokens, {s.data} "
-                        f"has {source.vocab_size}")
+        raise UserError(f"--embeddings keep needs one vocabulary: {s.warmup} has {warmup_source.vocab_size} tokens, "
+                        f"{s.data} has {source.vocab_size}")
     if warmup_source and longest and warmup_source.block_size > longest and not s.warmup_block_size:
         raise UserError(f"--warmup {s.warmup} makes sequences of {warmup_source.block_size} tokens, longer than "
                         f"--block_size {longest}: shorten them, or add --warmup_block_size {warmup_source.block_size}")
@@ -537,12 +566,15 @@ def run(s):
         if finished := open_run(s):
             return finished
     stages = [Stage("warmup", s.warmup_steps, s.warmup_batch_size, s.warmup_lr, s.warmup_lr_schedule, s.warmup_lr_ramp,
-                    0.0, s.warmup_weight_decay, s.eval_every or max(1, s.warmup_steps // 5),
+                    0.0, s.warmup_weight_decay, s.warmup_dropout, s.eval_every or max(1, s.warmup_steps // 5),
                     s.save_every or max(1, s.warmup_steps // 10), out / "warmup.pt"),
-              Stage("train", s.steps, s.batch_size, s.lr, s.lr_schedule, s.lr_ramp, s.min_lr, s.weight_decay,
-                    s.eval_every or max(1, s.steps // 5), s.save_every or max(1, s.steps // 10), out / "ckpt.pt")]
+              Stage("train", s.steps, s.batch_size, s.lr, s.lr_schedule, s.lr_ramp,
+                    s.min_lr, s.weight_decay, s.dropout, s.eval_every or max(1, s.steps // 5),
+                    s.save_every or max(1, s.steps // 10), out / "ckpt.pt")]
     # Where did it stop? The furthest checkpoint says.
     model, state = next((load(stage.file, s.device) for stage in reversed(stages) if stage.file.exists()), (None, {}))
+    if state and not state.keys() >= {"stage", "step", "optimizer", "evaluation"}:
+        raise UserError(f"the checkpoint in {out} is not one of a run: choose another --out")
     log = Log(out / "log.jsonl", state.get("stage"), state.get("step"))
     say(f"{s.out}: {s.size} GPT, {sum(p.numel() for p in target.parameters()):,} parameters, context "
         f"{target.config.block_size}; {s.device}, {s.dtype}, {world()} process{'es' * (world() > 1)}"
@@ -588,8 +620,8 @@ def summarise(result, s, given):
     spent, text = result["tokens"], kind_of(s.data) == "text"
     say("\n" + "-" * 100)
     if result["warmup_loss"] is not None:
-        say(f"warm-up    {s.warmup}: held-out loss {result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} nats per "
-            f"token, accuracy {result['warmup_first_accuracy']:.0%} -> {result['warmup_accuracy']:.0%}")
+        say(f"warm-up    {s.warmup}: held-out loss {result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} "
+            f"nats per token, accuracy {result['warmup_first_accuracy']:.0%} -> {result['warmup_accuracy']:.0%}")
     elif s.warmup == "none":
         say("warm-up    none" if not s.init else f"warm-up    taken from {s.init}")
     if spent["procedural"]:
@@ -622,6 +654,11 @@ def main():
     try:
         result = run(s)
         summarise(result, s, given)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
+        raise UserError("not enough memory: a smaller --batch_size, --size or --block_size needs less, and so does a "
+                        "larger --grad_accum") from None
     except Stopped as stopped:
         say(f"{stopped}; saved. To go on: the same command with --resume")
         sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])

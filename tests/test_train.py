@@ -297,13 +297,13 @@ def test_a_curriculum_resumes_at_its_length(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize("schedule,expected", [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.55, 0.1]),
                                                ("cosine", [0.5, 1, 1, 0.55, 0.1])])
 def test_the_learning_rate_ramps_up_and_follows_its_schedule(schedule, expected):
-    stage = Stage("train", 110, 1, 1.0, schedule, 10, 0.1, 0.0, 1, 1, None)
+    stage = Stage("train", 110, 1, 1.0, schedule, 10, 0.1, 0.0, 0.0, 1, 1, None)
     assert [stage.lr_at(step) for step in (4, 9, 10, 60, 110)] == pytest.approx(expected)
 
 
 def test_weight_decay_is_on_matrices_alone():
     model = GPT(GPTConfig(10, 8, 1, 2, 8))
-    stage = Stage("train", 1, 1, 1.0, "constant", 0, 0.0, 0.3, 1, 1, None)
+    stage = Stage("train", 1, 1, 1.0, "constant", 0, 0.0, 0.3, 0.0, 1, 1, None)
     decayed, spared = script.make_optimizer(model, stage, Settings(device="cpu")).param_groups
     assert decayed["weight_decay"] == 0.3 and all(p.dim() >= 2 for p in decayed["params"])
     assert spared["weight_decay"] == 0.0 and all(p.dim() == 1 for p in spared["params"])
@@ -345,9 +345,9 @@ def test_the_commands_of_the_readme_as_a_person_types_them(script, prose, tmp_pa
     for words in ("dyck:length=32", "left", "bits per byte", "for one", "out/code-dyck-s0", "--warmup none"):
         assert words in done.stdout
     follow = re.search(r"next +python (train.py .*)", done.stdout)[1].split()
+    compare = re.search(r"python (analyze.py curves .*)", done.stdout)[1].split()
     done = script(*follow, cwd=tmp_path)
     assert done.returncode == 0 and "--warmup dyck" in done.stdout
-    compare = re.search(r"python (analyze.py curves .*)", done.stdout)[1].split()
     done = script(*compare, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "curves.png").stat().st_size > 10_000
     again = script("train.py", *flags(warmup="dyck"), *quick, cwd=tmp_path)
@@ -365,7 +365,7 @@ def test_help_lists_every_setting_with_its_meaning(script):
     dict(warmup="dyke"), dict(warmup="dyck:k=0"), dict(warmup="eca:rule=256"), dict(warmup="haystack"), dict(data="haystak"),
     dict(data="set"), dict(size="huge"), dict(transfer="heads"), dict(embeddings="none"), dict(steps=0), dict(lr=-1),
     dict(lr="nan"), dict(lr="fast"), dict(dtype="int8"), dict(lr_schedule="step"), dict(dropout=1), dict(device="tpu"),
-    dict(batch_size=9, grad_accum=2), dict(warmup_batch_size=9, grad_accum=2), dict(warmup="set:length=40"),
+    dict(seed=-1), dict(seed=2 ** 32), dict(batch_size=9, grad_accum=2), dict(warmup_batch_size=9, grad_accum=2), dict(warmup="set:length=40"),
     dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
     dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True),
     dict(embeddings="keep")])
@@ -416,6 +416,48 @@ def test_an_out_that_cannot_be_made_is_refused(refused, prose, tmp_path):
     refused(script, *flags(**SMALL, data=prose, out=tmp_path / "file" / "run"))
 
 
+@pytest.mark.parametrize("name,content", [("config.json", "{"), ("config.json", '{"settings": 3}'), ("result.json", "[]"),
+                                          ("ckpt.pt", "not a checkpoint")])
+def test_damaged_files_of_a_run_are_named(name, content, refused, settings, prose, tmp_path):
+    run(settings(steps=5))
+    if name == "ckpt.pt":
+        (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / name).write_text(content)
+    assert name in refused(script, *flags(**{**SMALL, "steps": 5}, data=prose, out=tmp_path / "run", resume=True))
+
+
+def test_a_damaged_log_is_no_obstacle_to_resuming(settings, tmp_path):
+    run(settings())
+    (tmp_path / "run" / "result.json").unlink()
+    with open(tmp_path / "run" / "log.jsonl", "ab") as file:
+        file.write(b'[1]\n{"stage": "train"}\n\xff\n{"stage": "train", "st')
+    run(settings(resume=True))
+    assert all("step" in json.loads(line) for line in open(tmp_path / "run" / "log.jsonl"))
+
+
+def test_runs_with_other_settings_have_folders_of_their_own():
+    names = {script.resolve(Settings(device="cpu", **changes)).out for changes in (
+        {}, {"warmup": "none"}, {"seed": 1}, {"transfer": "attn"}, {"steps": 9}, {"init": "a/warmup.pt"},
+        {"data": "haystack:pairs=3"}, {"init": "x" * 300}, {"init": "x" * 299 + "y"})}
+    assert len(names) == 9 and "out/code-dyck-s0" in names and max(map(len, names)) < 200
+    assert script.resolve(Settings(device="cpu", log_every=3, resume=True)).out == "out/code-dyck-s0"
+
+
+def test_memory_that_is_not_there_is_one_line(refused, settings, prose, tmp_path):
+    line = refused(script, *flags(**{**SMALL, "size": "1_1_100000000"}, data=prose, out=tmp_path / "run"))
+    assert "memory" in line and not (tmp_path / "run").exists()
+
+
+def test_stopped_before_the_first_step_of_a_stage_the_log_has_no_line_twice(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SIGNALS", [signal.SIGTERM])
+    with pytest.raises(script.Stopped):
+        run(settings())
+    monkeypatch.setattr(script, "SIGNALS", [])
+    run(settings(resume=True))
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
+    assert len({(e["stage"], e["step"]) for e in lines}) == len(lines) == 13
+
+
 def test_a_truncated_checkpoint_is_named_on_resuming(refused, settings, prose, tmp_path):
     run(settings())
     (tmp_path / "run" / "result.json").unlink()
@@ -425,7 +467,7 @@ def test_a_truncated_checkpoint_is_named_on_resuming(refused, settings, prose, t
 
 
 def test_sources_are_reached_by_every_process_in_disjoint_shares(monkeypatch):
-    source, stage = make_source("set:length=4"), Stage("train", 9, 12, 1.0, "constant", 0, 0, 0, 1, 1, None)
+    source, stage = make_source("set:length=4"), Stage("train", 9, 12, 1.0, "constant", 0, 0, 0, 0, 1, 1, None)
     whole = source.batch(7, 12)[0]
     for processes, accumulated in ((1, 1), (2, 1), (2, 3), (4, 3)):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
