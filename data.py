@@ -277,7 +277,7 @@ TASK_VOCAB = {"haystack": lambda p: 256, "addition": lambda p: 31, "reversed_add
 
 LIMITS = {  # what a parameter accepts, by name; the functions' signatures give the defaults and the types
     "length": (1, 65536), "vocab": (3, 50000), "k": (1, 20000), "p": (0.0, 1.0), "depth": (1, 1024), "rule": (0, 255),
-    "width": (3, 4096), "pairs": (1, 64), "digits": (1, 9), "numbers": (1, 1024), "below": (2, 50000)}
+    "width": (3, 4096), "pairs": (1, 64), "digits": (1, 17), "numbers": (1, 1024), "below": (2, 50000)}
 
 
 def parameters(function):
@@ -326,6 +326,8 @@ def check_member(name, params):
         raise UserError(f"union: length={shortest} is too short: each half needs a symbol, so at least 2")
     if name == "eca" and longest <= params["width"]:
         raise UserError(f"eca: length={longest} ends in the first row: it must be more than width={params['width']}")
+    if name == "multiplication" and params["digits"] > 9:
+        raise UserError(f"multiplication: digits={params['digits']} is not accepted: products are 64-bit, so at most 9")
     if name in ("dyck", "dyck_shuffle") and longest < 2:
         raise UserError(f"{name}: length={longest} is too short: at least 2")
 
@@ -530,6 +532,7 @@ def task_writer(name, params):
 def task_source(spec, seed, split, block_size=None):
     """An algorithmic task. Validation is 4,000 examples (paper), of which training never sees one."""
     name, params, _ = parse_member(spec, TASKS)
+    check_member(name, params)
     return Generated(spec, "task", lambda rng, n: TASKS[name](rng, n, **params), TASK_VOCAB[name](params), block_size,
                      task_writer(name, params), seed, split, pad={"haystack": 0, "sorting": 0}.get(name, 12),
                      holdout=True, rows=4000 if split == "val" else None)
@@ -705,7 +708,7 @@ def read_meta(folder):
         if "itos" in meta:
             letters = [meta["itos"][i] for i in range(meta["vocab_size"])]
             sizes = np.array([len(letter.encode()) for letter in letters])
-            return meta["vocab_size"], np.uint16, lambda tokens: "".join(letters[t] for t in tokens), sizes
+            return meta["vocab_size"], np.dtype("uint16"), lambda tokens: "".join(letters[t] for t in tokens), sizes
         dtype = np.dtype(meta.get("dtype", "uint16"))
         if "tokenizer" in meta:
             try:
@@ -732,8 +735,7 @@ class Corpus:
         self.vocab_size, dtype, self.decode, self.token_bytes = read_meta(folder)
         path = folder / ("val.bin" if split == "val" else "train.bin")
         try:
-            size = path.stat().st_size // dtype.itemsize if isinstance(dtype, np.dtype) else path.stat().st_size // 2
-            self.tokens = np.memmap(path, dtype, mode="r") if size else np.zeros(0, dtype)
+            self.tokens = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {path}: {error}") from None
         self.windows = (len(self.tokens) - 1) // block_size
@@ -856,6 +858,7 @@ def math_source(seed, split, block_size, tokenizer_name):
     source = Generated("math", "text", generate, tokenizer.n_vocab, block_size,
                        lambda tokens, counted: tokenizer.decode([int(t) for t in tokens]), seed, split)
     source.token_bytes = bytes_per_token(tokenizer)
+    source.chunk_rows = max(1, 2 ** 16 // block_size)  # validation throws 15 questions in 16 away: not too many at once
     return source
 
 

@@ -6,6 +6,7 @@
 """
 import contextlib
 import math
+import re
 
 import numpy as np
 import torch
@@ -19,12 +20,13 @@ def find_device(name=None):
     """The accelerator if there is one: CUDA, then Apple's MPS, then the CPU. Raises UserError if `name` is not here."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = name.partition(":")[0]
-    if kind not in ("cuda", "mps", "cpu"):
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
         raise UserError(f"unknown device {name!r}: there are cuda, mps and cpu")
-    if kind == "cuda" and not torch.cuda.is_available() or kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name} was asked for, but torch sees no such device here; leave it out to use "
-                        f"{find_device()}")
+    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
+    kind, _, number = name.partition(":")
+    if int(number or 0) >= there[kind]:
+        raise UserError(f"--device {name} was asked for, but torch sees {there[kind]} devices of this kind here; "
+                        f"leave it out to use {find_device()}")
     return name
 
 

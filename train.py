@@ -150,8 +150,8 @@ def check(s):
         raise UserError(f"--warmup {s.warmup} is not a procedural rule: there are {', '.join(RULES)}, none and text")
     if s.warmup == "text" and kind_of(s.data) != "text":
         raise UserError(f"--warmup text needs a corpus, and --data {s.data} is a task")
-    if s.warmup_curriculum and s.warmup in ("text", "none"):
-        raise UserError("--warmup_curriculum needs a procedural warm-up")
+    if s.warmup_curriculum and (s.warmup in ("text", "none") or "eca" in str(s.warmup)):
+        raise UserError("--warmup_curriculum needs a procedural warm-up whose input can grow from length 2")
 
 
 def run_name(s):
@@ -386,6 +386,9 @@ def batches_ahead(source, first, stage, s):
             yield batches
 
 
+CURRICULUM_EVERY = 20  # steps between looks at the accuracy (ours)
+
+
 def clock(seconds):
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
@@ -402,7 +405,8 @@ def compile_trunk(model, x, y, autocast):
     try:
         model.trunk = torch.compile(model.trunk)
         with autocast():
-            model(x, y).backward()
+            loss = model(x, y)
+        loss.backward()
     except Exception as error:  # a missing compiler, an unsupported platform: torch raises many kinds
         model.__dict__.pop("trunk", None)  # the class's own method again
         if rank() == 0:
@@ -418,8 +422,9 @@ def accumulate_gradients(net, micro_batches, counted, stage, s, autocast):
         if stage.dropout:  # masks depend on the seed, the stage and the micro-batch's place in the run alone
             torch.manual_seed(int(np.random.SeedSequence((s.seed, stage.name == "train", place)).generate_state(1)[0]))
         last = i == len(micro_batches) - 1  # with DDP, gradients are synchronised once per step
-        with contextlib.nullcontext() if last or world() == 1 else net.no_sync(), autocast():
-            part = net(x.to(s.device, non_blocking=True), y.to(s.device, non_blocking=True), reduction="sum")
+        with contextlib.nullcontext() if last or world() == 1 else net.no_sync():
+            with autocast():
+                part = net(x.to(s.device, non_blocking=True), y.to(s.device, non_blocking=True), reduction="sum")
             part = part / max(counted, 1)
             (part * world()).backward()  # DDP takes the mean over the processes
         loss = loss + part.detach()
@@ -497,7 +502,7 @@ def train(s, stage, model, make, log, state=None, extra=None):
             say(f"[{label}] step {done:,}: held-out loss {result['loss']:.3f}, accuracy {result['accuracy']:.1%}")
         if entry:
             log.add(stage=stage.name, step=done, tokens=done * tokens_per_step, **entry)
-        if length and logging and measure()["accuracy"] > 0.99 and length < val.longest:  # published curriculum
+        if length and length < val.longest and done % CURRICULUM_EVERY == 0 and measure()["accuracy"] > 0.99:
             length += 2
             source, val = make("train", length), make("val", length)
             batches = batches_ahead(source, done, stage, s)
@@ -535,10 +540,10 @@ def check_fit(s, source, warmup_source, longest):
 def run(s):
     """Runs what the settings say, in s.out. Returns the content of result.json. Raises UserError and Stopped."""
     asked_block_size, s = s.block_size, resolve(s)
-    if world() > 1 and not dist.is_initialized():
+    if world() > 1 and not dist.is_initialized():  # gloo carries what the log and the signals need, past the GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if s.device.startswith("cuda") else "gloo")
     if world() > 1 and s.device.startswith("cuda"):
-        s.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(s.device)
 
     def data(split, length=None):
@@ -565,12 +570,14 @@ def run(s):
     with first_process_first():
         if finished := open_run(s):
             return finished
-    stages = [Stage("warmup", s.warmup_steps, s.warmup_batch_size, s.warmup_lr, s.warmup_lr_schedule, s.warmup_lr_ramp,
-                    0.0, s.warmup_weight_decay, s.warmup_dropout, s.eval_every or max(1, s.warmup_steps // 5),
-                    s.save_every or max(1, s.warmup_steps // 10), out / "warmup.pt"),
-              Stage("train", s.steps, s.batch_size, s.lr, s.lr_schedule, s.lr_ramp,
-                    s.min_lr, s.weight_decay, s.dropout, s.eval_every or max(1, s.steps // 5),
-                    s.save_every or max(1, s.steps // 10), out / "ckpt.pt")]
+    stages = [
+        Stage("warmup", s.warmup_steps, s.warmup_batch_size, s.warmup_lr, s.warmup_lr_schedule, s.warmup_lr_ramp,
+              min_lr=0.0, weight_decay=s.warmup_weight_decay, dropout=s.warmup_dropout, file=out / "warmup.pt",
+              eval_every=s.eval_every or max(1, s.warmup_steps // 5),
+              save_every=s.save_every or max(1, s.warmup_steps // 10)),
+        Stage("train", s.steps, s.batch_size, s.lr, s.lr_schedule, s.lr_ramp,
+              min_lr=s.min_lr, weight_decay=s.weight_decay, dropout=s.dropout, file=out / "ckpt.pt",
+              eval_every=s.eval_every or max(1, s.steps // 5), save_every=s.save_every or max(1, s.steps // 10))]
     # Where did it stop? The furthest checkpoint says.
     model, state = next((load(stage.file, s.device) for stage in reversed(stages) if stage.file.exists()), (None, {}))
     if state and not state.keys() >= {"stage", "step", "optimizer", "evaluation"}:

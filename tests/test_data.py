@@ -187,7 +187,8 @@ def decode_number(digits, least_first=False):
 
 
 @pytest.mark.parametrize("name,digits,sign", [("addition", 5, "+"), ("reversed_addition", 10, "+"), ("addition", 1, "+"),
-                                              ("multiplication", 5, "*"), ("multiplication", 9, "*")])
+                                              ("multiplication", 5, "*"), ("multiplication", 9, "*"),
+                                              ("addition", 17, "+")])
 def test_arithmetic_tasks_are_right_digit_by_digit(name, digits, sign):
     tokens, mask = TASKS[name](RNG(0), 300, digits=digits)
     assert tokens.shape[1] == (5 if sign == "*" else 3) * digits + 4
@@ -474,7 +475,7 @@ def test_list_names_everything(script):
 
 @pytest.mark.parametrize("spec", ["dyck:k=0", "eca:rule=256", "dyck:length=7", "dyck:p=2", "set:length=9-2", "dyck:length=2-8",
                                   "set:vocab=2", "set:wide=3", "set:length", "set:length=x", "dyke", "set+dyke", "haystack:pairs=65",
-                                  "addition:digits=0", "-1*set+union", "a*set", "union:length=1", "eca:width=16,length=16",
+                                  "addition:digits=0", "multiplication:digits=10", "-1*set+union", "a*set", "union:length=1", "eca:width=16,length=16",
                                   "shuffled:haystack", "no/such/file", "addition:digits=1,digits=1", "set:length=0", ""])
 def test_bad_specs_are_refused_in_one_line(spec, refused):
     refused(data, "show", spec)

@@ -272,6 +272,7 @@ def test_the_text_warm_up_spends_as_many_tokens_on_the_same_corpus_and_keeps_its
 def test_the_curriculum_grows_the_input_by_two_as_accuracy_passes_99_percent(settings, capsys, monkeypatch):
     perfect = {"loss": 0.0, "accuracy": 1.0, "exact": 1.0, "tokens": 1, "bits_per_byte": None}
     monkeypatch.setattr(script, "evaluate", lambda *args: perfect)
+    monkeypatch.setattr(script, "CURRICULUM_EVERY", 4)
     run(settings(warmup="set:length=7,vocab=12", warmup_curriculum=True, warmup_steps=20))
     assert re.findall(r"input length (\d+)", capsys.readouterr().out) == ["4", "6", "8"]
 
@@ -367,7 +368,7 @@ def test_help_lists_every_setting_with_its_meaning(script):
     dict(lr="nan"), dict(lr="fast"), dict(dtype="int8"), dict(lr_schedule="step"), dict(dropout=1), dict(device="tpu"),
     dict(seed=-1), dict(seed=2 ** 32), dict(batch_size=9, grad_accum=2), dict(warmup_batch_size=9, grad_accum=2), dict(warmup="set:length=40"),
     dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
-    dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True),
+    dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True), dict(warmup="eca", warmup_curriculum=True),
     dict(embeddings="keep")])
 def test_bad_settings_are_refused_and_nothing_is_written(bad, refused, prose, tmp_path):
     settings = {**SMALL, "data": prose, "out": tmp_path / "run", **bad}
