@@ -287,6 +287,7 @@ def parameters(function):
 
 
 def parse_value(where, key, text, default):
+    """The text behind `key=` as a number of the default's type, or a pair for a range of lengths. Raises UserError."""
     low, high = LIMITS[key]
     ranged = key == "length" and re.fullmatch(r"(\d+)-(\d+)", text)
     try:
@@ -384,6 +385,7 @@ class Generated:
         self.chunks = {}
 
     def is_held_out(self, tokens):
+        """(n, width) -> (n,) of bool: true for one sequence in 16, by a multiplicative hash of all its tokens."""
         mixed = (tokens.astype(np.uint64) * self.salt).sum(axis=1)
         return (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(60) == 0
 
@@ -416,6 +418,7 @@ class Generated:
         return self.chunks[c]
 
     def batch(self, index, size):
+        """Rows index * size and on: x, y, both int64 (size, block_size)."""
         first, stop, pieces = index * size, (index + 1) * size, []
         while first < stop:
             c, offset = divmod(first if self.rows is None else first % self.rows, self.chunk_rows)
@@ -438,6 +441,7 @@ def write_words(words, counted, separator=" "):
 
 
 def bracket(kind, k, token):
+    """One of ()[]{}<> while they last, else the number of the kind: (7 opens it, 7) closes it."""
     glyphs = "()[]{}<>"
     if k <= 4:
         return glyphs[2 * kind + (token >= k)]
@@ -514,6 +518,7 @@ def rule_source(spec, seed, split, block_size=None, longest=None):
 
 
 def task_writer(name, params):
+    """How to print a row of a task: digits and signs, or k4: 17 for a key and its value and ?k4 for the question."""
     def write(tokens, counted):
         if name == "haystack":
             pairs = params["pairs"]
@@ -573,6 +578,7 @@ def bytes_per_token(tokenizer):
 
 
 def python_files(root):
+    """The .py files below a folder in a fixed order, without tests and installed packages."""
     skip = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "lib2to3"}
     return sorted(f for f in Path(root).rglob("*.py") if not skip & set(f.relative_to(root).parts))
 
@@ -622,7 +628,7 @@ def json_lines(raw, path):
 
 
 def corpus_files(spec):
-    """The files that a corpus is made from, and a function (bytes, path) -> its documents."""
+    """The files that a corpus is made from, and a function (bytes, path) -> the documents in one. Raises UserError."""
     if spec == "code":
         return python_files(sysconfig.get_paths()["stdlib"]), lambda raw, path: [raw.decode("utf-8", "ignore")]
     if spec == "docs":
@@ -754,6 +760,7 @@ class Corpus:
         return self.epochs[e]
 
     def batch(self, index, size):
+        """Rows index * size and on: x, y, both int64 (size, block_size). Raises UserError on an impossible token."""
         rows = np.arange(index * size, (index + 1) * size)
         if self.split == "warmup":
             rows = self.windows - 1 - rows % self.windows
@@ -785,6 +792,7 @@ def polynomial(coefficients):
 
 
 def in_base(n, base):
+    """A number above 0 in digits of a base up to 16."""
     digits = ""
     while n:
         n, digit = divmod(n, base)

@@ -184,7 +184,7 @@ def resolve(s):
         default = dict(size="gpt2", batch_size=32, block_size=1024, steps=2000, lr=5e-4, lr_ramp=100, warmup_steps=500,
                        warmup_batch_size=32, warmup_lr=5e-4)
     else:  # text on two CPU cores, in less than five minutes (ours)
-        default = dict(size="tiny", batch_size=16, block_size=128, steps=1000, lr=2e-3, lr_ramp=50, warmup_steps=400,
+        default = dict(size="tiny", batch_size=16, block_size=128, steps=800, lr=2e-3, lr_ramp=40, warmup_steps=300,
                        warmup_batch_size=16, warmup_lr=2e-3)
     if task:
         default |= dict(steps=10000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3, tied=False, embeddings="mean",
