@@ -39,6 +39,8 @@ def curves(folders, picture):
     print(f"{'run':32} {'warm-up':24} {'seed':>4} {'tokens':>14} {'held-out loss':>13} {'accuracy':>9}")
     for i, (folder, settings, points) in enumerate(runs):
         last, warmup = points[-1], settings["init"] or settings["warmup"]
+        if warmup != "none" and settings["transfer"] != "full":
+            warmup += f" ({settings['transfer']})"
         print(f"{str(folder):32} {warmup:24} {settings['seed']:4} {last['tokens']:14,} {last['val_loss']:13.4f} "
               f"{last['val_accuracy']:9.2%}")
         later = [p for p in points if p["step"]]  # the untrained model's loss would flatten the picture

@@ -6,7 +6,7 @@ import analyze as script
 
 def made_up_run(folder, warmup="dyck", data="code", losses=(5.0, 3.0, 2.5)):
     folder.mkdir()
-    settings = {"data": data, "warmup": warmup, "init": None, "seed": 0}
+    settings = {"data": data, "warmup": warmup, "init": None, "seed": 0, "transfer": "attn"}
     (folder / "config.json").write_text(json.dumps({"settings": settings}))
     lines = [{"stage": "warmup", "step": 1, "tokens": 10, "loss": 9.0, "val_loss": 9.0, "val_accuracy": 0.0}]
     lines += [{"stage": "train", "step": i, "tokens": 100 * i, "val_loss": loss, "val_accuracy": 0.5} for i, loss in enumerate(losses)]
@@ -19,7 +19,7 @@ def test_curves_prints_a_table_and_draws_a_picture(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("sys.argv", ["analyze.py", "curves", *map(str, runs), "--picture", str(tmp_path / "c.png")])
     script.main()
     printed = capsys.readouterr().out
-    assert "2.5000" in printed and "3.2500" in printed and "9.0" not in printed
+    assert "dyck (attn)" in printed and "2.5000" in printed and "3.2500" in printed and "9.0" not in printed
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
