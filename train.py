@@ -299,10 +299,14 @@ def describe_environment():
             "device_name": device, "processes": world(), "commit": commit or None}
 
 
+RUN_FILES = ("config.json", "log.jsonl", "warmup.pt", "ckpt.pt", "result.json")
+
+
 def open_run(s):
     """Makes the run's folder or checks that it holds this very run. Returns its result if it is finished."""
     out = Path(s.out)
     settings = {key: value for key, value in dataclasses.asdict(s).items() if key not in ("out", "resume")}
+    scratch = [p for name in RUN_FILES for p in out.glob(f".{name}.*")]  # what a kill left of a file being written
     if (out / "config.json").exists():
         there = read_json(out / "config.json", "settings")["settings"]
         differs = [key for key in settings if key not in OPERATIONAL and there.get(key) != settings[key]]
@@ -313,7 +317,7 @@ def open_run(s):
             return read_json(out / "result.json", "settings", "tokens", "val_loss")
         if not s.resume and rank() == 0:
             raise UserError(f"{out} holds this run, unfinished: add --resume to go on with it, or choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or set(out.iterdir()) - set(scratch)):
         raise UserError(f"{out} is there and is not a run: choose another --out")
     else:
         try:
@@ -321,6 +325,9 @@ def open_run(s):
         except OSError as error:
             raise UserError(f"cannot make {out}: {error.strerror}") from None
         write_json(out / "config.json", {"settings": settings, "environment": describe_environment()})
+    if rank() == 0:
+        for path in scratch:
+            path.unlink(missing_ok=True)
     return None
 
 
