@@ -2,6 +2,7 @@
 
     python data.py list                           every rule, task and corpus, with its parameters
     python data.py show dyck:k=3,length=32        sequences as a person would write them
+    python data.py prepare c4 --tokens 700M       a published corpus, fetched and tokenised once
 
 Everything is a Source and answers `batch(index, size) -> x, y`: two int64 arrays of shape (size, block_size), where
 `y[b, t]` is the token that should follow `x[b, :t+1]`, or -1 where the loss does not count. Row r of a source is a
@@ -10,17 +11,32 @@ and any number of processes can share one global batch.
 """
 import argparse
 import ast
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import gzip
 import hashlib
+import http.client
 import importlib.util
 import inspect
+import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import sysconfig
+import tarfile
 import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -645,7 +661,7 @@ def cache_folder():
     return Path(os.environ.get("NANOWARM_CACHE") or Path.home() / ".cache" / "nanowarm")
 
 
-def prepare(spec, tokenizer_name):
+def tokenise_files(spec, tokenizer_name):
     """Tokenises a corpus once, to a folder keyed by its content and the tokenizer; returns the folder.
 
     Documents are shuffled (always the same way), repeats dropped, and the last tenth held out for validation; a corpus
@@ -695,6 +711,425 @@ def prepare(spec, tokenizer_name):
     return folder
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Published corpora: `python data.py prepare NAME` fetches, checks and tokenises them, once, into the cache folder
+
+CHARACTERS = {**{chr(32 + i): i for i in range(95)}, "<problem>": 95, "<answer>": 96}  # the alphabet of DeepMind-Math
+PUBLISHED = {  # `files` are below `url`; `tokens` is what is prepared if nothing is said (the published runs and a bit)
+    "c4": dict(
+        what="English text from the web (C4)", tokenizer="gpt2", tokens=700_000_000,
+        url="https://huggingface.co/datasets/allenai/c4/resolve/main",
+        train=[f"en/c4-train.{i:05}-of-01024.json.gz" for i in range(1024)],
+        val=[f"en/c4-validation.{i:05}-of-00008.json.gz" for i in range(8)]),
+    "codeparrot": dict(
+        what="Python from GitHub (CodeParrot, cleaned)", tokenizer="gpt2", tokens=1_000_000_000,
+        url="https://huggingface.co/datasets/codeparrot",
+        train=[f"codeparrot-clean-train/resolve/main/file-{i:012}.json.gz" for i in range(1, 54)],
+        val=["codeparrot-clean-valid/resolve/main/file-000000000054.json.gz"]),
+    "wikitext103": dict(
+        what="Wikipedia's good articles (WikiText-103, raw)", tokenizer="gpt2", tokens=10 ** 15,  # all: 0.12 billion
+        url="https://wikitext.smerity.com", train=["wikitext-103-raw-v1.zip"], val=["wikitext-103-raw-v1.zip"]),
+    "deepmind_math": dict(
+        what="school mathematics, question and answer (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
+        url="https://storage.googleapis.com/mathematics-dataset",
+        train=["mathematics_dataset-v1.0.tar.gz"], val=["mathematics_dataset-v1.0.tar.gz"])}
+RETRY_AFTER = (0.5, 1, 2, 5, 10)  # seconds; a fetch that got no further this many times is given up
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError, zipfile.BadZipFile)  # what a broken file raises
+
+
+def parse_count(text):
+    """"700M" -> 700_000_000; K, M, B, T for thousands, millions, billions, trillions."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([KMBT]?)", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 700M, 1.6B or 655360000")
+    return round(float(match[1]) * 1000 ** " KMBT".index(match[2].upper() or " "))
+
+
+class Progress:
+    """Says every two seconds how far the preparation of a split is."""
+
+    def __init__(self, label, wanted, tokens, files):
+        self.label, self.wanted, self.tokens, self.files, self.text = label, wanted, tokens, files, 0
+        self.first, self.first_fetched, self.began, self.said = tokens, files.fetched, time.time(), time.time()
+
+    def say(self):
+        now = time.time()
+        if now - self.said < 2:
+            return
+        seconds, rate, self.said = now - self.began, (self.tokens - self.first) / (now - self.began), now
+        fetched = (self.files.fetched - self.first_fetched) / 1e6
+        aim = f" of {self.wanted / 1e6:,.1f}" if self.wanted < 10 ** 15 else ""
+        left = f", {(self.wanted - self.tokens) / rate / 60:.1f} min left" if rate and aim else ""
+        print(f"[{self.label}] {self.tokens / 1e6:,.1f}{aim} M tokens, {rate / 1e6:.2f} M/s{left} | text "
+              f"{self.text / seconds / 1e6:.1f} MB/s | fetched {fetched:,.1f} MB, {fetched / seconds:.1f} MB/s", flush=True)
+
+    def wait(self, future):
+        """The result of work that goes on in a thread."""
+        while not future.done():
+            self.say()
+            concurrent.futures.wait([future], 0.2)
+        return future.result()
+
+
+class Files:
+    """The published files of a corpus: the user's own, or fetched into a folder. Each is read through before use."""
+
+    def __init__(self, corpus, source, folder):
+        self.url, self.source, self.folder = corpus["url"], source, folder
+        self.fetched, self.checked, self.stop = 0, {}, threading.Event()  # stop: what is on the way is not needed
+
+    def places(self, file):
+        """Where a file may be: at its own address, or at a mirror or in a folder that is laid out like the whole host,
+        like the repository, or flat."""
+        if self.source is None:
+            return [f"{self.url}/{file}"]
+        host = f"{self.url}/{file}".split("/", 3)[3]
+        layouts = [file.split("/resolve/main/")[-1], file.replace("/resolve/main", ""), file, host, file.split("/")[-1]]
+        return [f"{self.source.rstrip('/')}/{layout}" for layout in dict.fromkeys(layouts)]
+
+    def get(self, file):
+        """The path of a whole copy of one file. Raises UserError."""
+        if file not in self.checked:
+            local = self.source is not None and "://" not in self.source
+            self.checked[file] = self.find(file) if local else self.fetch_whole(file)
+        return self.checked[file]
+
+    def find(self, file):
+        paths = [path for path in map(Path, self.places(file)) if path.is_file()]
+        if not paths:
+            raise UserError(f"{file.split('/')[-1]} is not in {self.source}")
+        try:
+            read_through(paths[0])
+        except DAMAGED as error:
+            raise UserError(f"{paths[0]} is damaged ({error}): put a whole copy in its place") from None
+        return paths[0]
+
+    def fetch_whole(self, file):
+        path = self.folder / file.replace("/", "_")
+        for _ in range(3):
+            if not path.exists():
+                self.fetch(self.places(file), path)
+            if self.stop.is_set():
+                return None
+            try:
+                read_through(path)
+                return path
+            except DAMAGED as error:
+                print(f"{file.split('/')[-1]} is damaged ({error}): fetching it again", flush=True)
+                path.unlink()
+        raise UserError(f"{file.split('/')[-1]} came damaged three times: --source can name a mirror or a folder")
+
+    def fetch(self, urls, path):
+        """Downloads from the first of some addresses that has the file. A connection that was cut or stalled goes on
+        from where it broke, in this session or a later one. Raises UserError; gives up quietly once `stop` is set."""
+        part, failures = path.with_name(path.name + ".part"), 0
+        part.parent.mkdir(parents=True, exist_ok=True)
+        while not self.stop.is_set():
+            have, size, reason = part.stat().st_size if part.exists() else 0, None, "the connection was cut"
+            try:
+                request = urllib.request.Request(urls[0], headers={"Range": f"bytes={have}-"} if have else {})
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    resumed = answer.status == 206  # 200: the server knows no ranges and sends it from the start
+                    if length := answer.headers.get("Content-Length"):
+                        size = int(length) + have * resumed
+                    with open(part, "ab" if resumed else "wb") as file:
+                        while not self.stop.is_set() and (block := answer.read(1 << 18)):
+                            file.write(block)
+                            self.fetched += len(block)
+                if part.stat().st_size == size or size is None and not self.stop.is_set():
+                    part.replace(path)
+                    return
+            except urllib.error.HTTPError as error:
+                if error.code == 416 and error.headers.get("Content-Range", "").endswith(f"/{have}"):
+                    part.replace(path)  # it was whole already
+                    return
+                if error.code == 416:
+                    part.unlink()  # longer than the file: not the same file
+                elif error.code == 404 and len(urls) > 1:
+                    urls = urls[1:]
+                    continue
+                elif error.code not in (408, 425, 429) and error.code < 500:
+                    raise UserError(f"cannot fetch {urls[0]}: HTTP {error.code} {error.reason}; --source can name a "
+                                    "mirror or a folder with the same files") from None
+                reason = f"HTTP {error.code} {error.reason}"
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+                reason = getattr(error, "reason", None) or error
+            except ValueError:
+                raise UserError(f"--source {self.source} is neither an address nor a folder") from None
+            failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
+            if failures > len(RETRY_AFTER):
+                raise UserError(f"cannot fetch {urls[0]}: {reason}; what has come so far is kept, the same command goes "
+                                "on from there, and --source can name a mirror or a folder") from None
+            self.stop.wait(RETRY_AFTER[failures - 1] if failures else 0)
+
+    def done_with(self, file):
+        """Frees the disk of a fetched file."""
+        path = self.checked.pop(file, None)
+        if path and path.parent == self.folder:
+            path.unlink(missing_ok=True)
+
+
+def read_through(path):
+    """Reads a compressed file to its end, and so checks it. Raises one of DAMAGED."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile(f"{archive.testzip()} in it is damaged")
+    else:
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
+
+
+def records(path, split):
+    """The documents of a published file, not parsed yet: lines of JSON, or WikiText's articles."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as lines:
+            yield from lines
+        return
+    with zipfile.ZipFile(path) as archive:
+        ending = {"train": "wiki.train.raw", "val": "wiki.valid.raw"}[split]
+        names = [name for name in archive.namelist() if name.endswith(ending)]
+        if not names:
+            raise UserError(f"{path} holds no {ending}")
+        with archive.open(names[0]) as lines:
+            article = []
+            for line in lines:
+                if re.fullmatch(rb" = [^=].* = \s*", line) and any(map(bytes.strip, article)):  # the next title
+                    yield b"".join(article)
+                    article = []
+                article.append(line)
+            if article:
+                yield b"".join(article)
+
+
+def in_chunks(items, size=1 << 19):
+    """Lists of records, each list of about `size` bytes: what one worker tokenises at a time."""
+    chunk, n = [], 0
+    for item in items:
+        chunk.append(item)
+        n += len(item)
+        if n >= size:
+            yield chunk
+            chunk, n = [], 0
+    if chunk:
+        yield chunk
+
+
+def start_worker(tokenizer):
+    """In a new worker: Ctrl-C is the main process's business, and when that is gone the worker goes too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    start_worker.tokenizer = tokenizer
+
+
+def tokenise_chunk(chunk, is_json):
+    """In a worker: a list of records -> their tokens, each document ended by <|endoftext|>, and the characters."""
+    tokenizer, tokens, size = start_worker.tokenizer, [], 0
+    for record in chunk:
+        if is_json:
+            document = json.loads(record)
+            text = document["text"] if "text" in document else document["content"]
+        else:
+            text = record.decode("utf-8")
+        size += len(text)
+        tokens += tokenizer.encode_ordinary(text)
+        tokens.append(tokenizer.eot_token)
+    return np.array(tokens, np.uint32), size
+
+
+def text_pieces(files, names, split, tokenizer, workers, place, progress):
+    """Yields (tokens, the place behind them, None) of a text corpus from a place [file, chunk] on.
+
+    Chunks are tokenised in processes and come back in order, at most three per worker on the way, so memory is flat;
+    the next file is fetched meanwhile if it will be needed (a compressed byte makes about half a token)."""
+    fetcher, ahead = concurrent.futures.ThreadPoolExecutor(1), None
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker,
+                                                  (tokenizer,))
+    try:
+        for number in range(place[0], len(names)):
+            path = progress.wait(ahead or fetcher.submit(files.get, names[number]))
+            needed = number + 1 < len(names) and progress.wanted - progress.tokens > path.stat().st_size / 2
+            ahead = fetcher.submit(files.get, names[number + 1]) if needed else None
+            done = place[1] if number == place[0] else 0
+            chunks, pending = itertools.islice(in_chunks(records(path, split)), done, None), collections.deque()
+            while True:
+                for chunk in itertools.islice(chunks, 3 * workers - len(pending)):
+                    pending.append(pool.submit(tokenise_chunk, chunk, path.suffix == ".gz"))
+                if not pending:
+                    break
+                try:
+                    tokens, size = progress.wait(pending.popleft())
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(f"{path.name} has a line that is not a document ({error!r}): try another --source"
+                                    ) from None
+                done, progress.text = done + 1, progress.text + size
+                yield tokens, [number, done], None
+            yield np.zeros(0, np.uint32), [number + 1, 0], None  # nothing more from this file: the place is saved now
+            files.done_with(names[number])
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError("a tokenising process was killed (out of memory?): what is done is kept; the same command goes "
+                        "on, perhaps with fewer --workers") from None
+    finally:
+        files.stop.set()
+        pool.shutdown(cancel_futures=True)
+        fetcher.shutdown()
+        files.stop.clear()
+
+
+def problem_files(archive, split):
+    """The text files of the archive of DeepMind-Math that belong to a split, in their order there."""
+    folders = {"train": ("train-easy", "train-medium", "train-hard"), "val": ("interpolate", "extrapolate")}[split]
+    return (member for member in archive if member.isfile() and Path(member.name).parent.name in folders)
+
+
+def problem_pieces(files, names, split, place, progress):
+    """Yields (tokens, place, "folder/module") of DeepMind-Math: from each of its files the same share of the tokens
+    wanted, whole problems only, so that every module and level counts alike, as published.
+
+    The stream is <problem> question <answer> answer <problem> question ...: the next <problem> also ends an answer."""
+    with concurrent.futures.ThreadPoolExecutor(1) as fetcher:
+        path = progress.wait(fetcher.submit(files.get, names[0]))
+    with tarfile.open(path, "r|gz") as archive:
+        share = progress.wanted // max(1, sum(1 for _ in problem_files(archive, split)))
+    with tarfile.open(path, "r|gz") as archive:
+        for number, member in enumerate(problem_files(archive, split)):
+            if number < place[1]:
+                continue
+            label = f"{Path(member.name).parent.name}/{Path(member.name).stem}"
+            raw = np.frombuffer(archive.extractfile(member).read(share), np.uint8)
+            ends = np.flatnonzero(raw == ord("\n"))
+            ends = ends[:len(ends) // 2 * 2]  # of whole problems: question, answer, question, answer ...
+            tokens = raw[:ends[-1] + 1 if len(ends) else 0].astype(np.int64) - 32
+            tokens[ends[0::2]], tokens[ends[1::2]] = CHARACTERS["<answer>"], CHARACTERS["<problem>"]
+            if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(CHARACTERS):
+                raise UserError(f"{label} in {path.name} is not plain ASCII text: try another --source")
+            if number == 0:
+                tokens = np.concatenate([[CHARACTERS["<problem>"]], tokens])
+            progress.text += len(tokens)
+            yield tokens, [0, number + 1], label
+
+
+def write_split(folder, split, wanted, pieces, dtype, files, growing):
+    """Writes pieces of tokens to SPLIT.bin until there are `wanted`; returns the state at the end.
+
+    SPLIT.json holds the state: the place behind the last whole piece, and the tokens up to there. It is replaced about
+    once a second, after the tokens have reached the disk, so a kill at any moment costs a second's work and leaves no
+    trace in the result. With `growing`, asking for more later goes on from there too."""
+    final, part, journal = folder / f"{split}.bin", folder / f"{split}.bin.part", folder / f"{split}.json"
+    there = json.loads(journal.read_text()) if journal.exists() else {"wanted": None, "total": None, "tokens": 0}
+    if final.exists():
+        if there["total"] is not None and there["wanted"] == wanted:
+            return there
+        final.replace(part)
+    part.touch()
+    whole = part.stat().st_size >= there["tokens"] * dtype.itemsize
+    if there["tokens"] and whole and (growing or there["wanted"] == wanted):
+        wanted = max(wanted, there["tokens"])
+        state = {**there, "wanted": wanted, "total": None}
+    else:
+        journal.unlink(missing_ok=True)  # before anything is written over
+        state = {"wanted": wanted, "place": [0, 0], "tokens": 0, "parts": [], "total": None}
+    with open(part, "r+b") as file:
+        def save():
+            file.flush()
+            os.fsync(file.fileno())
+            journal.with_suffix(".tmp").write_text(json.dumps(state))
+            journal.with_suffix(".tmp").replace(journal)
+
+        file.seek(state["tokens"] * dtype.itemsize)
+        total, saved, progress = state["tokens"], time.time(), Progress(split, wanted, state["tokens"], files)
+        try:
+            with contextlib.closing(pieces(state["place"], progress)) as stream:
+                while total < wanted and (piece := next(stream, None)):
+                    tokens, place, label = piece
+                    file.write(tokens.astype(dtype).tobytes())
+                    total = state["tokens"] + len(tokens)
+                    if total > wanted:  # cut here; the state stays at the end of the piece before
+                        total = wanted
+                        break
+                    if label:  # where the first question of this part starts
+                        state["parts"].append([label, max(1, state["tokens"])])
+                    state["place"], state["tokens"], progress.tokens = place, total, total
+                    if not len(tokens) or time.time() - saved > 1:
+                        save()
+                        saved = time.time()
+                    progress.say()
+        except UserError as error:
+            save()
+            raise UserError(f"{error} ({state['tokens']:,} tokens of {split} are done and kept)") from None
+        file.truncate(total * dtype.itemsize)
+        part.replace(final)
+        state["total"] = total
+        save()
+    return state
+
+
+@contextlib.contextmanager
+def only_one(folder):
+    """Two preparations of one folder at a time would spoil it. The lock goes with the process, however that ends."""
+    with open(folder / "lock", "w") as file:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process is preparing {folder}: wait for it, or stop it") from None
+        yield
+
+
+def prepared_folder(name, tokenizer):
+    return cache_folder() / f"{name}-{tokenizer}"
+
+
+def prepare(name, tokens=None, val_tokens=10_000_000, workers=1, source=None, tokenizer_name=None):
+    """Fetches, checks and tokenises a published corpus into the cache, in nanoGPT's format; returns the folder.
+
+    `tokens` and `val_tokens`: how many to take, from the beginning of the published files of each split. `source`: a
+    mirror's address or a folder with the same files. It may be killed and started again at any moment, and asked for
+    more later: the files come out the same, byte for byte, whatever the number of workers. Raises UserError."""
+    corpus = PUBLISHED[name]
+    tokens, tokenizer_name = tokens or corpus["tokens"], tokenizer_name or corpus["tokenizer"]
+    by_character = corpus["tokenizer"] == "characters"
+    if (tokenizer_name == "characters") != by_character:
+        raise UserError(f"--tokenizer {tokenizer_name} does not go with {name}: leave it out for {corpus['tokenizer']}")
+    meta = {"source": name, "dtype": "uint16", "vocab_size": len(CHARACTERS), "itos": list(CHARACTERS)}
+    tokenizer = None if by_character else load_tokenizer(tokenizer_name)
+    if tokenizer:
+        meta = {"source": name, "dtype": "uint16" if tokenizer.n_vocab <= 2 ** 16 else "uint32",
+                "vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer_name}
+    folder = prepared_folder(name, tokenizer_name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_one(folder):
+            finished = folder / "meta.json"
+            if finished.exists():
+                there = json.loads(finished.read_text())
+                if there["wanted"]["train"] >= tokens and there["wanted"]["val"] >= val_tokens:
+                    return folder
+                tokens, val_tokens = max(tokens, there["wanted"]["train"]), max(val_tokens, there["wanted"]["val"])
+                finished.unlink()
+            files, states = Files(corpus, source, folder / "downloads"), {}
+            for split, wanted in (("val", val_tokens), ("train", tokens)):
+                pieces = (functools.partial(problem_pieces, files, corpus[split], split) if by_character else
+                          functools.partial(text_pieces, files, corpus[split], split, tokenizer, workers))
+                states[split] = write_split(folder, split, wanted, pieces, np.dtype(meta["dtype"]), files,
+                                            growing=not by_character)
+            shutil.rmtree(folder / "downloads", ignore_errors=True)
+            meta |= {key: {split: state[name] for split, state in states.items()}
+                     for key, name in (("wanted", "wanted"), ("tokens", "total"), ("parts", "parts"))}
+            finished.with_suffix(".tmp").write_text(json.dumps(meta))
+            finished.with_suffix(".tmp").replace(finished)
+    except (OSError, *DAMAGED) as error:
+        raise UserError(f"cannot prepare {name} in {folder}: {error}; what is done is kept, the same command goes on "
+                        "from there; NANOWARM_CACHE can move the folder") from None
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading tokenised text
+
+
 class PlainUnpickler(pickle.Unpickler):
     """nanoGPT's meta.pkl holds plain containers, so any class or function in one is refused."""
 
@@ -738,7 +1173,7 @@ class Corpus:
 
     def __init__(self, name, folder, block_size, seed, split):
         self.name, self.block_size, self.seed, self.split = name, block_size, seed, split
-        self.vocab_size, dtype, self.decode, self.token_bytes = read_meta(folder)
+        self.vocab_size, dtype, self.write, self.token_bytes = read_meta(folder)
         path = folder / ("val.bin" if split == "val" else "train.bin")
         try:
             self.tokens = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
@@ -759,8 +1194,19 @@ class Corpus:
             self.epochs = {e: rng.permutation(self.windows) * self.block_size + rng.integers(0, slack + 1)}
         return self.epochs[e]
 
-    def batch(self, index, size):
-        """Rows index * size and on: x, y, both int64 (size, block_size). Raises UserError on an impossible token."""
+    def decode(self, tokens, counted=None):
+        """A row as text."""
+        return self.write(tokens)
+
+    def cut(self, starts, width):
+        """(n,) places -> int64 (n, width): the tokens from there on. Raises UserError on an impossible token."""
+        tokens = self.tokens[np.minimum(starts[:, None] + np.arange(width), len(self.tokens) - 1)].astype(np.int64)
+        if tokens.max() >= self.vocab_size:
+            raise UserError(f"{self.name} holds the token {tokens.max()}, but its vocabulary has {self.vocab_size}")
+        return tokens
+
+    def starts(self, index, size):
+        """Where the windows of rows index * size and on begin: int64 (size,)."""
         rows = np.arange(index * size, (index + 1) * size)
         if self.split == "warmup":
             rows = self.windows - 1 - rows % self.windows
@@ -770,10 +1216,52 @@ class Corpus:
         starts = np.empty_like(rows)
         for e in np.unique(epochs):
             starts[epochs == e] = self.epoch(e)[windows[epochs == e]]
-        both = self.tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
-        if both.max() >= self.vocab_size:
-            raise UserError(f"{self.name} holds the token {both.max()}, but its vocabulary has {self.vocab_size}")
+        return starts
+
+    def batch(self, index, size):
+        """Rows index * size and on: x, y, both int64 (size, block_size)."""
+        both = self.cut(self.starts(index, size), self.block_size + 1)
         return both[:, :-1], both[:, 1:]
+
+
+class Problems(Corpus):
+    """DeepMind-Math: rows of problem after problem, of which the loss counts the answers and the token that ends each.
+
+    A row starts with the first problem that starts in its window, so it ends a little beyond it."""
+
+    kind = "problems"
+
+    def __init__(self, name, folder, block_size, seed, split):
+        super().__init__(name, folder, block_size, seed, split)
+        self.token_bytes, self.parts = None, json.loads((folder / "meta.json").read_text())["parts"]["val"]
+
+    def batch(self, index, size):
+        """Rows index * size and on: x, y, both int64 (size, block_size)."""
+        starts = self.starts(index, size)
+        ahead = self.cut(starts, 256) == CHARACTERS["<problem>"]  # a problem has at most 192 characters (published)
+        both = self.cut(starts + ahead.argmax(axis=1), self.block_size + 1)
+        # The loss mask: a token counts if the last of the two marks before it was <answer>.
+        marks = np.where(both >= CHARACTERS["<problem>"], np.arange(both.shape[1]), 0)
+        last_mark = np.take_along_axis(both, np.maximum.accumulate(marks, axis=1), axis=1)
+        return both[:, :-1], np.where(last_mark[:, :-1] == CHARACTERS["<answer>"], both[:, 1:], -1)
+
+    def decode(self, tokens, counted=None):
+        """Problems as a person would write them; with `counted`, what the loss counts stands between « and »."""
+        return write_words([self.write([t]) for t in tokens], counted, "").replace("<problem>", "\n").replace(
+            "<answer>", " = ")
+
+    def problems(self, n):
+        """The first n problems of each part of the validation split -> {"interpolate/numbers__gcd": [(question,
+        answer), ...]}: int64 tokens, <problem> to <answer>, and the answer with the <problem> that ends it."""
+        result, ends = {}, [start for _, start in self.parts[1:]] + [len(self.tokens)]
+        for (part, start), end in zip(self.parts, ends):
+            tokens = self.tokens[start - 1:min(end, start + 256 * n)].astype(np.int64)
+            edges = np.flatnonzero(tokens == CHARACTERS["<problem>"])[:n + 1]
+            result[part] = []
+            for a, b in zip(edges, edges[1:]):
+                middle = a + int(np.argmax(tokens[a:b] == CHARACTERS["<answer>"])) + 1
+                result[part].append((tokens[a:middle], tokens[middle:b + 1]))
+        return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -875,7 +1363,8 @@ def math_source(seed, split, block_size, tokenizer_name):
 
 CORPORA = {"code": "the Python source of the standard library of this interpreter",
            "docs": "English: the docstrings of the standard library, torch, numpy, tiktoken and matplotlib",
-           "math": "school mathematics as question and answer in words, made on the fly"}
+           "math": "school mathematics as question and answer in words, made on the fly",
+           **{name: corpus["what"] + f": python data.py prepare {name}" for name, corpus in PUBLISHED.items()}}
 
 
 def kind_of(spec):
@@ -892,22 +1381,34 @@ def kind_of(spec):
     raise UserError(f"unknown data {spec!r}: neither a path nor one of {', '.join([*RULES, *TASKS, *CORPORA])}")
 
 
-def make_source(spec, split="train", seed=0, block_size=None, tokenizer="bytes", longest=None):
+def default_tokenizer(spec):
+    """The tokenizer of a corpus if none is named."""
+    return PUBLISHED[spec]["tokenizer"] if spec in PUBLISHED else "bytes"
+
+
+def make_source(spec, split="train", seed=0, block_size=None, tokenizer=None, longest=None):
     """The Source that a spec names.
 
-    spec: a rule or mixture ("dyck:k=16"), a task ("haystack"), a corpus ("code", "docs", "math") or a path.
+    spec: a rule or mixture ("dyck:k=16"), a task ("haystack"), a corpus ("code", "c4") or a path.
     split: "train", "val", or "warmup" (text only: other windows of the training part). block_size: tokens per row;
     None: as long as the sequences (rules and tasks) or 256 (text). Raises UserError."""
-    kind = kind_of(spec)
+    kind, tokenizer = kind_of(spec), tokenizer or default_tokenizer(spec)
     if kind == "rule":
         return rule_source(spec, seed, split, block_size, longest)
     if kind == "task":
         return task_source(spec, seed, split, block_size)
     if spec == "math":
         return math_source(seed, split, block_size or 256, tokenizer)
+    if spec in PUBLISHED:
+        folder = prepared_folder(spec, tokenizer)
+        if not (folder / "meta.json").exists():
+            other = f" --tokenizer {tokenizer}" if tokenizer != default_tokenizer(spec) else ""
+            raise UserError(f"{spec} is not prepared on this machine: python data.py prepare {spec}{other}")
+        kind = Problems if tokenizer == "characters" else Corpus
+        return kind(spec, folder, block_size or 256, seed, split)
     folder = Path(spec)
     if not (folder / "train.bin").exists() or not (folder / "val.bin").exists():
-        folder = prepare(spec, tokenizer)
+        folder = tokenise_files(spec, tokenizer)
     return Corpus(spec, folder, block_size or 256, seed, split)
 
 
@@ -946,10 +1447,31 @@ def main():
     shower.add_argument("-n", type=int, default=3, help="how many (default 3)")
     shower.add_argument("--seed", type=int, default=0)
     shower.add_argument("--split", choices=("train", "val"), default="train")
-    shower.add_argument("--tokenizer", default="bytes")
+    shower.add_argument("--tokenizer", help="of a corpus (default: bytes, or what was published)")
+    preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
+    preparer.add_argument("name", choices=PUBLISHED)
+    preparer.add_argument("--tokens", type=parse_count, metavar="N", help="training tokens, such as 700M; default: what "
+                          "the published run reads (" + ", ".join(
+                              f"{name} {'all' if c['tokens'] >= 10 ** 15 else format(c['tokens'] // 10 ** 6, ',') + 'M'}"
+                              for name, c in PUBLISHED.items()) + ")")
+    preparer.add_argument("--val_tokens", type=parse_count, metavar="N", default=10_000_000,
+                          help="validation tokens (default 10M)")
+    preparer.add_argument("--workers", type=int, default=os.cpu_count(), help="tokenising processes (default: all cores)")
+    preparer.add_argument("--source", metavar="URL|FOLDER", help="take the same files from a mirror or a disk")
+    preparer.add_argument("--tokenizer", help="bytes, or an encoding that tiktoken knows (default: as published)")
     args = parser.parse_args()
     if args.command == "list":
         return list_everything()
+    if args.command == "prepare":
+        if min(args.workers, args.val_tokens, 1 if args.tokens is None else args.tokens) < 1:
+            raise UserError("--workers, --tokens and --val_tokens must be at least 1")
+        folder = prepare(args.name, args.tokens, args.val_tokens, args.workers, args.source, args.tokenizer)
+        tokens = json.loads((folder / "meta.json").read_text())["tokens"]
+        print(f"{args.name}: {tokens['train']:,} training and {tokens['val']:,} validation tokens in {folder}")
+        if args.tokens and tokens["train"] < args.tokens * 0.9:
+            print(f"that is less than --tokens {args.tokens:,}: the published files hold no more")
+        print(f"next: python train.py --data {args.name}")
+        return
     if not 1 <= args.n <= 10000 or args.seed < 0:
         raise UserError("-n goes from 1 to 10000, --seed from 0")
     show(args.spec, args.n, args.seed, args.split, args.tokenizer)

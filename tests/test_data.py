@@ -1,9 +1,16 @@
 """Rules and tasks against slow oracles, masks token by token, purity of batches, corpora, specs that are refused."""
 import collections
+import gzip
+import itertools
 import json
 import math
+import os
 import pickle
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,11 +353,11 @@ def test_the_cache_is_keyed_by_content_and_tokenised_once(tmp_path, monkeypatch,
     monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "cache"))
     text = tmp_path / "a.txt"
     text.write_text("hello world " * 200)
-    one = data.prepare(str(text), "bytes")
+    one = data.tokenise_files(str(text), "bytes")
     assert "tokenising" in capsys.readouterr().out
-    assert data.prepare(str(text), "bytes") == one and not capsys.readouterr().out
+    assert data.tokenise_files(str(text), "bytes") == one and not capsys.readouterr().out
     text.write_text("hello there " * 200)
-    assert data.prepare(str(text), "bytes") != one
+    assert data.tokenise_files(str(text), "bytes") != one
     assert [p for p in (tmp_path / "cache").iterdir() if p.name.startswith("tmp-")] == []
 
 
@@ -518,3 +525,197 @@ def test_an_unwritable_cache_is_named(tmp_path, monkeypatch, refused):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "file" / "cache"))
     assert "NANOWARM_CACHE" in refused(data, "show", tmp_path / "a.txt")
+
+
+# Published corpora ----------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    """Every file of a prepared corpus, as bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "RETRY_AFTER", (0.01,) * 5)
+    return tmp_path / "cache"
+
+
+def prepare(name, **changes):
+    return data.prepare(name, **{"tokenizer_name": None if name == "deepmind_math" else "bytes", "val_tokens": 20_000,
+                                 "tokens": 3_000_000 if name == "c4" else 60_000, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(published, tmp_path_factory):
+    """What an undisturbed preparation of each corpus leaves: from a folder, one worker."""
+    results = {}
+    for name in data.PUBLISHED:
+        os.environ["NANOWARM_CACHE"], before = str(tmp_path_factory.mktemp("whole")), os.environ["NANOWARM_CACHE"]
+        results[name] = contents(prepare(name, source=str(published)))
+        os.environ["NANOWARM_CACHE"] = before
+    return results
+
+
+@pytest.mark.parametrize("name", list(data.PUBLISHED))
+def test_a_mirror_and_two_workers_give_the_same_bytes_as_a_folder_and_one(name, mirror, own_cache, whole):
+    assert contents(prepare(name, source=mirror.url, workers=2)) == whole[name]
+
+
+def test_documents_come_in_order_each_ended_by_end_of_text(published, own_cache):
+    folder = prepare("c4", source=str(published), tokens=1_000_000)
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    with gzip.open(published / "en/c4-train.00000-of-01024.json.gz") as lines:
+        texts = [json.loads(next(lines))["text"] for _ in range(100)]
+    assert len(tokens) == 1_000_000
+    assert bytes(tokens[:2000]).decode("utf-16-le")  # every token fits
+    encoded = np.concatenate([[*text.encode(), 256] for text in texts])
+    assert np.array_equal(tokens[:len(encoded)], encoded)
+
+
+def test_wikitext_is_cut_into_articles(published, own_cache):
+    folder = prepare("wikitext103", source=str(published), tokens=10 ** 9)
+    source = data.make_source("wikitext103", tokenizer="bytes", block_size=64)
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    articles = "".join(map(chr, np.where(tokens == 256, 0, tokens))).split("\0")
+    assert len(articles) == 201 and not articles[-1]
+    assert all(article.strip().startswith("= Title") and "= = Part = =" in article for article in articles[:-1])
+    assert source.vocab_size == 257 and source.decode(source.batch(0, 1)[0][0])
+
+
+@pytest.mark.parametrize("fault", ["cut", "truncate", "corrupt", "refuse", "delay", "no ranges"])
+def test_a_server_that_misbehaves_changes_nothing(fault, mirror, own_cache, whole):
+    for i in range(3):
+        mirror.faults[f"c4-train.{i:05}-of-01024.json.gz"] = [fault, None] if fault != "cut" else ["cut"] * 4
+    mirror.faults["c4-train.00001-of-01024.json.gz"][:0] = ["cut"] if fault == "no ranges" else []
+    assert contents(prepare("c4", source=mirror.url)) == whole["c4"]
+
+
+def test_a_cut_connection_goes_on_from_where_it_broke(mirror, own_cache, published):
+    file = "c4-train.00000-of-01024.json.gz"
+    mirror.faults[file] = ["cut", "cut"]
+    prepare("c4", source=mirror.url, tokens=100_000, val_tokens=1000)
+    spans = [span for path, span in mirror.requests if path.endswith(file)]
+    size = (published / "en" / file).stat().st_size
+    assert spans == [None, f"bytes={size // 2}-", f"bytes={size // 2 + (size - size // 2) // 2}-"]
+
+
+@pytest.mark.parametrize("name", ["c4", "deepmind_math"])
+def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(name, mirror, own_cache, whole):
+    arguments = [sys.executable, data.__file__, "prepare", name, "--source", mirror.url, "--val_tokens", "20000",
+                 "--tokens", "3M" if name == "c4" else "60K", "--workers", "2"]
+    arguments += ["--tokenizer", "bytes"] if name == "c4" else []
+    rng, kills, moments = np.random.default_rng(0), 0, (0.3, 1.0) if name == "c4" else (0.1, 0.25)
+    while True:
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            assert process.wait(timeout=rng.uniform(*moments) if kills < 6 else 60) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills and contents(data.prepared_folder(name, "bytes" if name == "c4" else "characters")) == whole[name]
+
+
+def test_nothing_is_fetched_twice(mirror, own_cache, published, monkeypatch):
+    monkeypatch.setattr(data.Progress, "say", lambda self: self.tokens < 2_500_000 or 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the preparation breaks off in its second file
+        prepare("c4", source=mirror.url)
+    monkeypatch.undo()
+    monkeypatch.setenv("NANOWARM_CACHE", str(own_cache))
+    before = len(mirror.requests)
+    prepare("c4", source=mirror.url)
+    again = [path for path, _ in mirror.requests[before:]]
+    assert "/en/c4-train.00000-of-01024.json.gz" not in again and "/en/c4-validation.00000-of-00008.json.gz" not in again
+
+
+def test_asking_for_more_goes_on_and_gives_what_asking_at_once_gives(mirror, own_cache, whole):
+    prepare("c4", source=mirror.url, tokens=1_700_000, val_tokens=1000)
+    assert contents(prepare("c4", source=mirror.url)) == whole["c4"]
+    requests = len(mirror.requests)
+    assert contents(prepare("c4", source=mirror.url, tokens=5)) == whole["c4"] and len(mirror.requests) == requests
+
+
+def test_asking_deepmind_math_for_more_takes_more_of_every_module(mirror, own_cache, whole):
+    prepare("deepmind_math", source=mirror.url, tokens=20_000)
+    assert contents(prepare("deepmind_math", source=mirror.url)) == whole["deepmind_math"]
+
+
+def test_a_preparation_that_cannot_go_on_says_why_and_keeps_what_it_has(refused, mirror, own_cache, published, tmp_path):
+    arguments = ("prepare", "c4", "--tokenizer", "bytes", "--val_tokens", "1K", "--workers", "1", "--tokens")
+    assert "is damaged" in refused(data, *arguments, "5M", "--source", damaged_copy(published, tmp_path))
+    line = refused(data, *arguments, "100M", "--source", mirror.url)  # there are four files
+    assert "c4-train.00004" in line and "404" in line and "tokens of train are done" in line
+    assert "not in" in refused(data, *arguments, "200M", "--source", tmp_path)
+    mirror.server.shutdown()
+    mirror.server.server_close()
+    assert "cannot fetch" in refused(data, *arguments, "200M", "--source", mirror.url)
+    assert "neither" in refused(data, *arguments, "200M", "--source", "nonsense://x")
+
+
+def damaged_copy(published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "damaged")
+    file = folder / "en/c4-train.00001-of-01024.json.gz"
+    file.write_bytes(file.read_bytes()[:-100])
+    return folder
+
+
+def test_bad_orders_of_preparation_are_refused(refused, own_cache, published):
+    assert "invalid choice" in refused(data, "prepare", "c5")
+    assert "such as 700M" in refused(data, "prepare", "c4", "--tokens", "many")
+    assert "at least 1" in refused(data, "prepare", "c4", "--tokens", "0")
+    assert "characters" in refused(data, "prepare", "deepmind_math", "--tokenizer", "bytes")
+    assert "python data.py prepare c4" in refused(data, "show", "c4")
+
+
+def test_one_preparation_of_a_corpus_at_a_time(own_cache, published):
+    folder = data.prepared_folder("c4", "bytes")
+    folder.mkdir(parents=True)
+    with data.only_one(folder), pytest.raises(data.UserError, match="another process"):
+        prepare("c4", source=str(published))
+
+
+def test_memory_stays_flat_however_large_the_corpus(tmp_path, own_cache):
+    document = json.dumps({"text": "a line of text about nothing in particular, " * 200}) + "\n"
+    (tmp_path / "en").mkdir()
+    for name, lines in (("train.00000-of-01024", 7500), ("validation.00000-of-00008", 10)):
+        with gzip.open(tmp_path / f"en/c4-{name}.json.gz", "wt", compresslevel=1) as file:
+            file.writelines(itertools.repeat(document, lines))  # 66 MB of text, 132 MB of tokens
+    code = ("import data, resource, sys\nif __name__ == '__main__':\n"
+            "    data.prepare('c4', int(sys.argv[1]), 1000, 1, sys.argv[2], 'bytes')\n"
+            "    print(*(resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))")
+    (tmp_path / "measure.py").write_text(code)
+    peaks = [subprocess.run([sys.executable, tmp_path / "measure.py", str(tokens), str(tmp_path)], check=True, text=True,
+                            capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)})
+             for tokens in (10 ** 6, 66 * 10 ** 6)]
+    small, large = ([int(mb) for mb in peak.stdout.split()[-2:]] for peak in peaks)
+    assert large[0] < small[0] + 40 and large[1] < small[1] + 40
+
+
+def test_answers_of_problems_are_what_the_loss_counts(published, own_cache):
+    prepare("deepmind_math", source=str(published))
+    for split in ("train", "val"):
+        source = data.make_source("deepmind_math", split, block_size=200)
+        x, y = source.batch(3, 8)
+        for row, targets in zip(x, y):
+            text = "".join(list(data.CHARACTERS)[t] for t in row)
+            assert text.startswith("<problem>What is ")
+            counted = "".join(list(data.CHARACTERS)[t] for t in targets if t >= 0).split("<problem>")
+            sums = [eval(q.removeprefix("What is ").split("?")[0]) for q in text.split("<problem>")[1:] if "<answer>" in q]
+            assert sums[:-1] == list(map(int, counted[:len(sums) - 1])) and len(sums) > 3
+
+
+def test_problems_are_found_by_module_and_split(published, own_cache):
+    prepare("deepmind_math", source=str(published))
+    problems = data.make_source("deepmind_math", "val").problems(5)
+    assert list(problems) == ["interpolate/numbers__gcd", "interpolate/algebra__linear_1d",
+                              "interpolate/arithmetic__add_or_sub", "extrapolate/arithmetic__add_or_sub_big"]
+    letters = list(data.CHARACTERS)
+    for part, found in problems.items():
+        assert len(found) == 5
+        for question, answer in found:
+            question, answer = "".join(letters[t] for t in question), "".join(letters[t] for t in answer)
+            assert part.split("/")[1].removesuffix("_big") in question and question.endswith("<answer>")
+            assert str(eval(question.removeprefix("<problem>What is ").split("?")[0])) + "<problem>" == answer
