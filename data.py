@@ -775,6 +775,8 @@ class Files:
     """The published files of a corpus: the user's own, or fetched into a folder. Each is read through before use."""
 
     def __init__(self, corpus, source, folder):
+        if source and "://" in source and not source.startswith(("http://", "https://")):
+            raise UserError(f"--source {source} is neither an http address nor a folder")
         self.url, self.source, self.folder = corpus["url"], source, folder
         self.fetched, self.checked, self.stop = 0, {}, threading.Event()  # stop: what is on the way is not needed
 
@@ -855,7 +857,7 @@ class Files:
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
                 reason = getattr(error, "reason", None) or error
             except ValueError:
-                raise UserError(f"--source {self.source} is neither an address nor a folder") from None
+                raise UserError(f"--source {self.source} is not an address") from None
             failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
             if failures > len(RETRY_AFTER):
                 raise UserError(f"cannot fetch {urls[0]}: {reason}; what has come so far is kept, the same command goes "

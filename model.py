@@ -1,9 +1,13 @@
 """The GPT: GPT-2 exactly, its loss, its parts (what can move between models), generation, checkpoints.
 
+    python model.py export out/c4-union-s0/ckpt.pt DIR     a Hugging Face GPT-2 folder: GPT2LMHeadModel, harnesses
+    python model.py import DIR ckpt.pt                     such a folder, or nanoGPT's ckpt.pt, as a checkpoint
+
 A model is a sum of named parts: every parameter belongs to exactly one of attn, mlp, norm, embed. Transfer and weight
 mixtures are "copy these parts", later ablations "do something to these parts".
 """
 import dataclasses
+import json
 import math
 import os
 import pickle
@@ -11,12 +15,15 @@ import re
 import tempfile
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from data import UserError
+from data import Parser, UserError, run_main
 
 SIZES = {  # name: n_layer, n_head, n_embd
     "tiny": (4, 4, 128),  # for CPUs (ours)
@@ -57,10 +64,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x, cache=None):
+        """(B, T, C) -> (B, T, C). cache: a list that holds the keys and values of the tokens before, or is empty."""
         B, T, C = x.shape
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        if cache:
+            k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+        if cache is not None:
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T == k.shape[2],  # one new token may see all before it
+                                           dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -83,13 +96,32 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
+
+
+MOST_LOGITS = 2 ** 27  # more than this (half a GB in float32), and the loss is made in chunks (ours)
+
+
+def chunked_cross_entropy(x, weight, targets):
+    """Summed cross-entropy of the output head, never holding all logits: x (n, n_embd), weight (vocab_size, n_embd),
+    targets (n,) with -1 where it does not count -> scalar. What torch's F.linear_cross_entropy does where it exists."""
+    if hasattr(F, "linear_cross_entropy"):
+        return F.linear_cross_entropy(x, weight, targets, reduction="sum", ignore_index=-1,
+                                      options=nn.LinearCrossEntropyOptions())
+
+    def part(x, targets):
+        return F.cross_entropy((x @ weight.T).float(), targets, reduction="sum", ignore_index=-1)
+
+    rows = max(1, MOST_LOGITS // len(weight))
+    return sum(checkpoint(part, *pair, use_reentrant=False) for pair in zip(x.split(rows), targets.split(rows)))
 
 
 class GPT(nn.Module):
     """GPT-2: learned positions, pre-norm, tanh GELU, biases. Weights are drawn from torch's global generator."""
+
+    recompute = False  # keep only the input of each block for the backward pass, and compute the rest of it again
 
     def __init__(self, config):
         super().__init__()
@@ -108,33 +140,40 @@ class GPT(nn.Module):
             elif part_of(name) != "norm":
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
-    def trunk(self, idx):
-        """Everything but the output head: (B, T) tokens -> (B, T, n_embd)."""
-        x = self.drop(self.wte(idx) + self.wpe.weight[:idx.shape[1]])
-        for block in self.h:
-            x = block(x)
+    def trunk(self, idx, caches=None):
+        """Everything but the output head: (B, T) tokens -> (B, T, n_embd). caches: one list per block, see generate."""
+        start = caches[0][0].shape[2] if caches and caches[0] else 0
+        x = self.drop(self.wte(idx) + self.wpe.weight[start:start + idx.shape[1]])
+        for i, block in enumerate(self.h):
+            if self.recompute and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, caches[i] if caches else None)
         return self.ln_f(x)
-
-    def counted(self, idx, targets):
-        """Logits (n, vocab_size) and targets (n,) of the n positions that count, those whose target is not -1: the
-        output head is paid for where it is needed."""
-        where = targets != -1
-        return self.lm_head(self.trunk(idx)[where]), targets[where]
 
     def forward(self, idx, targets=None, reduction="mean"):
         """Logits (B, T, vocab_size), or with targets (B, T) the cross-entropy in nats over the positions that count."""
         if targets is None:
             return self.lm_head(self.trunk(idx))
-        logits, wanted = self.counted(idx, targets)
-        return F.cross_entropy(logits.float(), wanted, reduction=reduction)
+        if targets.numel() * self.config.vocab_size > MOST_LOGITS:
+            loss = chunked_cross_entropy(self.trunk(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return loss / (targets != -1).sum() if reduction == "mean" else loss
+        where = targets != -1  # the output head is paid for where it is needed
+        logits = self.lm_head(self.trunk(idx)[where])
+        return F.cross_entropy(logits.float(), targets[where], reduction=reduction)
 
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
-        """Continues idx (B, T) by n tokens; temperature 0 takes the likeliest. Sees the last block_size tokens."""
-        training = self.training
+    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None, stop=None, cached=True):
+        """Continues idx (B, T) by n tokens, fewer if every row has made the token `stop`; temperature 0 takes the
+        likeliest. While all fits into the context, keys and values of what was read are kept (`cached`); beyond it,
+        the last block_size tokens are read anew for each token."""
+        training, first = self.training, idx.shape[1]
         self.eval()
+        caches, unread = [[] for _ in self.h], idx
         for _ in range(n):
-            logits = self.lm_head(self.trunk(idx[:, -self.config.block_size:])[:, -1]).float()
+            if not cached or idx.shape[1] > self.config.block_size:
+                caches, unread = None, idx[:, -self.config.block_size:]
+            logits = self.lm_head(self.trunk(unread, caches)[:, -1]).float()
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
@@ -142,7 +181,9 @@ class GPT(nn.Module):
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            idx = torch.cat([idx, token], dim=1)
+            idx, unread = torch.cat([idx, token], dim=1), token
+            if stop is not None and (idx[:, first:] == stop).any(dim=1).all():
+                break
         self.train(training)
         return idx
 
@@ -162,10 +203,10 @@ def part_of(name):
 
 
 def parse_parts(text):
-    """"full" or "attn,norm" -> ("attn", "norm")"""
-    parts = ("attn", "mlp", "norm") if text == "full" else tuple(part.strip() for part in text.split(","))
+    """"full" or "attn,norm" -> ("attn", "norm"); "all" is full, and train.py keeps the embeddings too."""
+    parts = tuple(part.strip() for part in text.split(",")) if text not in ("full", "all") else ("attn", "mlp", "norm")
     if unknown := [part for part in parts if part not in ("attn", "mlp", "norm")]:
-        raise UserError(f"unknown part {unknown[0]!r}: --transfer takes full, or a list of attn, mlp, norm")
+        raise UserError(f"unknown part {unknown[0]!r}: --transfer takes full, all, or a list of attn, mlp, norm")
     return parts
 
 
@@ -175,8 +216,8 @@ def transfer(target, source, parts, embeddings="random"):
 
     parts: a list of attn, mlp, norm. embeddings: what happens to the rows of wte and lm_head, whose vocabularies do not
     match: "random" leaves them, "mean" starts each at the mean of the source's rows (paper, on algorithmic tasks),
-    "keep" copies them (same vocabulary). Position embeddings move where the source's context is at least as long
-    (paper). Raises UserError if the shapes differ."""
+    "keep" copies them (same vocabulary; nanoGPT's may be padded to a multiple of 64). Position embeddings move where
+    the source's context is at least as long (paper). Raises UserError if the shapes differ."""
     a, b = target.config, source.config
     if (a.n_layer, a.n_embd, a.n_head) != (b.n_layer, b.n_embd, b.n_head):
         raise UserError(f"weights of a {b.n_layer}_{b.n_head}_{b.n_embd} model do not fit a "
@@ -191,10 +232,10 @@ def transfer(target, source, parts, embeddings="random"):
         target.wte.weight.copy_(source.wte.weight.mean(0).expand_as(target.wte.weight))
         target.lm_head.weight.copy_(source.lm_head.weight.mean(0).expand_as(target.lm_head.weight))
     elif embeddings == "keep":
-        if a.vocab_size != b.vocab_size:
-            raise UserError(f"a vocabulary of {b.vocab_size} cannot be kept for one of {a.vocab_size}")
-        target.wte.weight.copy_(source.wte.weight)
-        target.lm_head.weight.copy_(source.lm_head.weight)
+        if b.vocab_size not in (a.vocab_size, -(-a.vocab_size // 64) * 64):
+            raise UserError(f"a vocabulary of {b.vocab_size} tokens cannot be kept for one of {a.vocab_size}")
+        target.wte.weight.copy_(source.wte.weight[:a.vocab_size])
+        target.lm_head.weight.copy_(source.lm_head.weight[:a.vocab_size])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,15 +267,21 @@ def save(path, model, **extra):
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def load(path, device="cpu"):
-    """Reads a checkpoint -> (GPT on `device`, everything that was saved). No code in the file is ever run."""
+def read_checkpoint(path, device="cpu", mmap=False):
+    """Reads a checkpoint, nanoGPT's ckpt.pt or a Hugging Face GPT-2 folder -> (GPTConfig, weights, all that was saved).
+
+    No code in the file is ever run. mmap: leave the tensors on the disk until they are touched. Raises UserError."""
     try:
+        if os.path.isdir(path):
+            return *read_hugging_face(Path(path)), {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd pickles; they are refused below
-            state = torch.load(path, map_location=device, weights_only=True)
-        config = GPTConfig(**state["config"])
-        model = GPT(config).to(device)
-        model.load_state_dict(state["model"])
+            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        if "model_args" in state:  # nanoGPT
+            known = {f.name for f in dataclasses.fields(GPTConfig)}
+            config = GPTConfig(**{key: value for key, value in state["model_args"].items() if key in known})
+            return config, our_names(state["model"], config), {}
+        return GPTConfig(**state["config"]), state["model"], state
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
     except pickle.UnpicklingError:
@@ -242,4 +289,123 @@ def load(path, device="cpu"):
     except (RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path} is not a whole nanowarm checkpoint: {reason[0]}") from None
+
+
+def load(path, device="cpu"):
+    """Reads any checkpoint that read_checkpoint knows -> (GPT on `device`, everything that was saved)."""
+    config, weights, state = read_checkpoint(path, device)
+    try:
+        model = GPT(config).to(device)
+        model.load_state_dict(weights)
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a whole nanowarm checkpoint: {str(error).strip().splitlines()[0]}") from None
     return model, state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other people's models: Hugging Face GPT-2 folders (OpenAI's weights come as one) and nanoGPT
+
+SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Hugging Face's GPT-2 keeps these as (in, out)
+
+
+def our_names(weights, config, transposed=False):
+    """Weights under GPT-2's names, with any prefix, in any float type -> float32 under ours. Biases that are not there
+    (nanoGPT's bias=False) are zeros, which is the same function."""
+    ours = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        if not re.search(r"\.attn\.(masked_)?bias$", name):  # the causal mask, which old checkpoints carry
+            ours[name] = (tensor.t() if transposed and TRANSPOSED.search(name) else tensor).float()
+    ours.setdefault("lm_head.weight", ours["wte.weight"])
+    config.tied = torch.equal(ours["lm_head.weight"], ours["wte.weight"])
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
+    return {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("bias")} | ours
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: eight bytes of length, a header in JSON, the numbers."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    raw = np.memmap(path, np.uint8, mode="c", offset=8 + size)
+    return {name: torch.from_numpy(raw[slice(*entry["data_offsets"])]).view(SAFE_TYPES[entry["dtype"]]).reshape(
+        entry["shape"]) for name, entry in header.items() if entry["dtype"] in SAFE_TYPES}
+
+
+def read_hugging_face(folder):
+    """A folder with config.json and model.safetensors or pytorch_model.bin -> (GPTConfig, weights)."""
+    said = json.loads((folder / "config.json").read_text())
+    fixed = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "n_inner": None}
+    for key, value in fixed.items():
+        if said.get(key, value) not in (value, *[4 * said.get("n_embd", 0)] * (key == "n_inner")):
+            raise ValueError(f"its {key} is {said[key]!r}, and only GPT-2 with {value!r} is known here")
+    config = GPTConfig(said["vocab_size"], said["n_positions"], said["n_layer"], said["n_head"], said["n_embd"],
+                       said.get("resid_pdrop", 0.1))
+    if (folder / "model.safetensors").exists():
+        weights = read_safetensors(folder / "model.safetensors")
+    else:
+        weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    return config, our_names(weights, config, transposed=True)
+
+
+def export(path, folder):
+    """Writes a checkpoint as a Hugging Face GPT-2 folder, which GPT2LMHeadModel.from_pretrained loads."""
+    model, _ = load(path)
+    c, header, offset = model.config, {"__metadata__": {"format": "pt"}}, 0
+    weights = {name if name == "lm_head.weight" else f"transformer.{name}":
+               (tensor.t() if TRANSPOSED.search(name) else tensor).contiguous() for name, tensor in
+               model.state_dict().items() if not (c.tied and name == "lm_head.weight")}
+    for name, tensor in weights.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    end = 50256 if c.vocab_size == 50257 else None  # GPT-2's <|endoftext|>
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+              "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd,
+              "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": None, "layer_norm_epsilon": 1e-5,
+              "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "initializer_range": 0.02,
+              "tie_word_embeddings": c.tied, "bos_token_id": end, "eos_token_id": end, "torch_dtype": "float32"}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file):
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in weights.values():
+            file.write(tensor.numpy().data)
+
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}") from None
+    if any(Path(folder).iterdir()):
+        raise UserError(f"{folder} is not empty: choose another folder")
+    write_atomically(Path(folder) / "model.safetensors", write)
+    write_atomically(Path(folder) / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+
+
+def main():
+    parser = Parser(description="Checkpoints to and from Hugging Face's GPT-2 format.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    exporter = commands.add_parser("export", help="write a folder that GPT2LMHeadModel.from_pretrained loads")
+    exporter.add_argument("checkpoint")
+    exporter.add_argument("folder")
+    importer = commands.add_parser("import", help="read such a folder, or nanoGPT's ckpt.pt")
+    importer.add_argument("folder")
+    importer.add_argument("checkpoint", help="the file to write, which --init and eval.py take")
+    args = parser.parse_args()
+    if args.command == "export":
+        export(args.checkpoint, args.folder)
+        print(f"{args.folder}: config.json and model.safetensors; it has no tokenizer of its own")
+    else:
+        model, _ = load(args.folder)
+        save(args.checkpoint, model, stage="imported", step=0)
+        c = model.config
+        print(f"{args.checkpoint}: {c.n_layer}_{c.n_head}_{c.n_embd}, context {c.block_size}, vocabulary {c.vocab_size}, "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    run_main(main)
