@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import PUBLISHED, Parser, UserError, make_source, run_main
+from data import Parser, UserError, default_tokenizer, make_source, run_main
 from model import MOST_LOGITS, load
 
 
@@ -102,6 +102,13 @@ def print_solved(source, solved, samples):
             print(f"{source.decode(question)}«{source.decode(given).strip()}»   {right}")
 
 
+def known_tokenizer(config, state):
+    """The tokenizer of a checkpoint; None if it does not say."""
+    if state.get("source"):
+        return state["source"]["tokenizer"]
+    return "gpt2" if config.vocab_size in (50257, 50304) else None  # OpenAI's weights; nanoGPT pads them to 50304
+
+
 def print_samples(model, source, n, device, seed=0):
     """Text: sampled continuations of held-out text. Rules and tasks: the answer given beside the right one."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -141,7 +148,9 @@ def main():
     spec = args.data or trained_on["spec"]
     if not spec:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: name --data, and --tokenizer if needed")
-    tokenizer = args.tokenizer or (trained_on["tokenizer"] if spec == trained_on["spec"] or spec not in PUBLISHED else None)
+    tokenizer = args.tokenizer or default_tokenizer(spec)
+    if not args.tokenizer and tokenizer != "characters":
+        tokenizer = known_tokenizer(model.config, state) or tokenizer
     source = make_source(spec, "val", trained_on["seed"], model.config.block_size, tokenizer)
     padded = -(-source.vocab_size // 64) * 64  # as nanoGPT pads it
     if source.vocab_size > model.config.vocab_size or (

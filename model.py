@@ -267,7 +267,7 @@ def save(path, model, **extra):
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def read_checkpoint(path, device="cpu", mmap=False):
+def read_checkpoint(path, mmap=False):
     """Reads a checkpoint, nanoGPT's ckpt.pt or a Hugging Face GPT-2 folder -> (GPTConfig, weights, all that was saved).
 
     No code in the file is ever run. mmap: leave the tensors on the disk until they are touched. Raises UserError."""
@@ -276,7 +276,7 @@ def read_checkpoint(path, device="cpu", mmap=False):
             return *read_hugging_face(Path(path)), {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd pickles; they are refused below
-            state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if "model_args" in state:  # nanoGPT
             known = {f.name for f in dataclasses.fields(GPTConfig)}
             config = GPTConfig(**{key: value for key, value in state["model_args"].items() if key in known})
@@ -293,7 +293,7 @@ def read_checkpoint(path, device="cpu", mmap=False):
 
 def load(path, device="cpu"):
     """Reads any checkpoint that read_checkpoint knows -> (GPT on `device`, everything that was saved)."""
-    config, weights, state = read_checkpoint(path, device)
+    config, weights, state = read_checkpoint(path, mmap=str(device) != "cpu")  # the optimiser's state may be large
     try:
         model = GPT(config).to(device)
         model.load_state_dict(weights)

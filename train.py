@@ -3,7 +3,9 @@
     python train.py --warmup dyck                   a small GPT on this machine, then the embedded code corpus
     python train.py --warmup none                   the same without the warm-up: compare
     python train.py --warmup set --data haystack    an algorithmic task, at its published settings
+    python train.py --preset c4 --warmup union      a published semantic run (python data.py prepare c4 comes first)
     torchrun --nproc_per_node=8 train.py ...        on eight GPUs: the same global batch, the same result
+    python train.py ... --plan                      trains nothing: parameters, tokens, FLOPs, memory, time
 
 Read from the top: the settings, how unset ones are filled in, one training stage, and the run that strings two stages
 together. The random numbers of a step depend on the seed and the step alone, so a run that was stopped goes on exactly.
@@ -32,16 +34,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Parser, UserError, kind_of, make_source, parse_member, parse_rules, run_main, RULES, TASKS
-from eval import evaluate, find_device, perplexity
-from model import GPT, GPTConfig, load, parse_parts, parse_size, save, transfer, write_atomically
+from data import (CHARACTERS, Parser, UserError, default_tokenizer, kind_of, load_tokenizer, make_source, parse_count,
+                  parse_member, parse_rules, read_meta, run_main, RULES, TASKS)
+from eval import evaluate, find_device, known_tokenizer, perplexity
+from model import (GPT, GPTConfig, MOST_LOGITS, load, parse_parts, parse_size, read_checkpoint, save, transfer,
+                   write_atomically)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: every field is a flag. None means: it depends on the data and the device, see `resolve`.
 
 
-def flag(default, text, group=None):
-    return field(default=default, metadata={"help": text, "group": group})
+def flag(default, text, group=None, parse=None):
+    return field(default=default, metadata={"help": text, "group": group, "parse": parse})
 
 
 @dataclass
@@ -49,30 +53,36 @@ class Settings:
     warmup: str | None = flag(None, "procedural rule or mixture to warm up on (data.py list), none, or text: as many "
                               "tokens of other data of the same corpus (default dyck)", "warm-up")
     warmup_steps: int | None = flag(None, "optimiser steps of warm-up")
+    warmup_tokens: int | None = flag(None, "the same in tokens: 4M", parse=parse_count)
     warmup_batch_size: int | None = flag(None, "sequences per warm-up step, over all processes")
     warmup_lr: float | None = flag(None, "learning rate of the warm-up")
     warmup_lr_schedule: str = flag("constant", "cosine, linear or constant")
     warmup_lr_ramp: int = flag(0, "steps of linear ramp of the warm-up's learning rate")
     warmup_weight_decay: float = flag(0.1, "weight decay of the warm-up")
-    warmup_dropout: float = flag(0.0, "dropout of the warm-up (published: 0.1)")
+    warmup_dropout: float | None = flag(None, "dropout of the warm-up (default 0; in presets 0.1)")
     warmup_block_size: int | None = flag(None, "context of the warm-up model (default: as long as its sequences)")
     warmup_curriculum: bool = flag(False, "input length grows from 2 by 2 each time accuracy passes 0.99")
 
     init: str | None = flag(None, "start from this saved warm-up and skip stage 1", "transfer")
     attn_from: str | None = flag(None, "weight mixture: take the attention from this checkpoint")
     mlp_from: str | None = flag(None, "weight mixture: take the MLPs from this checkpoint")
-    transfer: str = flag("full", "what moves over: full, or a list of attn, mlp, norm")
+    transfer: str = flag("full", "what moves over: full, or a list of attn, mlp, norm; all: the embeddings too, to go "
+                         "on from a model of the same vocabulary (its size, context and tokenizer are the default)")
     embeddings: str | None = flag(None, "token embeddings after transfer: random, mean (of the warm-up's rows), or "
                                   "keep (same vocabulary; default mean on tasks, keep after text, else random)")
 
-    data: str = flag("code", "task, corpus (code, docs, math) or path to text to train on", "data and model")
-    tokenizer: str = flag("bytes", "bytes, or an encoding that tiktoken knows, such as gpt2")
+    preset: str | None = flag(None, "the settings of a published run: c4, codeparrot, deepmind_math, wikitext103, each "
+                              "also with -350m and -1.3b; every other flag overrides", "data and model")
+    data: str | None = flag(None, "task, corpus (data.py list) or path to text to train on (default code)")
+    tokenizer: str | None = flag(None, "bytes, or an encoding that tiktoken knows, such as gpt2 (default: bytes, or the "
+                                 "published one)")
     size: str | None = flag(None, "tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl, 1.3b, or layers_heads_width: 2_4_16")
     block_size: int | None = flag(None, "context in tokens")
     tied: bool | None = flag(None, "output head shares its weight with the token embeddings (the warm-up always does)")
-    dropout: float = flag(0.0, "dropout (published semantic runs: 0.1)")
+    dropout: float | None = flag(None, "dropout (default 0; in presets 0.1)")
 
     steps: int | None = flag(None, "optimiser steps", "optimisation")
+    tokens: int | None = flag(None, "the same in tokens: 655M", parse=parse_count)
     batch_size: int | None = flag(None, "sequences per step, over all processes")
     grad_accum: int = flag(1, "micro-batches that each process splits its share of a step into (both stages)")
     lr: float | None = flag(None, "learning rate")
@@ -88,20 +98,39 @@ class Settings:
     device: str | None = flag(None, "cuda, mps or cpu (default: what is there)")
     dtype: str | None = flag(None, "float32 or bfloat16 (autocast; default bfloat16 on a GPU that has it)")
     compile: bool | None = flag(None, "torch.compile (default on CUDA)")
+    recompute: bool | None = flag(None, "activation checkpointing: a third more work, far less memory")
+    zero: bool = flag(False, "each process keeps its share of the optimiser's state alone")
     eval_every: int | None = flag(None, "steps between evaluations (default: a fifth of the stage)")
     eval_batches: int | None = flag(None, "batches of each evaluation")
     save_every: int | None = flag(None, "steps between checkpoints (default: a tenth of the stage)")
     log_every: int = flag(20, "steps between log lines")
     out: str | None = flag(None, "folder of this run (default out/DATA-WARMUP-sSEED)")
     resume: bool = flag(False, "go on with the run in --out where it stopped")
+    plan: bool = flag(False, "train nothing: print parameters, tokens, FLOPs, memory and time")
+    tflops: float | None = flag(None, "for the time in --plan: what one GPU really does, in 1e12 operations a second")
 
 
 # What may differ between a run and its resumption; everything else defines the run.
-OPERATIONAL = ("device", "compile", "eval_every", "save_every", "log_every", "grad_accum", "out", "resume")
+OPERATIONAL = ("device", "compile", "recompute", "zero", "eval_every", "save_every", "log_every", "grad_accum", "out",
+               "resume", "plan", "tflops")
+
+# The published semantic runs (paper, "Semantic pretraining"). What is None in the settings is taken from here.
+PRESETS = {
+    "c4": dict(data="c4", block_size=2048, batch_size=32, steps=10_000, lr=5e-4, weight_decay=0.0),
+    "codeparrot": dict(data="codeparrot", block_size=1024, batch_size=48, steps=20_000, lr=5e-5, min_lr=0.0,
+                       weight_decay=0.01),
+    "deepmind_math": dict(data="deepmind_math", block_size=512, batch_size=64, steps=50_000, lr=5e-5, min_lr=0.0,
+                          weight_decay=0.01),
+    "wikitext103": dict(data="wikitext103", block_size=1024, batch_size=32, steps=10_000, lr=5e-4, weight_decay=0.0)}
+for corpus in list(PRESETS):  # WikiText's numbers are ours, after C4's
+    PRESETS[corpus] |= dict(size="gpt2", lr_ramp=0, dropout=0.1, warmup_dropout=0.1, warmup_lr=5e-4)
+    PRESETS[f"{corpus}-350m"] = PRESETS[corpus] | dict(size="24_16_1024")
+    PRESETS[f"{corpus}-1.3b"] = PRESETS[corpus] | dict(size="1.3b", recompute=True)
+PRESETS["c4-1.3b"]["steps"] = 160_000  # 10.5 billion tokens, the paper's largest run; no other larger one is known
 
 AT_LEAST = {
-    1: ("warmup_steps", "warmup_batch_size", "warmup_block_size", "block_size", "steps", "batch_size", "grad_accum",
-        "log_every", "eval_every", "eval_batches", "save_every"),
+    1: ("warmup_steps", "warmup_tokens", "warmup_batch_size", "warmup_block_size", "block_size", "steps", "tokens",
+        "batch_size", "grad_accum", "log_every", "eval_every", "eval_batches", "save_every"),
     0: ("warmup_lr", "warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr", "lr_ramp", "min_lr",
         "weight_decay", "beta1", "beta2", "grad_clip", "seed")}
 CHOICES = {"warmup_lr_schedule": ("cosine", "linear", "constant"), "lr_schedule": ("cosine", "linear", "constant"),
@@ -120,7 +149,8 @@ def parse_arguments(argv):
         if kind is bool:
             group.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
         else:
-            group.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), help=text)
+            group.add_argument(f"--{f.name}", type=f.metadata["parse"] or kind, help=text,
+                               metavar="COUNT" if f.metadata["parse"] else kind.__name__.upper())
     given = vars(parser.parse_args(argv))
     return Settings(**given), given
 
@@ -135,11 +165,17 @@ def check(s):
         if getattr(s, name) not in (None, *choices):
             raise UserError(f"--{name} {getattr(s, name)} is not accepted: {', '.join(choices)}")
     for name in ("warmup_dropout", "dropout", "beta1", "beta2"):
-        if getattr(s, name) >= 1:
+        if (getattr(s, name) or 0) >= 1:
             raise UserError(f"--{name} {getattr(s, name)} is not accepted: less than 1")
     if s.seed >= 2 ** 32:
         raise UserError(f"--seed {s.seed} is not accepted: less than 2**32")
+    if s.tflops is not None and not 0 < s.tflops < math.inf:
+        raise UserError(f"--tflops {s.tflops} is not accepted: more than 0")
     parse_parts(s.transfer)
+    if s.transfer == "all" and not s.init:
+        raise UserError("--transfer all goes on from a whole model: name it with --init")
+    if s.preset and kind_of(s.data) != "text":
+        raise UserError(f"--preset {s.preset} is for text, and --data {s.data} is not: tasks bring their own settings")
     if s.size:
         parse_size(s.size)
     if s.warmup not in (None, "none") and (s.init or s.attn_from or s.mlp_from):
@@ -156,25 +192,58 @@ def check(s):
 
 def run_name(s):
     """"code-dyck-s0", and whatever else was asked for: "code-dyck-s0-transfer=attn"."""
-    name = f"{Path(s.data).resolve().name}-{s.warmup}-s{s.seed}"
+    base = s.preset or Path(s.data).resolve().name
+    if s.preset and s.data != PRESETS[s.preset]["data"]:
+        base += f"-{Path(s.data).resolve().name}"
+    name = f"{base}-{s.warmup}-s{s.seed}"
     for f in dataclasses.fields(s):
         value = getattr(s, f.name)
-        if value != f.default and f.name not in (*OPERATIONAL, "data", "warmup", "seed"):
+        if value != f.default and f.name not in (*OPERATIONAL, "preset", "data", "warmup", "seed"):
             name += f"-{f.name}={value}"
     name = re.sub(r"[^\w.=+*,-]+", "_", name)
     return name if len(name) < 150 else f"{name[:140]}-{zlib.crc32(name.encode()):08x}"
 
 
+def published_warmup(s, asked_block_size):
+    """The warm-up of the published semantic runs: fills in what a spec leaves open, and its steps and batch."""
+    names = {name for _, name, _ in parse_rules(s.warmup)[1]} if s.warmup != "text" else {"dyck"}
+    long = names <= {"dyck", "dyck_shuffle", "eca"}
+    if ":" not in s.warmup.removeprefix("shuffled:") and s.warmup != "text":
+        length = min(2048, asked_block_size // 2 * 2) if asked_block_size else 2048
+        s.warmup += f":length={length}" if names == {"eca"} else f":k=64,length={length}" if long else ":length=64"
+    return dict(warmup_steps=500, warmup_batch_size=32) if long else dict(warmup_steps=2500, warmup_batch_size=64)
+
+
 def resolve(s):
-    """Fills in what was left open: the published settings for tasks, what suits the device for text."""
+    """Fills in what was left open: the preset, the published settings for tasks, what suits the device for text."""
+    for tokens, steps in (("tokens", "steps"), ("warmup_tokens", "warmup_steps")):
+        if getattr(s, tokens) is not None and getattr(s, steps) is not None:
+            raise UserError(f"--{tokens} and --{steps} say the same thing twice: choose one")
+    if s.preset not in (None, *PRESETS):
+        raise UserError(f"--preset {s.preset} is not one of {', '.join(PRESETS)}")
+    asked_block_size, s = s.block_size, dataclasses.replace(s)
+    s.data = s.data or (PRESETS[s.preset]["data"] if s.preset else "code")
     check(s)
-    s = dataclasses.replace(s)
     if s.warmup is None:
         s.warmup = "none" if s.init or s.attn_from or s.mlp_from else "dyck"
     s.out = s.out or f"out/{run_name(s)}"
-    s.device = find_device(s.device)
+    s.device = s.device if s.plan and s.device == "cuda" else find_device(s.device)  # a plan may be made elsewhere
     cuda = s.device.startswith("cuda")
     task = kind_of(s.data) == "task" and parse_member(s.data, TASKS)[0]
+
+    default = {}
+    if s.init or s.attn_from or s.mlp_from:  # the shape is that of the checkpoint
+        config, _, state = read_checkpoint(s.init or s.attn_from or s.mlp_from, mmap=True)
+        default["size"] = f"{config.n_layer}_{config.n_head}_{config.n_embd}"
+        if s.transfer == "all":
+            default |= dict(tied=config.tied, block_size=config.block_size, embeddings="keep")
+            if default_tokenizer(s.data) != "characters":
+                default["tokenizer"] = known_tokenizer(config, state)
+    if s.preset:
+        default = PRESETS[s.preset] | default
+    for name, value in default.items():
+        if getattr(s, name) is None:
+            setattr(s, name, value)
 
     if task == "multiplication":  # paper, "Algorithmic tasks"
         default = dict(size="4_8_512", batch_size=64)
@@ -193,7 +262,10 @@ def resolve(s):
     else:
         default |= dict(min_lr=(default["lr"] if s.lr is None else s.lr) / 10, weight_decay=0.1, tied=True,
                         embeddings="keep" if s.warmup == "text" else "random", eval_batches=20)
-    default |= dict(dtype="bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32", compile=cuda)
+    default |= dict(dtype="bfloat16" if cuda and (s.plan or torch.cuda.is_bf16_supported()) else "float32", compile=cuda,
+                    dropout=0.0, warmup_dropout=0.0, recompute=False, tokenizer=default_tokenizer(s.data))
+    if s.preset and s.warmup != "none":
+        default |= published_warmup(s, asked_block_size)
     for name, value in default.items():
         if getattr(s, name) is None:
             setattr(s, name, value)
@@ -201,7 +273,22 @@ def resolve(s):
         s.warmup += f":length={max(2, s.block_size - s.block_size % 2)}"
     if s.init or s.attn_from or s.mlp_from or s.warmup == "none":
         s.warmup_steps = 0
+    elif s.warmup_tokens:
+        s.warmup_steps = max(1, round(s.warmup_tokens / s.warmup_batch_size / warmup_block_size(s)))
+    if s.tokens:
+        s.steps = max(1, round(s.tokens / s.batch_size / block_size(s)))
+    s.tokens = s.warmup_tokens = None  # a run is defined by its steps
     return s
+
+
+def block_size(s):
+    """Tokens per row of the training stage; a task's rows are as long as they are."""
+    return make_source(s.data, block_size=s.block_size).block_size if kind_of(s.data) == "task" else s.block_size
+
+
+def warmup_block_size(s):
+    """Tokens per row of the warm-up."""
+    return s.block_size if s.warmup == "text" else make_source(s.warmup, block_size=s.warmup_block_size).block_size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,6 +310,17 @@ def total(*values):
     tensor = torch.tensor(values, dtype=torch.float64)  # on the CPU, over gloo: the accelerator is not kept waiting
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def agree(what, value):
+    """Raises UserError in every process unless all have the same value."""
+    if world() > 1:
+        values = [None] * world()
+        dist.all_gather_object(values, value)
+        for other, theirs in enumerate(values):
+            if theirs != values[0]:
+                raise UserError(f"processes 0 and {other} do not have the same {what}: {values[0]} and {theirs}; --out "
+                                "and the corpora have to be on a disk that all machines share, or be copied to each")
 
 
 @contextlib.contextmanager
@@ -365,7 +463,11 @@ def make_optimizer(model, stage, s):
     params = list(model.parameters())
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": stage.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=stage.lr, betas=(s.beta1, s.beta2), fused=s.device != "mps")
+    settings = dict(lr=stage.lr, betas=(s.beta1, s.beta2), fused=s.device != "mps")
+    if s.zero and world() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # here, as it takes long and warns when imported
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
 def step_batches(source, step, stage, s):
@@ -445,7 +547,7 @@ def train(s, stage, model, make, log, state=None, extra=None):
     stage to go on from. extra: what the checkpoint holds beside weights, optimiser and progress."""
     device, autocast, label = s.device, autocast_for(s), "1/2 warm-up" if stage.name == "warmup" else "2/2 train"
     length = 2 if stage.name == "warmup" and s.warmup_curriculum else None
-    optimizer = make_optimizer(model, stage, s)
+    model.recompute, optimizer = s.recompute, make_optimizer(model, stage, s)
     first, before, result, started_at = 0, 0.0, None, None
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -455,13 +557,15 @@ def train(s, stage, model, make, log, state=None, extra=None):
     if s.compile and first < stage.steps:
         x, y, _ = step_batches(source, first, stage, s)[0]
         compile_trunk(model, x.to(device), y.to(device), autocast)
-    net = DistributedDataParallel(model) if world() > 1 else model
+    net = DistributedDataParallel(model, gradient_as_bucket_view=True) if world() > 1 else model
     began, tokens_per_step = time.time(), stage.batch_size * source.block_size
 
     def measure():
         return evaluate(model, val, stage.batch_size // share, s.eval_batches * share, device, autocast)
 
     def checkpoint(step):
+        if s.zero and world() > 1:
+            optimizer.consolidate_state_dict()  # to process 0
         if rank() == 0:
             save(stage.file, model, optimizer=optimizer.state_dict(), stage=stage.name, step=step, length=length,
                  tokens=step * tokens_per_step, seconds=before + time.time() - began, evaluation=result,
@@ -544,6 +648,90 @@ def check_fit(s, source, warmup_source, longest):
                         f"--block_size {longest}: shorten them, or add --warmup_block_size {warmup_source.block_size}")
 
 
+def memory_plan(config, micro_batch, s):
+    """The bytes that one process needs to train a model of this GPTConfig: weights, gradients, optimiser, activations,
+    and peak, which is less than their sum where gradients come while activations go.
+
+    micro_batch: sequences at a time. Activations are what torch keeps for the backward pass (the tests compare), the
+    bfloat16 copies of the weights among them. Not counted: the CUDA context, the fragments between blocks of memory."""
+    weights = 4 * count_parameters(config)[0]
+    tokens, d, low = micro_batch * config.block_size, config.n_embd, 2 if s.dtype == "bfloat16" else 4
+    # Of each block and token: what goes into its two layer norms (float32) and comes out; q, k, v; the attention's
+    # output; before and after the GELU; the two dropout masks; the layer norms' and the attention's statistics.
+    block = tokens * (d * (2 * 4 + (2 + 3 + 1 + 8) * low + 2 * (config.dropout > 0)) + 16 + 4 * config.n_head)
+    if config.dropout and s.device == "cpu":  # there is no fused attention with dropout, and masks are numbers
+        block += tokens * (12 * config.n_head * config.block_size + 10 * d)
+    copies = 12 * d * d * config.n_layer * 2 if s.dtype == "bfloat16" else 0
+    logits = 12 * min(tokens * config.vocab_size, MOST_LOGITS)  # them, their softmax, its gradient: 4 bytes each
+    head = tokens * d * (2 * 4 + low) + logits + 4 * config.vocab_size * d
+    kept = config.n_layer * (4 * d * tokens if s.recompute else block) + copies + head + s.recompute * block
+    optimiser = 2 * weights // (world() if s.zero else 1)
+    held = weights if world() > 1 or s.grad_accum > 1 else 0  # gradients that are there before the backward pass
+    return {"weights": weights, "gradients": weights, "optimiser": optimiser, "activations": kept,
+            "peak": weights + optimiser + max(held + kept, weights + block)}
+
+
+def count_parameters(config):
+    """All of them, and those in matrix products (a lookup of an embedding is none)."""
+    with torch.device("meta"):
+        model = GPT(config)
+    n = sum(p.numel() for p in model.parameters())
+    return n, n - model.wpe.weight.numel() - (0 if config.tied else model.wte.weight.numel())
+
+
+def vocabulary(s):
+    """How many tokens the data have, without preparing them."""
+    if kind_of(s.data) == "task":
+        return make_source(s.data).vocab_size
+    if (Path(s.data) / "train.bin").exists():
+        return read_meta(Path(s.data))[0]
+    known = {"bytes": 257, "characters": len(CHARACTERS), "gpt2": 50257}
+    return known.get(s.tokenizer) or load_tokenizer(s.tokenizer).n_vocab
+
+
+def print_plan(s):
+    """What the run would take, as far as that can be told without data and without training.
+
+    FLOPs: 6 for each parameter in a matrix product and 12 * n_layer * n_embd * context for attention, per token (PaLM's
+    way to count, arXiv 2204.02311, appendix B); what --recompute does again is in the time, not in the FLOPs."""
+    stages = [("training", s.steps, s.batch_size, GPTConfig(vocabulary(s), block_size(s), *parse_size(s.size),
+                                                            s.dropout, s.tied))]
+    if s.warmup_steps:
+        vocab = stages[0][3].vocab_size if s.warmup == "text" else make_source(s.warmup).vocab_size
+        stages.insert(0, ("warm-up", s.warmup_steps, s.warmup_batch_size, GPTConfig(
+            vocab, warmup_block_size(s), *parse_size(s.size), s.warmup_dropout)))
+    n, share, flops, tokens, peaks = count_parameters(stages[-1][3])[0], world() * s.grad_accum, 0, {}, {}
+    say(f"model      {s.size}: {n:,} parameters, vocabulary {stages[-1][3].vocab_size:,}, context {block_size(s):,}")
+    for name, steps, batch_size, config in stages:
+        if batch_size % share:
+            raise UserError(f"{batch_size} sequences per step of {name} do not divide over {world()} processes times "
+                            f"--grad_accum {s.grad_accum}")
+        tokens[name] = steps * batch_size * config.block_size
+        flops += tokens[name] * (6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size)
+        peaks[name] = memory_plan(config, batch_size // share, s)
+        say(f"{name:10} {steps:,} steps of {batch_size} x {config.block_size:,} = {batch_size * config.block_size:,} "
+            f"tokens: {tokens[name]:,} in all")
+    if s.warmup_steps:
+        say(f"share      {tokens['warm-up'] / tokens['training']:.3g} tokens of {s.warmup} for one of {s.data} "
+            "(paper: 0.001 to 0.003)")
+    say(f"compute    {flops:.3g} FLOPs")
+    if s.tflops:
+        # The backward pass costs twice the forward pass, so computing that again makes four thirds.
+        seconds = flops * (4 / 3 if s.recompute else 1) / (s.tflops * 1e12 * world())
+        say(f"time       {seconds / 3600:,.1f} hours at {s.tflops:g} TFLOP/s on each of {world()}")
+    else:
+        say("time       add --tflops: what one GPU really does, often 0.3 to 0.5 of its peak")
+    name = max(peaks, key=lambda name: peaks[name]["peak"])
+    unit, scale = ("GiB", 30) if peaks[name]["peak"] >= 2 ** 30 else ("MiB", 20)
+    parts = {part: f"{part} {size / 2 ** scale:,.2f}" for part, size in peaks[name].items()}
+    peak = parts.pop("peak")
+    say(f"memory     of each of {world()} process{'es' * (world() > 1)} in {name}, {unit}: {', '.join(parts.values())}; {peak} "
+        f"({s.device}, {s.dtype}{', recompute' * s.recompute}{', zero' * s.zero}, micro-batches of "
+        f"{(s.batch_size if name == 'training' else s.warmup_batch_size) // share})")
+    if torch.cuda.is_available() and s.device.startswith("cuda"):
+        say(f"           this GPU has {torch.cuda.get_device_properties(0).total_memory / 2 ** 30:.1f}")
+
+
 def run(s):
     """Runs what the settings say, in s.out. Returns the content of result.json. Raises UserError and Stopped."""
     asked_block_size, s = s.block_size, resolve(s)
@@ -565,13 +753,18 @@ def run(s):
     with first_process_first():  # it fills the token cache
         source, _, warmup_source = data("train"), data("val"), warmup_data("train") if s.warmup_steps else None
     check_fit(s, source, warmup_source, asked_block_size)
+    agree("data", [zlib.crc32(a.batch(0, 1)[0].tobytes()) for a in (source, warmup_source) if a])
     target = new_model(s, source, s.tied, s.dropout, s.seed)
     facts = {"loss": None, "accuracy": None, "first_loss": None, "first_accuracy": None, "tokens": 0, "seconds": 0.0}
     for name, parts in (("init", parse_parts(s.transfer)), ("mlp_from", ("mlp",)), ("attn_from", ("attn",))):
         if path := getattr(s, name):
             model, state = load(path, s.device)
+            if s.transfer == "all" and model.config.block_size < target.config.block_size:
+                raise UserError(f"{path} has positions for {model.config.block_size} tokens alone, and --block_size asks "
+                                f"for {target.config.block_size}: --transfer full starts them anew")
             transfer(target, model, parts, s.embeddings)
-            facts["tokens"] += state.get("tokens", 0)
+            warmed = state if state.get("stage") == "warmup" else state.get("warmup", {})
+            facts["tokens"] += warmed.get("tokens", 0)
 
     out = Path(s.out)
     with first_process_first():
@@ -589,6 +782,7 @@ def run(s):
     model, state = next((load(stage.file, s.device) for stage in reversed(stages) if stage.file.exists()), (None, {}))
     if state and not state.keys() >= {"stage", "step", "optimizer", "evaluation"}:
         raise UserError(f"the checkpoint in {out} is not one of a run: choose another --out")
+    agree("checkpoint", (state.get("stage"), state.get("step")))
     log = Log(out / "log.jsonl", state.get("stage"), state.get("step"))
     say(f"{s.out}: {s.size} GPT, {sum(p.numel() for p in target.parameters()):,} parameters, context "
         f"{target.config.block_size}; {s.device}, {s.dtype}, {world()} process{'es' * (world() > 1)}"
@@ -611,7 +805,9 @@ def run(s):
         state = {}
 
     # Stage 2: continue
-    say(f"[2/2 train] {s.data}: {s.steps:,} steps of {s.batch_size} x {target.config.block_size} tokens")
+    passes = s.steps * s.batch_size / source.windows if hasattr(source, "windows") else 0
+    say(f"[2/2 train] {s.data}: {s.steps:,} steps of {s.batch_size} x {target.config.block_size} tokens"
+        + f", {passes:.1f} passes over it" * (passes > 1))
     origin = {"spec": s.data, "tokenizer": s.tokenizer, "seed": s.seed}
     result, _, seconds = train(s, stages[1], target, data, log, state, {"source": origin, "warmup": facts})
 
@@ -653,6 +849,8 @@ def summarise(result, s, given):
     drop = ("out", "resume", "init", "transfer", "embeddings", "attn_from", "mlp_from")
     other = {key: value for key, value in given.items() if key not in drop and not key.startswith("warmup")}
     other = {"warmup": "none" if spent["procedural"] else "dyck", **other}
+    if s.transfer == "all":  # these came from the checkpoint
+        other |= {key: getattr(s, key) for key in ("size", "block_size", "tokenizer", "tied")}
     if "out" in given:
         other["out"] = f"{s.out.rstrip('/')}-{other['warmup']}"
     flags = " ".join(f"--{'no-' * (v is False)}{k}" + ("" if isinstance(v, bool) else f" {shlex.quote(str(v))}")
@@ -666,6 +864,8 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: SIGNALS.append(number))
     try:
+        if s.plan:
+            return print_plan(resolve(s))
         result = run(s)
         summarise(result, s, given)
     except (torch.OutOfMemoryError, RuntimeError) as error:

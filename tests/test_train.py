@@ -438,10 +438,11 @@ def test_a_damaged_log_is_no_obstacle_to_resuming(settings, tmp_path):
 
 
 def test_runs_with_other_settings_have_folders_of_their_own():
-    names = {script.resolve(Settings(device="cpu", **changes)).out for changes in (
+    names = {script.run_name(Settings(**{"data": "code", "warmup": "dyck", **changes})) for changes in (
         {}, {"warmup": "none"}, {"seed": 1}, {"transfer": "attn"}, {"steps": 9}, {"init": "a/warmup.pt"},
-        {"data": "haystack:pairs=3"}, {"init": "x" * 300}, {"init": "x" * 299 + "y"})}
-    assert len(names) == 9 and "out/code-dyck-s0" in names and max(map(len, names)) < 200
+        {"data": "haystack:pairs=3"}, {"init": "x" * 300}, {"init": "x" * 299 + "y"}, {"preset": "c4"},
+        {"data": "c4", "preset": "c4"}, {"data": "c4", "preset": "c4-350m"}, {"tokens": 10 ** 6})}
+    assert len(names) == 13 and {"code-dyck-s0", "c4-dyck-s0", "c4-350m-dyck-s0"} < names and max(map(len, names)) < 200
     assert script.resolve(Settings(device="cpu", log_every=3, resume=True)).out == "out/code-dyck-s0"
 
 
