@@ -328,6 +328,8 @@ def read_safetensors(path):
     """{name: tensor} of a .safetensors file: eight bytes of length, a header in JSON, the numbers."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError("model.safetensors is damaged")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     raw = np.memmap(path, np.uint8, mode="c", offset=8 + size)

@@ -1,4 +1,5 @@
 """The GPT against an independent one, its loss against a plain reference, parts, transfer, generation, checkpoints."""
+import json
 import math
 import pickle
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import eval as eval_script
+import model as script
 from data import UserError
 from model import GPT, GPTConfig, PARTS, SIZES, load, parse_parts, parse_size, part_of, save, transfer
 
@@ -172,6 +174,77 @@ def test_sampling_follows_its_generator_and_top_k():
     assert torch.equal(model.generate(idx, 20, top_k=1), model.generate(idx, 20, temperature=0))
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_generation_with_its_cache_is_generation_without_it(temperature):
+    model, idx = scrambled(3), torch.randint(50, (3, 4))
+    for n in (1, 19, 20, 21, 30):  # up to the context of 24, and beyond it
+        cached, plain = (model.generate(idx, n, temperature, generator=torch.Generator().manual_seed(n), cached=cached)
+                         for cached in (True, False))
+        assert torch.equal(cached, plain)
+
+
+def test_with_its_cache_generation_reads_each_token_once(monkeypatch):
+    model, read, trunk = small(), [], GPT.trunk
+    monkeypatch.setattr(GPT, "trunk", lambda self, idx, caches=None: read.append(idx.shape[1]) or trunk(self, idx, caches))
+    model.generate(torch.randint(50, (2, 7)), 6, 0)
+    assert read == [7, 1, 1, 1, 1, 1]
+
+
+def test_generation_stops_when_every_row_has_made_the_stop_token():
+    model, idx = scrambled(3), torch.randint(50, (2, 4))
+    whole = model.generate(idx, 20, 0)[:, 4:]
+    first, second = whole[0], whole[1]
+    stop = next((t for t in first.tolist() if t in second.tolist()), None)
+    if stop is None:  # then it never stops early
+        assert torch.equal(model.generate(idx, 20, 0, stop=int(first[0])), torch.cat([idx, whole], 1))
+    else:
+        last = max(row.tolist().index(stop) for row in whole)
+        assert torch.equal(model.generate(idx, 20, 0, stop=stop), torch.cat([idx, whole[:, :last + 1]], 1))
+    assert model.generate(idx[:1], 20, 0, stop=int(first[0])).shape[1] == 5
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loss_in_chunks_is_the_loss_and_so_is_its_gradient(native, reduction, tied, monkeypatch):
+    if native and not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no F.linear_cross_entropy")
+    if not native:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    model, idx = scrambled(1, tied=tied), torch.randint(50, (4, 24))
+    targets = torch.where(torch.rand(4, 24) < 0.6, torch.randint(50, (4, 24)), -1)
+    results = []
+    for most in (2 ** 27, 500):  # 500: ten positions at a time
+        monkeypatch.setattr(script, "MOST_LOGITS", most)
+        model.zero_grad()
+        loss = model(idx, targets, reduction)
+        loss.backward()
+        results.append([loss.detach()] + [p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * max(1, float(a.abs().max()))) for a, b in zip(*results))
+
+
+def test_a_loss_in_chunks_keeps_no_logits_for_the_backward_pass(monkeypatch):
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    kept = {}
+    for most in (2 ** 27, 500):
+        monkeypatch.setattr(script, "MOST_LOGITS", most)
+        model, idx, shapes = small(), torch.randint(50, (4, 24)), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+            model(idx, idx)
+        kept[most] = any(shape[-1:] == (50,) for shape in shapes)
+    assert kept == {2 ** 27: True, 500: False}
+
+
+def test_recomputing_changes_no_gradient_even_with_dropout():
+    model, idx, gradients = small(dropout=0.2).train(), torch.randint(50, (4, 24)), []
+    for model.recompute in (False, True):
+        torch.manual_seed(5)
+        model.zero_grad()
+        model(idx, idx).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 @pytest.mark.parametrize("size,expected", [("gpt2", (12, 12, 768)), ("1.3b", (24, 16, 2048)), ("2_4_16", (2, 4, 16))])
 def test_sizes_have_names_or_say_layers_heads_width(size, expected):
     assert parse_size(size) == expected
@@ -250,3 +323,110 @@ def test_damaged_and_dangerous_checkpoints_are_refused_in_one_line(how, tmp_path
     damage(tmp_path / "a.pt", how)
     assert "a.pt" in refused(eval_script, tmp_path / "a.pt")
     assert "sprung" not in capfd.readouterr().out
+
+
+# Other people's models
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["model.py", *map(str, arguments)])
+    script.main()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_exported_can_be_imported_with_equal_weights(tied, tmp_path, monkeypatch, capsys):
+    model, idx = scrambled(1, tied=tied).eval(), torch.randint(50, (2, 20))
+    save(tmp_path / "a.pt", model, step=3)
+    run_command(monkeypatch, "export", tmp_path / "a.pt", tmp_path / "hf")
+    assert sorted(p.name for p in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
+    run_command(monkeypatch, "import", tmp_path / "hf", tmp_path / "b.pt")
+    for again in (load(tmp_path / "hf")[0], load(tmp_path / "b.pt")[0]):
+        assert again.config.tied == tied and torch.equal(model(idx), again.eval()(idx))
+    assert "2_4_32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_loads_what_is_exported_with_equal_logits(tied, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    model, idx = scrambled(1, tied=tied).eval(), torch.randint(50, (2, 20))
+    save(tmp_path / "a.pt", model)
+    script.export(tmp_path / "a.pt", tmp_path / "hf")
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        assert torch.allclose(theirs.eval()(idx).logits, model(idx), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_transformers_saves_is_read_with_equal_logits(tied, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=60, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=tied)).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    model, _ = load(tmp_path / "hf")
+    idx = torch.randint(60, (2, 20))
+    with torch.no_grad():
+        assert torch.allclose(theirs(idx).logits, model.eval()(idx), atol=1e-5) and model.config.tied == tied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_openais_layout_is_read_from_pytorch_model_bin(dtype, tmp_path):
+    model, idx = scrambled(1).eval(), torch.randint(50, (2, 20))  # no prefix, transposed matrices, masks in the weights
+    weights = {name: (p.t() if script.TRANSPOSED.search(name) else p).to(dtype) for name, p in model.state_dict().items()
+               if name != "lm_head.weight"}
+    weights["h.0.attn.bias"] = torch.ones(1, 1, 24, 24)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 50, "n_positions": 24, "n_layer": 2, "n_head": 4,
+                                                      "n_embd": 32, "activation_function": "gelu_new"}))
+    again = load(tmp_path)[0].eval()
+    assert again.config.tied and torch.allclose(again(idx), model.to(dtype).float()(idx), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpts_checkpoint_is_read(bias, tmp_path):
+    model, idx = scrambled(1).eval(), torch.randint(50, (2, 20))
+    weights = {f"_orig_mod.transformer.{name}" if name != "lm_head.weight" else f"_orig_mod.{name}": p
+               for name, p in model.state_dict().items() if bias or not name.endswith("bias")}
+    args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "bias": bias, "vocab_size": 50, "dropout": 0.0}
+    torch.save({"model": weights, "optimizer": {}, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(2.0),
+                "config": {"dataset": "owt"}}, tmp_path / "ckpt.pt")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not bias and name.endswith("bias"):
+                p.zero_()
+    assert torch.equal(load(tmp_path / "ckpt.pt")[0].eval()(idx), model(idx))
+
+
+def test_vocabularies_padded_as_nanogpt_does_are_kept_without_the_padding():
+    source, target = scrambled(1, vocab_size=64), scrambled(2, vocab_size=50)
+    transfer(target, source, ("attn", "mlp", "norm"), "keep")
+    idx = torch.randint(50, (2, 24))
+    assert torch.equal(source(idx)[..., :50], target(idx))
+
+
+@pytest.mark.parametrize("how", ["no config", "no weights", "truncated", "other model", "nonsense"])
+def test_folders_that_hold_no_gpt2_are_refused(how, tmp_path, refused):
+    save(tmp_path / "a.pt", small())
+    script.export(tmp_path / "a.pt", tmp_path / "hf")
+    config, weights = tmp_path / "hf" / "config.json", tmp_path / "hf" / "model.safetensors"
+    if how == "no config":
+        config.unlink()
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "other model":
+        config.write_text(config.read_text().replace("gelu_new", "relu"))
+    else:
+        weights.write_bytes(b"\xff" * 100)
+    refused(script, "import", tmp_path / "hf", tmp_path / "b.pt")
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_an_export_never_overwrites(tmp_path, refused):
+    save(tmp_path / "a.pt", small())
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "thesis.txt").write_text("precious")
+    assert "not empty" in refused(script, "export", tmp_path / "a.pt", tmp_path / "hf")
+    assert [p.name for p in (tmp_path / "hf").iterdir()] == ["thesis.txt"]
