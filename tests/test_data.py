@@ -1,6 +1,8 @@
 """Rules and tasks against slow oracles, masks token by token, purity of batches, corpora, specs that are refused."""
 import collections
+import functools
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -14,8 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
+import tiktoken.load
 
 import data
+from conftest import Mirror
 from data import RULES, TASKS, UserError, make_source
 
 RNG = np.random.default_rng
@@ -719,3 +724,50 @@ def test_problems_are_found_by_module_and_split(published, own_cache):
             question, answer = "".join(letters[t] for t in question), "".join(letters[t] for t in answer)
             assert part.split("/")[1].removesuffix("_big") in question and question.endswith("<answer>")
             assert str(eval(question.removeprefix("<problem>What is ").split("?")[0])) + "<problem>" == answer
+
+
+def write_vocabulary(folder):
+    """A vocabulary in the format of GPT-2's vocab.bpe and encoder.json: 256 bytes and 50,000 pairs of them."""
+    order = sorted(range(256), key=lambda b: (not chr(b).isprintable() or chr(b) == " ", b))
+    letters = {b: chr(b) if chr(b).isprintable() and chr(b) != " " else chr(256 + i - 188) for i, b in enumerate(order)}
+    pairs = [letters[a] + " " + letters[b] for a in order for b in order][:50_000]
+    vocabulary = [letters[b] for b in order] + [pair.replace(" ", "") for pair in pairs] + ["<|endoftext|>"]
+    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
+    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    return {hashlib.sha256((folder / name).read_bytes()).hexdigest(): expected for name, expected in (
+        ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+        ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"))}
+
+
+def test_gpt2s_vocabulary_is_fetched_checked_and_used(published, mirror, own_cache, tmp_path, monkeypatch, refused):
+    """tiktoken's own loading, with its addresses led to a server here and its checksums to these files'."""
+    (tmp_path / "files").mkdir()
+    expected, server, fetch = write_vocabulary(tmp_path / "files"), Mirror(tmp_path / "files"), tiktoken.load.read_file
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: fetch(f"{server.url}/{url.split('/')[-1]}"))
+    monkeypatch.setattr(tiktoken.load, "check_hash", lambda raw, wanted: expected.get(hashlib.sha256(raw).hexdigest()) == wanted)
+    order = ("prepare", "c4", "--tokens", "200K", "--val_tokens", "5K", "--workers", "1", "--source", mirror.url)
+    server.faults = {"vocab.bpe": ["corrupt", "refuse"]}
+    for fault in ("ValueError", "HTTPError"):
+        assert fault in refused(data, *order)
+    monkeypatch.setattr("sys.argv", ["data.py", *order])
+    monkeypatch.setattr(data, "text_pieces", functools.partial(in_this_process, data.text_pieces))
+    data.main()
+    server.server.shutdown()
+    source = make_source("c4", "val", block_size=64)
+    assert source.vocab_size == 50257 and source.tokens.dtype == np.uint16
+    with gzip.open(published / "en/c4-validation.00000-of-00008.json.gz", "rt") as file:
+        first = json.loads(file.readline())["text"]
+    assert source.decode(source.tokens[:2000]).startswith(first + "<|endoftext|>")
+    end = source.tokens.tolist().index(50256)
+    assert source.token_bytes[source.tokens[:end]].sum() == len(first.encode()) > end
+
+
+def in_this_process(text_pieces, files, names, split, tokenizer, workers, place, progress):
+    """A worker of its own would fetch the vocabulary from where it really is."""
+    data.start_worker.tokenizer = tokenizer
+    for number in range(place[0], len(names)):
+        path = files.get(names[number])
+        for chunk in data.in_chunks(data.records(path, split)):
+            yield data.tokenise_chunk(chunk, True)[0], [number, 0], None

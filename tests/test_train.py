@@ -6,6 +6,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 import train as script
 from conftest import ROOT
 from data import UserError, make_source
-from model import GPT, GPTConfig, load, part_of, save
+from model import GPT, GPTConfig, export, load, part_of, save
 from train import Settings, Stage, run
 
 SMALL = dict(warmup="set:length=4,vocab=12", warmup_steps=12, warmup_batch_size=8, size="1_2_16", block_size=32, steps=14,
@@ -166,19 +167,54 @@ def test_two_processes_and_accumulation_end_with_the_loss_of_one(script, prose, 
         assert max(r[key] for r in losses) - min(r[key] for r in losses) < 1e-4
 
 
-def test_two_processes_are_stopped_and_resumed(prose, tmp_path):
-    out = tmp_path / "run"
-    command = [*TORCHRUN, "--nproc_per_node=2", str(ROOT / "train.py"),
-               *flags(**{**LONG, "save_every": 10 ** 6, "steps": 600}, data=prose, out=out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("before,after", [((2, True), (1, False)), ((1, False), (2, True))])
+def test_a_run_is_stopped_and_resumed_by_other_processes_with_and_without_a_sharded_optimiser(before, after, prose, tmp_path):
+    settings, out = {**LONG, "save_every": 10 ** 6, "steps": 600}, tmp_path / "run"
+
+    def command(processes, zero, *more):
+        launcher = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+        return [*launcher, str(ROOT / "train.py"), *flags(**settings, zero=zero, data=prose, out=out), *more]
+    process = subprocess.Popen(command(*before), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(out / "log.jsonl", '"stage": "train", "step": 10', process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=90)
     assert process.returncode != 0 and load(out / "ckpt.pt")[1]["step"] >= 10
-    assert subprocess.run([*command, "--resume"], capture_output=True, timeout=120).returncode == 0
-    run(Settings(**{**LONG, "steps": 600}, data=str(prose), out=str(tmp_path / "one")))
+    done = subprocess.run(command(*after, "--resume"), capture_output=True, timeout=120, text=True)
+    assert done.returncode == 0, done.stderr
+    run(Settings(**settings, data=str(prose), out=str(tmp_path / "one")))
     one, two = (json.load(open(tmp_path / name / "result.json")) for name in ("one", "run"))
     assert abs(one["val_loss"] - two["val_loss"]) < 1e-4
+
+
+def test_two_machines_with_one_rendezvous_end_with_the_loss_of_one_process(prose, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+               "--rdzv_id=nanowarm", "--local_addr=127.0.0.1", str(ROOT / "train.py"),
+               *flags(**SMALL, zero=True, data=prose, out=tmp_path / "two")]
+    machines = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    spoken = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], spoken
+    assert sorted("2 processes" in stdout for stdout, _ in spoken) == [False, True], "one of them speaks"
+    run(Settings(**SMALL, data=str(prose), out=str(tmp_path / "one")))
+    one, two = (json.load(open(tmp_path / name / "result.json")) for name in ("one", "two"))
+    assert abs(one["val_loss"] - two["val_loss"]) < 1e-4
+
+
+def test_processes_that_see_different_things_say_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda values, mine: values.__setitem__(slice(None), [mine, 7]))
+    script.agree("data", 7)
+    with pytest.raises(UserError, match="processes 0 and 1 do not have the same checkpoint.*share"):
+        script.agree("checkpoint", 8)
+
+
+def test_recomputing_and_accumulating_give_the_same_run(settings, tmp_path):
+    plain = run(settings("plain", dropout=0.1))
+    assert run(settings("recomputed", dropout=0.1, recompute=True)) == {
+        **plain, **{key: pytest.approx(plain[key], abs=1e9) for key in ("seconds", "tokens_per_second")}}
+    assert outcome(tmp_path / "plain")[0] == outcome(tmp_path / "recomputed")[0]
 
 
 def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(prose, tmp_path):
@@ -336,6 +372,146 @@ def test_on_a_gpu_nothing_has_to_be_said_and_the_loss_is_the_cpus(settings):
     assert abs(gpu["val_loss"] - run(settings("cpu"))["val_loss"]) < 1e-2
 
 
+@pytest.mark.parametrize("source", ["checkpoint", "folder"])
+def test_fine_tuning_goes_on_from_a_whole_model(source, settings, tmp_path, monkeypatch):
+    run(settings("first", tokenizer="bytes"))
+    path = tmp_path / "first" / "ckpt.pt"
+    if source == "folder":
+        export(path, tmp_path / "hf")
+    init = str(path if source == "checkpoint" else tmp_path / "hf")
+    (tmp_path / "other.txt").write_text("Another corpus, of other words entirely. " * 300)
+    changes = dict(warmup=None, init=init, transfer="all", data=str(tmp_path / "other.txt"), size=None, block_size=None)
+    start = first_weights(monkeypatch, settings("second", **changes))
+    first = load(path)[0]
+    assert all(torch.equal(start[name], p) for name, p in first.named_parameters())
+    result = json.load(open(tmp_path / "second" / "result.json"))
+    assert (result["settings"]["size"], result["settings"]["block_size"]) == ("1_2_16", 32)
+    # What warm-up there was came before the first run, and is counted as such.
+    assert result["tokens"]["procedural"] == (12 * 8 * 9 if source == "checkpoint" else 0)
+
+
+def test_fine_tuning_that_cannot_keep_everything_is_refused(refused, settings, prose, tmp_path):
+    run(settings("first"))
+    command = {k: v for k, v in SMALL.items() if k != "warmup"} | dict(
+        data=prose, out=tmp_path / "run", init=tmp_path / "first" / "ckpt.pt", transfer="all")
+    assert "positions" in refused(script, *flags(**{**command, "block_size": 64}))
+    assert "vocabulary" in refused(script, *flags(**{**command, "init": tmp_path / "first" / "warmup.pt", "block_size": 9}))
+    assert "--init" in refused(script, *flags(**{**command, "init": "", "warmup": "set"}))
+    assert not (tmp_path / "run").exists()
+
+
+# Presets and plans
+
+
+@pytest.mark.parametrize("preset,expected", [
+    ("c4", ("c4", "gpt2", 2048, 32, 10_000, 5e-4, 5e-5, 0.0, 0.1, "gpt2")),
+    ("codeparrot", ("codeparrot", "gpt2", 1024, 48, 20_000, 5e-5, 0.0, 0.01, 0.1, "gpt2")),
+    ("deepmind_math", ("deepmind_math", "gpt2", 512, 64, 50_000, 5e-5, 0.0, 0.01, 0.1, "characters")),
+    ("c4-350m", ("c4", "24_16_1024", 2048, 32, 10_000, 5e-4, 5e-5, 0.0, 0.1, "gpt2")),
+    ("c4-1.3b", ("c4", "1.3b", 2048, 32, 160_000, 5e-4, 5e-5, 0.0, 0.1, "gpt2"))])
+def test_presets_are_the_published_settings(preset, expected):
+    s = script.resolve(Settings(preset=preset, device="cpu"))
+    assert (s.data, s.size, s.block_size, s.batch_size, s.steps, s.lr, s.min_lr, s.weight_decay, s.dropout,
+            s.tokenizer) == expected
+    assert (s.lr_schedule, s.lr_ramp, s.tied) == ("cosine", 0, True)
+    assert (s.warmup_lr, s.warmup_lr_schedule, s.warmup_weight_decay, s.warmup_dropout) == (5e-4, "constant", 0.1, 0.1)
+
+
+@pytest.mark.parametrize("given,expected", [
+    ("set", ("set:length=64", 2500, 64)), ("set+union", ("set+union:length=64", 2500, 64)),
+    ("shuffled:sort", ("shuffled:sort:length=64", 2500, 64)), ("dyck", ("dyck:k=64,length=2048", 500, 32)),
+    ("dyck_shuffle", ("dyck_shuffle:k=64,length=2048", 500, 32)), ("eca", ("eca:length=2048", 500, 32)),
+    ("set:length=20", ("set:length=20", 2500, 64)), ("dyck:k=8", ("dyck:k=8", 500, 32)), ("text", ("text", 500, 32))])
+@pytest.mark.parametrize("preset", ["c4", "codeparrot"])
+def test_warm_ups_under_a_preset_are_the_published_ones(preset, given, expected):
+    s = script.resolve(Settings(preset=preset, warmup=given, device="cpu"))
+    assert (s.warmup, s.warmup_steps, s.warmup_batch_size) == expected
+
+
+def test_every_flag_overrides_a_preset():
+    changes = dict(data="code", size="tiny", block_size=128, batch_size=4, steps=7, lr=1e-2, min_lr=1e-4, weight_decay=0.3,
+                   dropout=0.0, warmup_dropout=0.2, warmup_lr=1e-3, warmup_steps=3, warmup_batch_size=2, recompute=False)
+    s = script.resolve(Settings(preset="c4-1.3b", device="cpu", **changes))
+    assert {key: getattr(s, key) for key in changes} == changes and s.tokenizer == "bytes"
+    assert s.warmup == "dyck:k=64,length=128" and s.out == script.resolve(Settings(preset="c4-1.3b", device="cpu", **changes)).out
+
+
+def test_budgets_can_be_said_in_tokens(settings):
+    s = script.resolve(settings(steps=None, warmup_steps=None, tokens=10_000, warmup_tokens=1000))
+    assert (s.steps, s.warmup_steps) == (39, 14)  # of 8 x 32 tokens, and of 8 x 9
+    s = script.resolve(Settings(preset="c4", tokens=655_360_000, warmup="union", warmup_tokens=4_000_000, device="cpu"))
+    assert (s.steps, s.warmup_steps) == (10_000, 481)
+    task = script.resolve(Settings(data="haystack", tokens=10 ** 6, warmup="none", device="cpu"))
+    assert task.steps == 16  # of 1,000 x 63
+
+
+def test_a_plan_needs_neither_data_nor_gpu_and_writes_nothing(script, tmp_path):
+    done = script("train.py", "--preset", "c4", "--warmup", "union", "--device", "cuda", "--tflops", "300", "--plan", cwd=tmp_path,
+                  env={"NANOWARM_CACHE": str(tmp_path / "none")})
+    assert done.returncode == 0 and not any(tmp_path.iterdir()), done.stderr
+    assert all(words in done.stdout for words in ("125,226,240 parameters", "65,536 tokens: 655,360,000 in all", "6.46e+17 FLOPs",
+                                                  "0.6 hours", "peak", "0.0317 tokens"))
+
+
+def kept_for_backward(model, x, s):
+    """Bytes of the tensors that torch keeps for the backward pass, the weights themselves aside."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    alive = []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        alive.append(tensor)  # so that no other comes to the same place
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with script.autocast_for(s)():
+            model(x, x, reduction="sum")
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layers,width,context,vocab", [(2, 128, 256, 100), (6, 64, 128, 100), (2, 64, 64, 2000)])
+def test_the_planned_activations_are_those_torch_keeps(dtype, layers, width, context, vocab):
+    s, config = Settings(device="cpu", dtype=dtype, recompute=False), GPTConfig(vocab, context, layers, 4, width)
+    model = GPT(config).train()
+    kept = kept_for_backward(model, torch.randint(vocab, (4, context)), s)
+    plan = script.memory_plan(config, 4, s)
+    transient = 4 * (2 * 4 * context * vocab + vocab * width + context * width)  # of the head, gone or not there yet
+    assert kept < plan["activations"] < (kept + transient) * 1.15
+    model.recompute = s.recompute = True
+    less = script.memory_plan(config, 4, s)["activations"]
+    assert kept_for_backward(model, torch.randint(vocab, (4, context)), s) < less
+    assert less < plan["activations"] * 0.6 or layers < 6
+
+
+def test_the_planned_weights_gradients_and_optimiser_are_those_of_a_step(monkeypatch):
+    s, config = Settings(device="cpu", dtype="float32", recompute=False), GPTConfig(300, 64, 2, 4, 64)
+    model = GPT(config)
+    optimizer = script.make_optimizer(model, Stage("train", 1, 1, 1.0, "constant", 0, 0, 0, 0, 1, 1, None), s)
+    model(torch.zeros(2, 64, dtype=torch.int64), torch.zeros(2, 64, dtype=torch.int64)).backward()
+    optimizer.step()
+    plan = script.memory_plan(config, 2, s)
+    state = [t for entry in optimizer.state_dict()["state"].values() for t in entry.values() if t.dim()]
+    assert plan["weights"] == sum(p.nbytes for p in model.parameters())
+    assert plan["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    assert plan["optimiser"] == sum(t.nbytes for t in state)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    s.zero = True
+    assert script.memory_plan(config, 2, s)["optimiser"] == plan["optimiser"] // 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"dropout": 0.1, "compile": False}, {"grad_accum": 2}])
+def test_on_a_gpu_the_planned_memory_is_what_torch_reports(changes, settings):
+    s = settings(device="cuda", data="code", size="gpt2", block_size=1024, batch_size=8, warmup="none", steps=3, **changes)
+    resolved = script.resolve(s)
+    torch.cuda.reset_peak_memory_stats()
+    run(s)
+    planned = script.memory_plan(GPTConfig(257, 1024, 12, 12, 768, resolved.dropout), 8 // s.grad_accum, resolved)["peak"]
+    assert abs(torch.cuda.max_memory_allocated() / planned - 1) < 0.15
+
+
 # The command line
 
 
@@ -370,7 +546,8 @@ def test_help_lists_every_setting_with_its_meaning(script):
     dict(seed=-1), dict(seed=2 ** 32), dict(batch_size=9, grad_accum=2), dict(warmup_batch_size=9, grad_accum=2), dict(warmup="set:length=40"),
     dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
     dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True), dict(warmup="eca", warmup_curriculum=True),
-    dict(embeddings="keep")])
+    dict(embeddings="keep"), dict(preset="c5"), dict(preset="c4", data="haystack"), dict(tokens=5), dict(warmup_tokens=5),
+    dict(transfer="all"), dict(tflops=0), dict(warmup_tokens="many", warmup_steps=None), dict(data="c4")])
 def test_bad_settings_are_refused_and_nothing_is_written(bad, refused, prose, tmp_path):
     settings = {**SMALL, "data": prose, "out": tmp_path / "run", **bad}
     if "init" in bad:
