@@ -827,7 +827,7 @@ def run(s):
 def summarise(result, s, given):
     """What a newcomer wants to know at the end of a run."""
     s = resolve(s)
-    spent, text = result["tokens"], kind_of(s.data) == "text"
+    spent, text = result["tokens"], kind_of(s.data) == "text" and s.tokenizer != "characters"
     say("\n" + "-" * 100)
     if result["warmup_loss"] is not None:
         say(f"warm-up    {s.warmup}: held-out loss {result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} "
