@@ -107,7 +107,7 @@ MOST_LOGITS = 2 ** 27  # more than this (half a GB in float32), and the loss is 
 def chunked_cross_entropy(x, weight, targets):
     """Summed cross-entropy of the output head, never holding all logits: x (n, n_embd), weight (vocab_size, n_embd),
     targets (n,) with -1 where it does not count -> scalar. What torch's F.linear_cross_entropy does where it exists."""
-    if hasattr(F, "linear_cross_entropy"):
+    if hasattr(nn, "LinearCrossEntropyOptions"):  # torch 2.13
         return F.linear_cross_entropy(x, weight, targets, reduction="sum", ignore_index=-1,
                                       options=nn.LinearCrossEntropyOptions())
 
