@@ -45,7 +45,13 @@ import tiktoken
 
 
 class UserError(Exception):
-    """Something the user can put right. Every script prints it as one line on stderr and exits with status 2."""
+    """Something the user can put right. Every script prints it as one line on stderr and exits with status 2.
+
+    everywhere: of several processes, all raise it alike."""
+
+    def __init__(self, message, everywhere=False):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class Parser(argparse.ArgumentParser):
@@ -216,7 +222,7 @@ def eca(rng, batch, rule=110, width=16, length=128):
     for i in range(1, rows.shape[1]):
         cells = rows[:, i - 1]
         rows[:, i] = image[4 * np.roll(cells, 1, axis=1) + 2 * cells + np.roll(cells, -1, axis=1)]
-    tokens = rows.reshape(batch, -1)[:, :length]
+    tokens = rows.reshape(batch, rows.shape[1] * width)[:, :length]
     return tokens, np.broadcast_to(np.arange(length) >= width, tokens.shape)  # every cell that its predecessors decide
 
 
@@ -632,7 +638,7 @@ def as_text(raw, path):
 
 def json_lines(raw, path):
     """The documents of a .jsonl file: each line an object with a `text` or `content` field."""
-    for number, line in enumerate(as_text(raw, path).splitlines(), 1):
+    for number, line in enumerate(as_text(raw, path).split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -968,7 +974,8 @@ def text_pieces(files, names, split, tokenizer, workers, place, progress):
                 done, progress.text = done + 1, progress.text + size
                 yield tokens, [number, done], None
             yield np.zeros(0, np.uint32), [number + 1, 0], None  # nothing more from this file: the place is saved now
-            files.done_with(names[number])
+            if split == "train":  # the file of the validation split may be that of the training split, too
+                files.done_with(names[number])
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError("a tokenising process was killed (out of memory?): what is done is kept; the same command goes "
                         "on, perhaps with fewer --workers") from None
@@ -1013,30 +1020,38 @@ def problem_pieces(files, names, split, place, progress):
 
 
 def write_split(folder, split, wanted, pieces, dtype, files, growing):
-    """Writes pieces of tokens to SPLIT.bin until there are `wanted`; returns the state at the end.
+    """Writes pieces of tokens to SPLIT.bin.part until there are `wanted`; returns the state at the end. A SPLIT.bin
+    that is there, and perhaps read from, stays as it is.
 
     SPLIT.json holds the state: the place behind the last whole piece, and the tokens up to there. It is replaced about
     once a second, after the tokens have reached the disk, so a kill at any moment costs a second's work and leaves no
     trace in the result. With `growing`, asking for more later goes on from there too."""
     final, part, journal = folder / f"{split}.bin", folder / f"{split}.bin.part", folder / f"{split}.json"
-    there = json.loads(journal.read_text()) if journal.exists() else {"wanted": None, "total": None, "tokens": 0}
-    if final.exists():
-        if there["total"] is not None and there["wanted"] == wanted:
-            return there
-        final.replace(part)
-    part.touch()
-    whole = part.stat().st_size >= there["tokens"] * dtype.itemsize
-    if there["tokens"] and whole and (growing or there["wanted"] == wanted):
+    there = {"wanted": None, "total": None, "tokens": 0}
+    with contextlib.suppress(OSError, ValueError, TypeError):  # none yet, or damaged: from the start
+        there |= json.loads(journal.read_text())
+    newest = part if part.exists() else final
+    size = newest.stat().st_size // dtype.itemsize if newest.exists() else 0
+    if there["total"] is not None and there["wanted"] == wanted and size == there["total"]:
+        return there
+    if there["tokens"] and size >= there["tokens"] and (growing or there["wanted"] == wanted):
+        if newest is final:
+            shutil.copyfile(final, part.with_suffix(".tmp"))
+            part.with_suffix(".tmp").replace(part)
         wanted = max(wanted, there["tokens"])
         state = {**there, "wanted": wanted, "total": None}
     else:
         journal.unlink(missing_ok=True)  # before anything is written over
+        part.write_bytes(b"")
         state = {"wanted": wanted, "place": [0, 0], "tokens": 0, "parts": [], "total": None}
     with open(part, "r+b") as file:
         def save():
             file.flush()
             os.fsync(file.fileno())
-            journal.with_suffix(".tmp").write_text(json.dumps(state))
+            with open(journal.with_suffix(".tmp"), "w") as scratch:
+                scratch.write(json.dumps(state, sort_keys=True))
+                scratch.flush()
+                os.fsync(scratch.fileno())
             journal.with_suffix(".tmp").replace(journal)
 
         file.seek(state["tokens"] * dtype.itemsize)
@@ -1061,7 +1076,6 @@ def write_split(folder, split, wanted, pieces, dtype, files, growing):
             save()
             raise UserError(f"{error} ({state['tokens']:,} tokens of {split} are done and kept)") from None
         file.truncate(total * dtype.itemsize)
-        part.replace(final)
         state["total"] = total
         save()
     return state
@@ -1104,23 +1118,29 @@ def prepare(name, tokens=None, val_tokens=10_000_000, workers=1, source=None, to
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with only_one(folder):
-            finished = folder / "meta.json"
-            if finished.exists():
-                there = json.loads(finished.read_text())
-                if there["wanted"]["train"] >= tokens and there["wanted"]["val"] >= val_tokens:
-                    return folder
-                tokens, val_tokens = max(tokens, there["wanted"]["train"]), max(val_tokens, there["wanted"]["val"])
-                finished.unlink()
+            finished, there = folder / "meta.json", {"train": 0, "val": 0}
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged
+                there = json.loads(finished.read_text())["wanted"]
+            if there["train"] >= tokens and there["val"] >= val_tokens:
+                return folder
+            tokens, val_tokens = max(tokens, there["train"]), max(val_tokens, there["val"])
             files, states = Files(corpus, source, folder / "downloads"), {}
             for split, wanted in (("val", val_tokens), ("train", tokens)):
                 pieces = (functools.partial(problem_pieces, files, corpus[split], split) if by_character else
                           functools.partial(text_pieces, files, corpus[split], split, tokenizer, workers))
                 states[split] = write_split(folder, split, wanted, pieces, np.dtype(meta["dtype"]), files,
                                             growing=not by_character)
-            shutil.rmtree(folder / "downloads", ignore_errors=True)
+                if not states[split]["total"]:
+                    (folder / f"{split}.json").unlink()
+                    raise UserError(f"the files of {name} hold nothing for {split}: try another --source")
             meta |= {key: {split: state[name] for split, state in states.items()}
                      for key, name in (("wanted", "wanted"), ("tokens", "total"), ("parts", "parts"))}
             finished.with_suffix(".tmp").write_text(json.dumps(meta))
+            finished.unlink(missing_ok=True)  # until the new files are all in place, the corpus is not there
+            for split in states:
+                if (folder / f"{split}.bin.part").exists():
+                    (folder / f"{split}.bin.part").replace(folder / f"{split}.bin")
+            shutil.rmtree(folder / "downloads", ignore_errors=True)
             finished.with_suffix(".tmp").replace(finished)
     except (OSError, *DAMAGED) as error:
         raise UserError(f"cannot prepare {name} in {folder}: {error}; what is done is kept, the same command goes on "

@@ -61,6 +61,8 @@ def evaluate(model, source, batch_size, batches, device="cpu", autocast=contextl
         if source.token_bytes is not None:
             text_bytes += int(source.token_bytes[wanted.cpu().numpy()].sum())
     model.train(training)
+    if not tokens:
+        raise UserError(f"no token of {source.name} counts in rows of {source.block_size}: longer ones are needed")
     return {"loss": loss / tokens, "accuracy": right / tokens, "exact": exact / answers, "tokens": tokens,
             "bits_per_byte": loss / text_bytes / math.log(2) if text_bytes else None}
 
@@ -115,6 +117,8 @@ def print_samples(model, source, n, device, seed=0):
     x, y = source.batch(0, n)
     for tokens, targets in zip(x, y):
         counts = np.flatnonzero(targets != -1)
+        if not len(counts):  # an empty answer
+            continue
         asked = counts[0] + 1 if source.kind != "text" else min(64, source.block_size // 2)
         free = source.kind == "text" or len(counts) == source.block_size - 1  # every token counts: nothing to solve
         prompt = torch.from_numpy(tokens[None, :asked]).to(device)

@@ -106,8 +106,9 @@ MOST_LOGITS = 2 ** 27  # more than this (half a GB in float32), and the loss is 
 
 def chunked_cross_entropy(x, weight, targets):
     """Summed cross-entropy of the output head, never holding all logits: x (n, n_embd), weight (vocab_size, n_embd),
-    targets (n,) with -1 where it does not count -> scalar. What torch's F.linear_cross_entropy does where it exists."""
-    if hasattr(nn, "LinearCrossEntropyOptions"):  # torch 2.13
+    targets (n,) with -1 where it does not count -> scalar. In float32 torch's own F.linear_cross_entropy does it, where
+    it can; given bfloat16 it would round the loss itself to bfloat16, given float32 ignore autocast."""
+    if hasattr(nn, "LinearCrossEntropyOptions") and not torch.is_autocast_enabled(x.device.type):  # torch 2.13
         return F.linear_cross_entropy(x, weight, targets, reduction="sum", ignore_index=-1,
                                       options=nn.LinearCrossEntropyOptions())
 

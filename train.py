@@ -13,6 +13,7 @@ together. The random numbers of a step depend on the seed and the step alone, so
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -34,7 +35,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import (CHARACTERS, Parser, UserError, default_tokenizer, kind_of, load_tokenizer, make_source, parse_count,
+from data import (CHARACTERS, PUBLISHED, Parser, UserError, default_tokenizer, kind_of, load_tokenizer, make_source, parse_count,
                   parse_member, parse_rules, read_meta, run_main, RULES, TASKS)
 from eval import evaluate, find_device, known_tokenizer, perplexity
 from model import (GPT, GPTConfig, MOST_LOGITS, load, parse_parts, parse_size, read_checkpoint, save, transfer,
@@ -211,6 +212,8 @@ def published_warmup(s, asked_block_size):
     if ":" not in s.warmup.removeprefix("shuffled:") and s.warmup != "text":
         length = min(2048, asked_block_size // 2 * 2) if asked_block_size else 2048
         s.warmup += f":length={length}" if names == {"eca"} else f":k=64,length={length}" if long else ":length=64"
+    if s.warmup == "text":  # as many tokens as those of dyck
+        return dict(warmup_steps=max(1, round(500 * 2048 / s.block_size)), warmup_batch_size=32)
     return dict(warmup_steps=500, warmup_batch_size=32) if long else dict(warmup_steps=2500, warmup_batch_size=64)
 
 
@@ -224,6 +227,8 @@ def resolve(s):
     asked_block_size, s = s.block_size, dataclasses.replace(s)
     s.data = s.data or (PRESETS[s.preset]["data"] if s.preset else "code")
     check(s)
+    if world() > 1 and "RANK" not in os.environ and not s.plan:
+        raise UserError(f"WORLD_SIZE is {world()}, but RANK is not set: start several processes with torchrun")
     if s.warmup is None:
         s.warmup = "none" if s.init or s.attn_from or s.mlp_from else "dyck"
     s.out = s.out or f"out/{run_name(s)}"
@@ -312,15 +317,33 @@ def total(*values):
     return tensor.tolist()
 
 
+def gather(value):
+    """What every process has, in all of them."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def agree(what, value):
     """Raises UserError in every process unless all have the same value."""
-    if world() > 1:
-        values = [None] * world()
-        dist.all_gather_object(values, value)
-        for other, theirs in enumerate(values):
-            if theirs != values[0]:
-                raise UserError(f"processes 0 and {other} do not have the same {what}: {values[0]} and {theirs}; --out "
-                                "and the corpora have to be on a disk that all machines share, or be copied to each")
+    for other, theirs in enumerate(values := gather(value)):
+        if theirs != values[0]:
+            raise UserError(f"processes 0 and {other} do not have the same {what}: {values[0]} and {theirs}; --out "
+                            "and the corpora have to be on a disk that all machines share, or be copied to each",
+                            everywhere=True)
+
+
+@contextlib.contextmanager
+def failing_together():
+    """A UserError in the block, in whichever process, is raised in all of them after it."""
+    try:
+        yield
+        problem = None
+    except UserError as error:
+        problem = f"{error}" + f" (process {rank()})" * (rank() > 0)
+    if problem := next(filter(None, gather(problem)), None):
+        raise UserError(problem, everywhere=True)
 
 
 @contextlib.contextmanager
@@ -328,9 +351,11 @@ def first_process_first():
     """The block runs in process 0, then in the others."""
     if world() > 1 and rank() > 0:
         dist.barrier()
-    yield
-    if world() > 1 and rank() == 0:
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if world() > 1 and rank() == 0:
+            dist.barrier()
 
 
 def say(*words):
@@ -470,6 +495,15 @@ def make_optimizer(model, stage, s):
     return torch.optim.AdamW(groups, **settings)
 
 
+def load_optimizer(optimizer, state):
+    """optimizer.load_state_dict, and what torch's sharded optimiser leaves to do after it."""
+    optimizer.load_state_dict(state)
+    if hasattr(optimizer, "optim"):
+        optimizer.state.clear()  # a second copy of what optimizer.optim.state holds
+        for p, entry in optimizer.optim.state.items():  # it is put on the CPU, where fused AdamW on a GPU cannot use it
+            entry["step"] = entry["step"].to(p.device)
+
+
 def step_batches(source, step, stage, s):
     """This process's micro-batches of one step, each (x, y, its place among all micro-batches of the run).
 
@@ -546,11 +580,12 @@ def train(s, stage, model, make, log, state=None, extra=None):
     make(split, length) gives the Source of a split; length is None without a curriculum. state: a checkpoint of this
     stage to go on from. extra: what the checkpoint holds beside weights, optimiser and progress."""
     device, autocast, label = s.device, autocast_for(s), "1/2 warm-up" if stage.name == "warmup" else "2/2 train"
+    model.to(device)
     length = 2 if stage.name == "warmup" and s.warmup_curriculum else None
     model.recompute, optimizer = s.recompute, make_optimizer(model, stage, s)
     first, before, result, started_at = 0, 0.0, None, None
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         first, length, before = state["step"], state["length"], state["seconds"]
         result, started_at = state["evaluation"], state["first_evaluation"]
     source, val, share = make("train", length), make("val", length), world() * s.grad_accum
@@ -597,7 +632,7 @@ def train(s, stage, model, make, log, state=None, extra=None):
         saving = done % stage.save_every == 0 or done == stage.steps
         if (logging or saving or device == "cpu") and not math.isfinite(norm.item()):  # reading it waits for the GPU
             raise UserError(f"the loss or its gradient is not finite at {stage.name} step {done}: a lower learning rate "
-                            f"may help; {f'the last good checkpoint is {stage.file}' * stage.file.exists()}")
+                            f"may help; {f'the last good checkpoint is {stage.file}' * stage.file.exists()}", everywhere=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -630,16 +665,19 @@ def train(s, stage, model, make, log, state=None, extra=None):
 def new_model(s, source, tied, dropout, seed):
     torch.manual_seed(seed)
     config = GPTConfig(source.vocab_size, source.block_size, *parse_size(s.size), dropout=dropout, tied=tied)
-    return GPT(config).to(s.device)
+    return GPT(config)
 
 
-def check_fit(s, source, warmup_source, longest):
+def check_fit(s, source, val, warmup_source, longest):
     """Refuses batches that do not divide, and a warm-up longer than the context that was asked for."""
     share = world() * s.grad_accum
     for name in ("warmup_batch_size", "batch_size") if warmup_source else ("batch_size",):
         if getattr(s, name) % share:
             raise UserError(f"--{name} {getattr(s, name)} does not divide over {world()} process{'es' * (world() > 1)} "
                             f"times --grad_accum {s.grad_accum}")
+    for name, a in (("data", source), ("data", val), ("warmup", warmup_source)):
+        if a and not (a.batch(0, 64)[1] != -1).any():
+            raise UserError(f"--{name} {a.name}: no token counts in rows of {a.block_size}: a longer --block_size is needed")
     if warmup_source and s.embeddings == "keep" and warmup_source.vocab_size != source.vocab_size:
         raise UserError(f"--embeddings keep needs one vocabulary: {s.warmup} has {warmup_source.vocab_size} tokens, "
                         f"{s.data} has {source.vocab_size}")
@@ -711,6 +749,9 @@ def print_plan(s):
         peaks[name] = memory_plan(config, batch_size // share, s)
         say(f"{name:10} {steps:,} steps of {batch_size} x {config.block_size:,} = {batch_size * config.block_size:,} "
             f"tokens: {tokens[name]:,} in all")
+    if s.data in PUBLISHED and tokens["training"] < 100 * PUBLISHED[s.data]["tokens"]:
+        say(f"data       python data.py prepare {s.data} --tokens {-(-tokens['training'] // 10 ** 6):,}M reads no text twice"
+            .replace(",", "_"))
     if s.warmup_steps:
         say(f"share      {tokens['warm-up'] / tokens['training']:.3g} tokens of {s.warmup} for one of {s.data} "
             "(paper: 0.001 to 0.003)")
@@ -736,7 +777,8 @@ def run(s):
     """Runs what the settings say, in s.out. Returns the content of result.json. Raises UserError and Stopped."""
     asked_block_size, s = s.block_size, resolve(s)
     if world() > 1 and not dist.is_initialized():  # gloo carries what the log and the signals need, past the GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if s.device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if s.device.startswith("cuda") else "gloo",
+                                timeout=datetime.timedelta(hours=6))  # process 0 may have a large corpus to tokenise
     if world() > 1 and s.device.startswith("cuda"):
         s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(s.device)
@@ -750,26 +792,31 @@ def run(s):
         return make_source(s.warmup, split, s.seed, s.warmup_block_size, longest=length)
 
     # A bad spec, corpus or checkpoint is refused here, before anything is written.
-    with first_process_first():  # it fills the token cache
-        source, _, warmup_source = data("train"), data("val"), warmup_data("train") if s.warmup_steps else None
-    check_fit(s, source, warmup_source, asked_block_size)
-    agree("data", [zlib.crc32(a.batch(0, 1)[0].tobytes()) for a in (source, warmup_source) if a])
+    with failing_together(), first_process_first():  # it fills the token cache
+        source, val, warmup_source = data("train"), data("val"), warmup_data("train") if s.warmup_steps else None
+        check_fit(s, source, val, warmup_source, asked_block_size)
+    fingerprint = [[getattr(a, "windows", 0), zlib.crc32(a.batch(0, 1)[0].tobytes())] for a in (source, val, warmup_source)
+                   if a]
+    agree("data", fingerprint)
     target = new_model(s, source, s.tied, s.dropout, s.seed)
     facts = {"loss": None, "accuracy": None, "first_loss": None, "first_accuracy": None, "tokens": 0, "seconds": 0.0}
-    for name, parts in (("init", parse_parts(s.transfer)), ("mlp_from", ("mlp",)), ("attn_from", ("attn",))):
-        if path := getattr(s, name):
-            model, state = load(path, s.device)
-            if s.transfer == "all" and model.config.block_size < target.config.block_size:
-                raise UserError(f"{path} has positions for {model.config.block_size} tokens alone, and --block_size asks "
-                                f"for {target.config.block_size}: --transfer full starts them anew")
-            transfer(target, model, parts, s.embeddings)
-            warmed = state if state.get("stage") == "warmup" else state.get("warmup", {})
-            facts["tokens"] += warmed.get("tokens", 0)
+    with failing_together():
+        for name, parts in (("init", parse_parts(s.transfer)), ("mlp_from", ("mlp",)), ("attn_from", ("attn",))):
+            if path := getattr(s, name):
+                model, state = load(path)
+                if s.transfer == "all" and model.config.block_size < target.config.block_size:
+                    raise UserError(f"{path} has positions for {model.config.block_size} tokens alone, and --block_size asks "
+                                    f"for {target.config.block_size}: --transfer full starts them anew")
+                transfer(target, model, parts, s.embeddings)
+                warmed = state if state.get("stage") == "warmup" else state.get("warmup", {})
+                facts["tokens"] += warmed.get("tokens", 0)
 
     out = Path(s.out)
-    with first_process_first():
-        if finished := open_run(s):
-            return finished
+    finished = None
+    with failing_together(), first_process_first():
+        finished = open_run(s)
+    if finished:
+        return finished
     stages = [
         Stage("warmup", s.warmup_steps, s.warmup_batch_size, s.warmup_lr, s.warmup_lr_schedule, s.warmup_lr_ramp,
               min_lr=0.0, weight_decay=s.warmup_weight_decay, dropout=s.warmup_dropout, file=out / "warmup.pt",
@@ -782,7 +829,15 @@ def run(s):
     model, state = next((load(stage.file, s.device) for stage in reversed(stages) if stage.file.exists()), (None, {}))
     if state and not state.keys() >= {"stage", "step", "optimizer", "evaluation"}:
         raise UserError(f"the checkpoint in {out} is not one of a run: choose another --out")
+    if state.get("fingerprint", fingerprint)[:2] != fingerprint[:2]:
+        raise UserError(f"{s.data} is not what it was when the run in {out} was stopped (other tokens, or more of them): "
+                        "put it back, or begin a new run in another --out")
+    micro_batches, dropout = world() * s.grad_accum, s.dropout if state.get("stage") == "train" else s.warmup_dropout
+    if dropout and state.get("micro_batches", micro_batches) != micro_batches:
+        raise UserError(f"the run in {out} has {state['micro_batches']} micro-batches a step (processes times "
+                        f"--grad_accum), here {micro_batches}: with dropout that would be another run")
     agree("checkpoint", (state.get("stage"), state.get("step")))
+    facts_of_data = {"fingerprint": fingerprint, "micro_batches": micro_batches}
     log = Log(out / "log.jsonl", state.get("stage"), state.get("step"))
     say(f"{s.out}: {s.size} GPT, {sum(p.numel() for p in target.parameters()):,} parameters, context "
         f"{target.config.block_size}; {s.device}, {s.dtype}, {world()} process{'es' * (world() > 1)}"
@@ -796,20 +851,21 @@ def run(s):
             f"{warmup_source.block_size} tokens")
         warm = model or new_model(s, warmup_source, True, s.warmup_dropout, s.seed + 2 ** 32)
         origin = {"spec": s.data if s.warmup == "text" else s.warmup, "tokenizer": s.tokenizer, "seed": s.seed}
-        result, start, seconds = train(s, stages[0], warm, warmup_data, log, state, {"source": origin})
+        result, start, seconds = train(s, stages[0], warm, warmup_data, log, state, {"source": origin, **facts_of_data})
         facts = {"loss": result["loss"], "accuracy": result["accuracy"], "first_loss": start["loss"],
                  "first_accuracy": start["accuracy"], "seconds": seconds,
                  "tokens": s.warmup_steps * s.warmup_batch_size * warmup_source.block_size}
         # Transfer
         transfer(target, warm, parse_parts(s.transfer), s.embeddings)
-        state = {}
+        warm, model, state = None, None, {}  # their memory is wanted now
 
     # Stage 2: continue
     passes = s.steps * s.batch_size / source.windows if hasattr(source, "windows") else 0
     say(f"[2/2 train] {s.data}: {s.steps:,} steps of {s.batch_size} x {target.config.block_size} tokens"
         + f", {passes:.1f} passes over it" * (passes > 1))
     origin = {"spec": s.data, "tokenizer": s.tokenizer, "seed": s.seed}
-    result, _, seconds = train(s, stages[1], target, data, log, state, {"source": origin, "warmup": facts})
+    result, _, seconds = train(s, stages[1], target, data, log, state,
+                               {"source": origin, "warmup": facts, **facts_of_data})
 
     semantic = s.steps * s.batch_size * target.config.block_size
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in OPERATIONAL}
@@ -866,13 +922,18 @@ def main():
     try:
         if s.plan:
             return print_plan(resolve(s))
-        result = run(s)
+        try:
+            result = run(s)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+                raise
+            raise UserError("not enough memory: a smaller --batch_size, --size or --block_size needs less, and so do a "
+                            "larger --grad_accum, --recompute and --zero") from None
         summarise(result, s, given)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
-            raise
-        raise UserError("not enough memory: a smaller --batch_size, --size or --block_size needs less, and so does a "
-                        "larger --grad_accum") from None
+    except UserError as error:
+        if rank() and dist.is_initialized() and not error.everywhere:  # run_main speaks for process 0 alone
+            print(f"error (process {rank()}): {error}", file=sys.stderr)
+        raise
     except Stopped as stopped:
         say(f"{stopped}; saved. To go on: the same command with --resume")
         sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])

@@ -1,5 +1,6 @@
 """Rules and tasks against slow oracles, masks token by token, purity of batches, corpora, specs that are refused."""
 import collections
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -509,6 +511,13 @@ def test_empty_binary_and_short_corpora_are_refused(content, tmp_path, refused):
     refused(data, "show", tmp_path / "corpus.txt")
 
 
+def test_line_separators_within_a_document_do_not_end_it(tmp_path):
+    text = "one\u2028two\x85three\x0bfour " * 40
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text + str(i)}, ensure_ascii=False) + "\n" for i in range(9)))
+    source = make_source(str(tmp_path / "a.jsonl"), block_size=64)
+    assert "one\u2028two\x85three" in source.decode(source.tokens[:1000])
+
+
 def test_bad_json_lines_and_empty_folders_are_refused(tmp_path, refused):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"title": "no text"}\n')
     assert "line 2" in refused(data, "show", tmp_path / "a.jsonl")
@@ -606,22 +615,41 @@ def test_a_cut_connection_goes_on_from_where_it_broke(mirror, own_cache, publish
     assert spans == [None, f"bytes={size // 2}-", f"bytes={size // 2 + (size - size // 2) // 2}-"]
 
 
-@pytest.mark.parametrize("name", ["c4", "deepmind_math"])
-def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(name, mirror, own_cache, whole):
-    arguments = [sys.executable, data.__file__, "prepare", name, "--source", mirror.url, "--val_tokens", "20000",
-                 "--tokens", "3M" if name == "c4" else "60K", "--workers", "2"]
-    arguments += ["--tokenizer", "bytes"] if name == "c4" else []
-    rng, kills, moments = np.random.default_rng(0), 0, (0.3, 1.0) if name == "c4" else (0.1, 0.25)
+def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(mirror, own_cache, whole):
+    arguments = [sys.executable, data.__file__, "prepare", "c4", "--source", mirror.url, "--val_tokens", "20000",
+                 "--tokens", "3M", "--workers", "2", "--tokenizer", "bytes"]
+    mirror.faults = {"c4-validation.00000-of-00008.json.gz": ["delay"]}  # so that the first is not over too soon
+    rng, kills = np.random.default_rng(0), 0
     while True:
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            assert process.wait(timeout=rng.uniform(*moments) if kills < 6 else 60) == 0
+            assert process.wait(timeout=rng.uniform(0.3, 1.0) if kills < 6 else 60) == 0
             break
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             kills += 1
-    assert kills and contents(data.prepared_folder(name, "bytes" if name == "c4" else "characters")) == whole[name]
+    assert kills and contents(data.prepared_folder("c4", "bytes")) == whole["c4"]
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the program may catch it."""
+
+
+@pytest.mark.parametrize("name", ["codeparrot", "deepmind_math"])
+@pytest.mark.parametrize("at", range(1, 9))
+def test_killed_at_each_file_it_puts_in_place_it_ends_with_the_same_bytes(at, name, published, own_cache, whole, monkeypatch):
+    original, count = Path.replace, iter(range(1, 100))
+
+    def dies(self, target):
+        if next(count) == at:
+            raise Killed
+        return original(self, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        with contextlib.suppress(Killed):
+            prepare(name, source=str(published))
+    assert contents(prepare(name, source=str(published))) == whole[name]
 
 
 def test_nothing_is_fetched_twice(mirror, own_cache, published, monkeypatch):
@@ -641,6 +669,37 @@ def test_asking_for_more_goes_on_and_gives_what_asking_at_once_gives(mirror, own
     assert contents(prepare("c4", source=mirror.url)) == whole["c4"]
     requests = len(mirror.requests)
     assert contents(prepare("c4", source=mirror.url, tokens=5)) == whole["c4"] and len(mirror.requests) == requests
+
+
+@pytest.mark.parametrize("name,more", [("c4", 5_000_000), ("deepmind_math", 90_000)])
+def test_while_more_is_prepared_what_is_there_stays_as_it_is(name, more, published, own_cache, tmp_path, monkeypatch):
+    folder = prepare(name, source=str(published))
+    before, tokens = contents(folder), np.memmap(folder / "train.bin", np.uint16, mode="r")
+    seen = tokens.copy()
+    with pytest.raises(data.UserError):
+        prepare(name, tokens=10 ** 9 if name == "c4" else more, source=str(tmp_path))  # there is nothing there
+    assert {k: v for k, v in contents(folder).items() if k in ("train.bin", "val.bin", "meta.json")} == {
+        k: v for k, v in before.items() if k in ("train.bin", "val.bin", "meta.json")}
+    data.make_source(name, tokenizer=None if name == "deepmind_math" else "bytes")
+    prepare(name, tokens=more, source=str(published))
+    assert (tokens == seen).all() and (folder / "train.bin").stat().st_size >= 2 * len(tokens)
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]"])
+def test_a_damaged_journal_costs_work_and_nothing_else(damage, published, own_cache, whole):
+    folder = prepare("codeparrot", source=str(published))
+    (folder / "meta.json").write_text(damage)
+    (folder / "train.json").write_text(damage)
+    assert contents(prepare("codeparrot", source=str(published))) == whole["codeparrot"]
+
+
+def test_an_archive_that_holds_none_of_the_data_is_refused(refused, own_cache, published, tmp_path):
+    with tarfile.open(tmp_path / "mathematics_dataset-v1.0.tar.gz", "w:gz") as archive:
+        archive.add(published / "en", "other")
+    assert "nothing for val" in refused(data, "prepare", "deepmind_math", "--source", tmp_path)
+    assert not (data.prepared_folder("deepmind_math", "characters") / "meta.json").exists()
+    prepare("deepmind_math", source=str(published))
 
 
 def test_asking_deepmind_math_for_more_takes_more_of_every_module(mirror, own_cache, whole):

@@ -1,4 +1,5 @@
 """Runs end to end: the same numbers whatever interrupts them and however many processes share them; what is refused."""
+import gc
 import json
 import math
 import os
@@ -208,6 +209,79 @@ def test_processes_that_see_different_things_say_so(monkeypatch):
     script.agree("data", 7)
     with pytest.raises(UserError, match="processes 0 and 1 do not have the same checkpoint.*share"):
         script.agree("checkpoint", 8)
+
+
+def test_what_fails_in_one_process_is_said_in_all(monkeypatch):
+    def elsewhere(values, mine):
+        values[:] = [mine, "the disk of process 1 is full"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "all_gather_object", elsewhere)
+    with pytest.raises(UserError, match="process 1 is full") as caught, script.failing_together():
+        pass
+    assert caught.value.everywhere
+
+
+def test_a_machine_without_the_corpus_is_named(script, published, tmp_path):
+    cache = {"NANOWARM_CACHE": str(tmp_path / "cache")}
+    done = script("data.py", *"prepare c4 --tokens 50K --val_tokens 5K --tokenizer bytes --source".split(), published, env=cache)
+    assert done.returncode == 0, done.stderr
+    wrapper = tmp_path / "machine.py"
+    wrapper.write_text("import os, runpy, sys\nif os.environ['RANK'] == '1':\n    os.environ['NANOWARM_CACHE'] = 'elsewhere'\n"
+                       f"sys.path.insert(0, {str(ROOT)!r})\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    settings = flags(**{**SMALL, "data": "c4", "tokenizer": "bytes", "out": tmp_path / "run"})
+    done = subprocess.run([*TORCHRUN, "--nproc_per_node=2", str(wrapper), *settings], capture_output=True, text=True,
+                          env={**os.environ, **cache}, timeout=120)
+    assert done.returncode != 0 and "error: c4 is not prepared on this machine" in done.stderr and "(process 1)" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_corpus_has_changed_is_not_resumed(settings, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for i in range(30):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"Chapter {i}. " + "words and words " * 40)
+    s = settings(data=str(tmp_path / "corpus"))
+    run(s)
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "corpus" / "31.txt").write_text("another chapter " * 40)
+    with pytest.raises(UserError, match="not what it was"):
+        run(settings(data=str(tmp_path / "corpus"), resume=True))
+
+
+def test_with_dropout_the_number_of_micro_batches_stays(settings, tmp_path):
+    run(settings(dropout=0.1))
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(UserError, match="micro-batches"):
+        run(settings(dropout=0.1, resume=True, grad_accum=2))
+    run(settings(dropout=0.1, resume=True))
+
+
+def test_the_warm_up_model_is_gone_when_stage_2_begins(settings, monkeypatch):
+    alive, original = {}, script.train
+
+    def record(s, stage, model, *args, **kwargs):
+        gc.collect()
+        alive[stage.name] = sum(type(o) is GPT for o in gc.get_objects())
+        return original(s, stage, model, *args, **kwargs)
+    monkeypatch.setattr(script, "train", record)
+    run(settings())
+    assert alive["train"] == alive["warmup"] - 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_a_sharded_optimiser_takes_up_a_saved_state(settings, tmp_path):
+    run(settings(device="cuda"))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        _, state = load(tmp_path / "run" / "ckpt.pt")
+        model = load(tmp_path / "run" / "ckpt.pt", "cuda")[0]
+        groups = [[p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]]
+        optimizer = ZeroRedundancyOptimizer([{"params": g} for g in groups], torch.optim.AdamW, lr=1e-3, fused=True)
+        script.load_optimizer(optimizer, state["optimizer"])
+        model(torch.zeros(2, 8, dtype=torch.int64, device="cuda"), torch.zeros(2, 8, dtype=torch.int64, device="cuda")).backward()
+        optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_recomputing_and_accumulating_give_the_same_run(settings, tmp_path):
@@ -421,11 +495,17 @@ def test_presets_are_the_published_settings(preset, expected):
     ("set", ("set:length=64", 2500, 64)), ("set+union", ("set+union:length=64", 2500, 64)),
     ("shuffled:sort", ("shuffled:sort:length=64", 2500, 64)), ("dyck", ("dyck:k=64,length=2048", 500, 32)),
     ("dyck_shuffle", ("dyck_shuffle:k=64,length=2048", 500, 32)), ("eca", ("eca:length=2048", 500, 32)),
-    ("set:length=20", ("set:length=20", 2500, 64)), ("dyck:k=8", ("dyck:k=8", 500, 32)), ("text", ("text", 500, 32))])
+    ("set:length=20", ("set:length=20", 2500, 64)), ("dyck:k=8", ("dyck:k=8", 500, 32))])
 @pytest.mark.parametrize("preset", ["c4", "codeparrot"])
 def test_warm_ups_under_a_preset_are_the_published_ones(preset, given, expected):
     s = script.resolve(Settings(preset=preset, warmup=given, device="cpu"))
     assert (s.warmup, s.warmup_steps, s.warmup_batch_size) == expected
+
+
+@pytest.mark.parametrize("preset", ["c4", "codeparrot", "deepmind_math"])
+def test_the_text_warm_up_of_a_preset_spends_what_dyck_spends(preset):
+    s = script.resolve(Settings(preset=preset, warmup="text", device="cpu"))
+    assert s.warmup_steps * s.warmup_batch_size * s.block_size == 500 * 32 * 2048
 
 
 def test_every_flag_overrides_a_preset():
@@ -547,7 +627,7 @@ def test_help_lists_every_setting_with_its_meaning(script):
     dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
     dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True), dict(warmup="eca", warmup_curriculum=True),
     dict(embeddings="keep"), dict(preset="c5"), dict(preset="c4", data="haystack"), dict(tokens=5), dict(warmup_tokens=5),
-    dict(transfer="all"), dict(tflops=0), dict(warmup_tokens="many", warmup_steps=None), dict(data="c4")])
+    dict(transfer="all"), dict(block_size=1, data="math", warmup="none"), dict(tflops=0), dict(warmup_tokens="many", warmup_steps=None), dict(data="c4")])
 def test_bad_settings_are_refused_and_nothing_is_written(bad, refused, prose, tmp_path):
     settings = {**SMALL, "data": prose, "out": tmp_path / "run", **bad}
     if "init" in bad:
