@@ -226,6 +226,44 @@ def eca(rng, batch, rule=110, width=16, length=128):
     return tokens, np.broadcast_to(np.arange(length) >= width, tokens.shape)  # every cell that its predecessors decide
 
 
+def bracket_process(name, tokens, k, length, p, depth=None):
+    """What the generator of dyck or dyck_shuffle knows: the exact probability of each token given those before it.
+
+    tokens: int64 (n, length) -> float64 (n, length, 2k). The mean of -log of what came is the loss that a perfect
+    model has on these rows; a token of probability 0 is illegal."""
+    n, rows = len(tokens), np.arange(len(tokens))
+    probability = np.zeros((n, length, 2 * k))
+    count, level = np.zeros((n, k), np.int64), np.zeros(n, np.int64)  # open brackets of each type, and in all
+    stack = np.zeros((n, length + 1), np.int64)  # dyck: their types in order
+    for t in range(length):
+        opens = np.where(level == 0, 1.0, p)
+        opens = np.where(level >= (length - t if name == "dyck" else depth), 0.0, opens)
+        probability[:, t, :k] = opens[:, None] / k
+        may_close = np.eye(k)[stack[rows, level - 1]] * (level > 0)[:, None] if name == "dyck" else count > 0
+        probability[:, t, k:] = (1 - opens)[:, None] * may_close / np.maximum(may_close.sum(1, keepdims=True), 1)
+        opened, kind = tokens[:, t] < k, tokens[:, t] % k
+        stack[rows[opened], level[opened]] = kind[opened]
+        count[rows, kind] += np.where(opened, 1, -1)
+        level += np.where(opened, 1, -1)
+    return probability
+
+
+def bracket_structure(tokens, k):
+    """(partner, level) of each token, both int64 (n, T). partner: where the bracket that a closing one closes was
+    opened (dyck_shuffle: the latest open one of its type), -1 for opening ones. level: how many are open before it."""
+    partner, level = np.full(tokens.shape, -1), np.zeros(tokens.shape, np.int64)
+    for row, sequence in enumerate(tokens.tolist()):  # a loop over tokens: for probes of some rows, not for training
+        open_at = {}
+        for t, token in enumerate(sequence):
+            level[row, t] = sum(map(len, open_at.values()))
+            places = open_at.setdefault(token % k, [])
+            if token < k:
+                places.append(t)
+            elif places:
+                partner[row, t] = places.pop()
+    return partner, level
+
+
 RULES = {"identity": identity, "reverse": reverse, "sort": sort, "set": set_, "union": union, "delete": delete,
          "stack": stack, "dyck": dyck, "dyck_shuffle": dyck_shuffle, "eca": eca}
 

@@ -1,21 +1,29 @@
-"""What one checkpoint can do: loss, accuracy, exact match, bits per byte, samples.
+"""What a checkpoint knows, and where: probes of its answers, its attention heads and its residual stream.
 
-    python eval.py out/code-dyck-s0/ckpt.pt                 on held-out data of its own kind
-    python eval.py out/code-dyck-s0/ckpt.pt --data docs     on other data
-    python eval.py out/haystack-none-s0/ckpt.pt --sample 3  solved examples (text: samples)
-    python eval.py out/deepmind_math-none-s0/ckpt.pt        problems solved, by module and split
+    python eval.py out/code-dyck-s0/ckpt.pt                  every probe that fits it, on held-out data of its own kind
+    python eval.py out/*/warmup.pt --probe learned           was the warm-up learned at all? Several side by side
+    python eval.py A/ckpt.pt B/ckpt.pt --plot                and as figures
+    python eval.py out/code-dyck-s0/ckpt.pt --data docs      on other data
+    python eval.py out/haystack-none-s0/ckpt.pt --sample 3   solved examples (text: samples)
+
+A probe is a function of an opened checkpoint that returns a Finding: the rows of a table, and panels to draw. What was
+found is added to eval.json beside the checkpoint.
 """
 import contextlib
 import itertools
+import json
 import math
 import re
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import Parser, UserError, default_tokenizer, make_source, run_main
-from model import MOST_LOGITS, load
+from data import (Parser, UserError, bracket_process, bracket_structure, default_tokenizer, kind_of, load_tokenizer,
+                  make_source, parse_member, parse_rules, run_main, RULES, TASKS)
+from model import GPT, MOST_LOGITS, load, write_atomically
 
 
 def find_device(name=None):
@@ -61,8 +69,6 @@ def evaluate(model, source, batch_size, batches, device="cpu", autocast=contextl
         if source.token_bytes is not None:
             text_bytes += int(source.token_bytes[wanted.cpu().numpy()].sum())
     model.train(training)
-    if not tokens:
-        raise UserError(f"no token of {source.name} counts in rows of {source.block_size}: longer ones are needed")
     return {"loss": loss / tokens, "accuracy": right / tokens, "exact": exact / answers, "tokens": tokens,
             "bits_per_byte": loss / text_bytes / math.log(2) if text_bytes else None}
 
@@ -88,20 +94,602 @@ def solve(model, problems, device="cpu", batch_size=256):
     return result
 
 
-def print_solved(source, solved, samples):
-    """A table of problems solved exactly, by module and split, and some of them in full."""
-    rates = {part: [np.array_equal(wanted, given) for _, wanted, given in answers] for part, answers in solved.items()}
-    splits = sorted({part.split("/")[0] for part in solved}, reverse=True)  # interpolate, extrapolate
-    print(f"\n{'problems solved exactly':40}" + "".join(f"{split:>16}" for split in splits))
-    for module in sorted({part.split("/")[1] for part in solved}):
-        found = [rates.get(f"{split}/{module}") for split in splits]
-        print(f"{module:40}" + "".join(f"{np.mean(r):11.1%} ({len(r):2})" if r else f"{'':16}" for r in found))
-    found = [sum((r for part, r in rates.items() if part.startswith(split)), []) for split in splits]
-    print(f"{'all':40}" + "".join(f"{np.mean(r):>16.1%}" for r in found))
-    for answers in list(solved.values())[:samples]:
+# ----------------------------------------------------------------------------------------------------------------------
+# An opened checkpoint, and what its model does on some rows
+
+
+@dataclass
+class Finding:
+    """What a probe found in one checkpoint."""
+    rows: dict  # {label: (value, format)}: the table, with one column per checkpoint
+    panels: list = field(default_factory=list)  # figures in plain numbers, see `lines` and `heat`
+    n: str = ""  # how many of what: for the caption
+    note: str = ""  # a line below the table
+
+
+def lines(title, xlabel, ylabel, curves, mark=None):
+    """A panel of curves {name: (xs, ys)}; mark: (low, high) of x to shade, the trained range."""
+    return {"kind": "lines", "title": title, "xlabel": xlabel, "ylabel": ylabel, "mark": mark,
+            "curves": {name: [np.asarray(values).tolist() for values in curve] for name, curve in curves.items()}}
+
+
+def heat(title, xlabel, ylabel, matrix, xticks=None, yticks=None):
+    """A panel of numbers from 0 to 1 by row and column; nan where there is none."""
+    matrix = [[None if math.isnan(value) else round(float(value), 4) for value in row] for row in matrix]
+    return {"kind": "heat", "title": title, "xlabel": xlabel, "ylabel": ylabel, "matrix": matrix, "xticks": xticks,
+            "yticks": yticks}
+
+
+class Opened:
+    """A checkpoint with its model and held-out data: what a probe gets."""
+
+    def __init__(self, path, args):
+        self.path, self.device = path, find_device(args.device)
+        self.batch_size, self.batches, self.wanted, self.samples = args.batch_size, args.batches, args.problems, args.sample
+        self.model, self.state = load(path, self.device)
+        self.model.eval()
+        trained_on = self.state.get("source") or {"spec": None, "seed": 0}  # None: not from train.py
+        self.spec, self.seed = args.data or trained_on["spec"], trained_on["seed"]
+        if not self.spec:
+            raise UserError(f"{path} does not say what it was trained on: name --data, and --tokenizer if needed")
+        config, self.tokenizer = self.model.config, args.tokenizer or default_tokenizer(self.spec)
+        if not args.tokenizer and self.tokenizer != "characters":
+            self.tokenizer = known_tokenizer(config, self.state) or self.tokenizer
+        self.source = make_source(self.spec, "val", self.seed, config.block_size, self.tokenizer)
+        padded = -(-self.source.vocab_size // 64) * 64  # as nanoGPT pads it
+        if self.source.vocab_size > config.vocab_size or (
+                args.data and config.vocab_size not in (self.source.vocab_size, padded)):
+            raise UserError(f"{self.spec} has a vocabulary of {self.source.vocab_size} tokens, the checkpoint one of "
+                            f"{config.vocab_size}")
+        # The rule or task: (name, parameters), None for text, for mixtures and for the shuffled control.
+        self.kind, self.member, self.members = self.source.kind, None, []
+        if self.kind == "task":
+            self.member = parse_member(self.spec, TASKS)[:2]
+        elif self.kind == "rule":
+            shuffled, self.members = parse_rules(self.spec)
+            if not shuffled and len(self.members) == 1:
+                self.member = self.members[0][1:]
+        self.brackets = self.member is not None and self.member[0] in ("dyck", "dyck_shuffle")
+        self.n = max(16, min(256, 2 ** 15 // config.block_size))  # rows that a probe looks at, if it is not said there
+
+    def rows(self, n=None):
+        return self.source.batch(0, min(n or self.n, self.source.rows or 10 ** 9))
+
+    @torch.no_grad()
+    def logits(self, x):
+        """int64 (n, T) -> float32 (n, T, vocab_size), a batch at a time."""
+        for part in torch.from_numpy(x).split(self.batch_size):
+            yield self.model(part.to(self.device)).float().cpu()
+
+    def predict(self, x, y):
+        """(loss, hit) at each place, both (n, T): nats, and whether the likeliest token is right; 0 where y is -1."""
+        losses, hits = [], []
+        for logits, wanted in zip(self.logits(x), torch.from_numpy(y).split(self.batch_size)):
+            losses.append(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=-1)
+                          .view(wanted.shape))
+            hits.append(logits.argmax(-1) == wanted)
+        return torch.cat(losses).numpy(), torch.cat(hits).numpy()
+
+    @torch.no_grad()
+    def look_inside(self, x, model=None):
+        """The attention weights (n, layers, heads, T, T) and the residual stream (n, layers + 1, T, n_embd): what goes
+        into the first block, and what comes out of each."""
+        model, seen, streams = model or self.model, [], []
+        hooks = [model.h[0].register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0].cpu()))]
+        hooks += [block.register_forward_hook(lambda block, inputs, output: streams.append(output.cpu()))
+                  for block in model.h]
+        weights, residual = [], []
+        try:
+            for part in torch.from_numpy(x).split(self.batch_size):
+                streams.clear()
+                for block in model.h:
+                    block.attn.weights = True
+                model.trunk(part.to(self.device))
+                weights.append(torch.stack([block.attn.weights.cpu() for block in model.h], dim=1))
+                residual.append(torch.stack(streams, dim=1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for block in model.h:
+                block.attn.weights = None
+        return torch.cat(weights).float().numpy(), torch.cat(residual).float().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Probes of what it answers
+
+
+def probe_loss(c):
+    """Loss, accuracy and what else says it in one number."""
+    result = evaluate(c.model, c.source, c.batch_size, c.batches, c.device)
+    rows = {"loss (nats per counted token)": (result["loss"], "{:.4f}")}
+    if c.kind == "text":
+        rows["perplexity"] = (perplexity(result["loss"]), "{:.2f}")
+        if result["bits_per_byte"] is not None:
+            rows["bits per byte"] = (result["bits_per_byte"], "{:.4f}")
+    rows["accuracy, counted tokens"] = (result["accuracy"], "{:.2%}")
+    if c.kind != "text":
+        rows["exact, whole answers"] = (result["exact"], "{:.2%}")
+    return Finding(rows, n=f"{result['tokens']:,} counted tokens")
+
+
+LEARNED = 0.1  # nats per counted token above what the process itself leaves open, below which it counts as learned (ours)
+
+
+def probe_learned(c):
+    """Was it learned at all? The loss beside the smallest possible one.
+
+    That is 0 where the input decides the output, and what the generator of brackets knows where it does not."""
+    if c.kind not in ("rule", "task") or not c.member and (
+            c.spec.startswith("shuffled:") or any(name in ("dyck", "dyck_shuffle") for _, name, _ in c.members)):
+        return None
+    x, y = c.rows()
+    loss = c.predict(x, y)[0].sum() / (y != -1).sum()
+    floor = 0.0
+    if c.brackets:
+        came = np.take_along_axis(bracket_process(c.member[0], sequences(c, x), **c.member[1]),
+                                  sequences(c, x)[:, :, None], axis=2)[:, 1:]
+        floor = -np.log(came).mean()
+    verdict = "learned" if loss - floor < LEARNED else "not learned"
+    return Finding({"loss (nats per counted token)": (loss, "{:.4f}"), "smallest possible on these": (floor, "{:.4f}"),
+                    "above it": (loss - floor, "{:.4f}"), "verdict": (verdict, "{}")}, n=f"{len(x):,} rows",
+                   note=f"learned: less than {LEARNED} nats above the smallest possible loss")
+
+
+def sequences(c, x):
+    """The brackets of rows, without what pads them."""
+    return x[:, :c.member[1]["length"]]
+
+
+def probe_answers(c):
+    """Accuracy by the place of a token in its answer."""
+    if c.kind not in ("rule", "task") or c.brackets or c.member is None:
+        return None
+    x, y = c.rows(1024)
+    where, (_, hit) = y != -1, c.predict(x, y)
+    place = np.cumsum(where, axis=1)[where] - 1
+    right, n = np.bincount(place, hit[where]), np.bincount(place)
+    rows = {"all tokens": (hit[where].mean(), "{:.1%}"),
+            "whole answers": ((hit | ~where).all(axis=1).mean(), "{:.1%}")}
+    shown = np.unique(np.linspace(0, len(n) - 1, 12).round().astype(int))  # twelve places at most, all in the figure
+    rows |= {f"token {i + 1} of the answer": (right[i] / n[i], "{:.1%}") for i in shown}
+    return Finding(rows, [lines("accuracy by place", "token of the answer", "accuracy",
+                                {"accuracy": (np.arange(1, len(n) + 1), right / n)})], f"{len(x):,} answers")
+
+
+SIZED_BY = {"addition": "digits", "reversed_addition": "digits", "multiplication": "digits", "sorting": "numbers"} | {
+    name: "length" for name in ("identity", "reverse", "sort", "set", "union", "delete", "stack")}
+
+
+def probe_length(c):
+    """Shorter and longer problems than were trained on, as far as the position table goes."""
+    if c.member is None or c.member[0] not in SIZED_BY:
+        return None
+    (name, params), key = c.member, SIZED_BY[c.member[0]]
+    trained = params[key] if isinstance(params[key], tuple) else (params[key], params[key])
+    found = {}
+    for size in sorted({*range(1, 5), *np.unique(np.geomspace(5, 4 * trained[1], 8).round().astype(int)).tolist(), *trained}):
+        spec = f"{name}:" + ",".join(f"{k}={size if k == key else '-'.join(map(str, v)) if isinstance(v, tuple) else v}"
+                                     for k, v in params.items())
+        with contextlib.suppress(UserError):  # too short for the rule, or too few examples to hold some out, or too long
+            source = make_source(spec, "val", c.seed, c.model.config.block_size)
+            x, y = source.batch(0, 128)
+            hit = c.predict(x, y)[1]
+            found[size] = hit[y != -1].mean(), (hit | (y == -1)).all(axis=1).mean()
+    inside = {size: " (trained)" * (trained[0] <= size <= trained[1]) for size in found}
+    rows = {f"{key}={size}{inside[size]}: whole answers": (whole, "{:.1%}") for size, (_, whole) in found.items()}
+    curves = {label: (list(found), [pair[i] for pair in found.values()]) for i, label in enumerate(("tokens", "whole answers"))}
+    return Finding(rows, [lines("length generalisation", key, "accuracy", curves, trained)], "128 answers each")
+
+
+def carry_chain(a, b):
+    """The longest run of carries in a sum; a, b: int (n, digits), least significant digit first -> (n,)"""
+    carry = run = longest = np.zeros(len(a), int)
+    for x, y in zip(a.T, b.T):
+        carry = (x + y + carry) // 10
+        run = (run + 1) * carry
+        longest = np.maximum(longest, run)
+    return longest
+
+
+def probe_errors(c):
+    """Where it fails: sums by their longest chain of carries, haystacks by their size and the needle's depth."""
+    if c.member is None or c.member[0] not in ("addition", "reversed_addition", "haystack"):
+        return None
+    (name, params), (x, y) = c.member, c.rows(4000)
+    where, (_, hit) = y != -1, c.predict(x, y)
+    right = (hit | ~where).all(axis=1)
+    if name == "haystack":
+        asked = where.argmax(axis=1)  # where the query stands: 2 tokens per pair before it
+        pairs, key = asked // 2, x[np.arange(len(x)), asked] - params["pairs"]
+        needle = (x == key[:, None]).argmax(axis=1) // 2
+        depth = np.where(pairs > 1, needle / np.maximum(pairs - 1, 1), 0.0)
+        size = np.minimum((pairs - 1) * 6 // params["pairs"], 5)
+        at = size * 5 + np.minimum((depth * 5).astype(int), 4)
+        with np.errstate(invalid="ignore"):  # nan where there is none
+            share = (np.bincount(at, right, 30) / np.bincount(at, minlength=30)).reshape(6, 5)
+        sizes = [np.unique(pairs[size == i]) for i in range(6)]
+        edges = ["-".join(map(str, np.unique(s[[0, -1]]))) if len(s) else "none" for s in sizes]
+        depths = ["0-20", "20-40", "40-60", "60-80", "80-100"]
+        rows = {f"{edge} pairs": (right[size == i].mean(), "{:.1%}") for i, edge in enumerate(edges) if (size == i).any()}
+        rows |= {f"needle at {d} % depth": (right[at % 5 == i].mean(), "{:.1%}") for i, d in enumerate(depths)
+                 if (at % 5 == i).any()}
+        return Finding(rows, [heat("needle found", "depth of the needle (%)", "pairs", share, depths, edges)],
+                       f"{len(x):,} haystacks")
+    d = params["digits"]
+    a, b = x[:, :d], x[:, d + 1:2 * d + 1]
+    chain = carry_chain(*((a, b) if name == "reversed_addition" else (a[:, ::-1], b[:, ::-1])))
+    present = [i for i in range(d + 1) if (chain == i).any()]
+    rows = {f"longest chain of carries {i} (n={(chain == i).sum()})": (right[chain == i].mean(), "{:.1%}") for i in present}
+    return Finding(rows, [lines("sums by carries", "longest chain of carries", "share of sums right",
+                                {"right": (present, [right[chain == i].mean() for i in present])})], f"{len(x):,} sums")
+
+
+def by_bin(values, bins, right):
+    """{"1", "2-3", "4-7", ...: share right} over bins that double."""
+    found = {}
+    for low in bins:
+        inside = (values >= low) & (values < 2 * low)
+        if inside.any():
+            found[f"{low}" if low == 1 else f"{low}-{2 * low - 1}"] = right[inside].mean()
+    return found
+
+
+def probe_brackets(c):
+    """Does it close what is open? The likeliest closing type where a bracket closes, by depth and distance.
+
+    And how much probability goes to tokens that cannot come."""
+    if not c.brackets:
+        return None
+    (name, params), x = c.member, c.rows()[0]
+    tokens, k = sequences(c, x), c.member[1]["k"]
+    process, (partner, level) = bracket_process(name, tokens, **params), bracket_structure(tokens, k)
+    illegal, right = [], []
+    for logits, possible in zip(c.logits(x), np.array_split(process, range(c.batch_size, len(x), c.batch_size))):
+        probability = logits.softmax(-1).double().numpy()[:, :tokens.shape[1] - 1]
+        legal = np.pad(possible[:, 1:] > 0, ((0, 0), (0, 0), (0, probability.shape[2] - 2 * k)))
+        illegal.append((probability * ~legal).sum(-1))
+        closing = probability[:, :, k:2 * k].argmax(-1)
+        right.append(np.take_along_axis(legal[:, :, k:], closing[:, :, None], axis=2)[:, :, 0])
+    illegal, right, closes = np.concatenate(illegal), np.concatenate(right), partner[:, 1:] >= 0
+    distance, depth = (np.arange(tokens.shape[1]) - partner)[:, 1:][closes], level[:, 1:][closes]
+    bins = [2 ** i for i in range(16)]
+    depths, distances = by_bin(depth, bins, right[closes]), by_bin(distance, bins, right[closes])
+    rows = {"closing bracket of a right type": (right[closes].mean(), "{:.1%}"),
+            "probability of illegal tokens": (illegal.mean(), "{:.2%}")}
+    rows |= {f"right type at depth {label}": (share, "{:.1%}") for label, share in depths.items()}
+    rows |= {f"right type at distance {label}": (share, "{:.1%}") for label, share in distances.items()}
+    return Finding(rows, [lines("closing brackets", f"{what} (bins)", "share of right type",
+                                {what: (list(found), list(found.values()))})
+                          for what, found in (("depth", depths), ("distance", distances))], f"{closes.sum():,} closings")
+
+
+def probe_context(c):
+    """Does more context help? The loss by how many tokens came before."""
+    if c.kind != "text":
+        return None
+    x, y = c.rows()
+    loss, edges = c.predict(x, y)[0], [0] + [2 ** i for i in range(17) if 2 ** i < x.shape[1]] + [x.shape[1]]
+    spans = [(a, b, loss[:, a:b].mean()) for a, b in zip(edges, edges[1:])]
+    rows = {f"after {a + 1}{f' to {b}' if b > a + 1 else ''} tokens": (value, "{:.3f}") for a, b, value in spans}
+    return Finding(rows, [lines("loss by place", "tokens of context", "loss (nats per token)",
+                                {"loss": ([b for _, b, _ in spans], [v for _, _, v in spans])})], f"{len(x):,} windows")
+
+
+NEEDLES = [f"The secret number of {name} is {{}}.\n" for name in ("the river", "the garden", "the tower", "the captain")]
+
+
+def probe_needle(c):
+    """A line with a number, hidden in text of the corpus, and asked for again at the end of the context."""
+    if c.kind != "text" or c.source.token_bytes is None or c.tokenizer == "characters":
+        return None
+    encode, block = load_tokenizer(c.tokenizer).encode_ordinary, c.model.config.block_size
+    rng, share, heard, sizes, depths = np.random.default_rng(c.seed), [], [], [], [0, 25, 50, 75, 100]
+    filler = c.source.batch(0, 16)[0]
+    for size in (block // 4, block // 2, block):
+        prompts, answers = [], []
+        for row in filler:
+            line, number = NEEDLES[rng.integers(len(NEEDLES))], str(rng.integers(1000, 10000))
+            hidden, asked = encode("\n" + line.format(number)), encode("\n" + line.partition(" {}")[0])
+            answer = encode(" " + number)
+            room = size - len(hidden) - len(asked) - len(answer)
+            for depth in depths if room > 0 else []:
+                cut = room * depth // 100
+                prompts.append([*row[:cut], *hidden, *row[cut:room], *asked, *answer])
+                answers.append(len(answer))
+        if not prompts:
+            continue
+        x = np.array([tokens[:-1] for tokens in prompts])
+        y = np.array([[-1] * (len(t) - 1 - a) + t[-a:] for t, a in zip(prompts, answers)])
+        loss, hit = c.predict(x, y)
+        sizes.append(size)
+        share.append((hit | (y == -1)).all(axis=1).reshape(-1, len(depths)).mean(axis=0))
+        heard.append(loss.sum(axis=1).reshape(-1, len(depths)).mean(axis=0) / np.mean(answers))
+    if not sizes:
+        return None
+    rows = {f"found in {size} tokens": (found.mean(), "{:.1%}") for size, found in zip(sizes, share)}
+    rows |= {f"loss of the number, {size} tokens (nats)": (loss.mean(), "{:.3f}") for size, loss in zip(sizes, heard)}
+    return Finding(rows, [heat("number found", "depth of the line (%)", "tokens of context", share, depths, sizes)],
+                   f"{len(filler)} texts for each cell")
+
+
+def repeated(c):
+    """Random tokens of the held-out rows, twice: int64 (n, 2 * half)."""
+    seen, half = np.unique(c.rows()[0]), c.model.config.block_size // 2
+    once = np.random.default_rng(c.seed).choice(seen, (c.n, half))
+    return np.concatenate([once, once], axis=1)
+
+
+def probe_copying(c):
+    """Induction: random tokens, then the same again. Is the second copy easier?"""
+    if c.model.config.block_size < 8:
+        return None
+    tokens = repeated(c)
+    half = tokens.shape[1] // 2
+    loss, hit = c.predict(tokens[:, :-1].copy(), tokens[:, 1:].copy())
+    rows = {"loss on the first copy (nats)": (loss[:, :half - 1].mean(), "{:.3f}"),
+            "loss on the second copy (nats)": (loss[:, half:].mean(), "{:.3f}"),
+            "second copy right": (hit[:, half:].mean(), "{:.1%}")}
+    return Finding(rows, [lines("repeated random tokens", "token", "loss (nats)",
+                                {"loss": (np.arange(2, 2 * half + 1), loss.mean(axis=0))})], f"{len(tokens):,} rows of 2 x {half}")
+
+
+def probe_problems(c):
+    """DeepMind-Math: problems solved exactly, by module and split."""
+    if c.kind != "problems" or not c.wanted:
+        return None
+    solved, rows = solve(c.model, c.source.problems(c.wanted), c.device), {}
+    rates = {part: np.mean([np.array_equal(wanted, given) for _, wanted, given in answers])
+             for part, answers in solved.items() if answers}
+    for split in ("interpolate", "extrapolate"):
+        found = {part: rate for part, rate in rates.items() if part.startswith(split)}
+        rows |= {f"{split}, all modules": (np.mean(list(found.values())), "{:.1%}")} if found else {}
+        rows |= {part: (rate, "{:.1%}") for part, rate in sorted(found.items())}
+    for answers in list(solved.values())[:c.samples]:
         for question, wanted, given in answers[:1]:
-            right = "right" if np.array_equal(wanted, given) else f"wrong: {source.decode(wanted).strip()}"
-            print(f"{source.decode(question)}«{source.decode(given).strip()}»   {right}")
+            right = "right" if np.array_equal(wanted, given) else f"wrong: {c.source.decode(wanted).strip()}"
+            print(f"{c.source.decode(question)}«{c.source.decode(given).strip()}»   {right}")
+    return Finding(rows, n=f"{c.wanted} problems of each module")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Probes of its parts: attention heads and residual stream
+
+
+def entropy_score(attention):
+    """Mean entropy of what each head attends with, as a share of the most that its place allows: attention
+    (n, layers, heads, T, T) -> (layers, heads); 0: always one token, 1: all alike."""
+    t = attention.shape[-1]
+    entropy = -(attention * np.log(np.maximum(attention, 1e-30))).sum(-1)
+    return (entropy[..., 1:] / np.log(np.arange(2, t + 1))).mean(axis=(0, 3))
+
+
+def attended(attention, rows, queries, keys):
+    """Mean attention (layers, heads) from places to places: rows, queries, keys are int (m,)."""
+    return attention[rows, :, :, queries, keys].mean(axis=0)
+
+
+def previous_score(attention):
+    """Attention to the token before: (n, layers, heads, T, T) -> (layers, heads)"""
+    return np.diagonal(attention, -1, 3, 4).mean(axis=(0, 3))
+
+
+def induction_score(attention):
+    """On rows that are the same half twice: attention from a token of the second half to the one that followed it in
+    the first."""
+    half = attention.shape[-1] // 2
+    return np.diagonal(attention, 1 - half, 3, 4)[..., 1:].mean(axis=(0, 3))
+
+
+def matching_score(attention, tokens, k, ahead=0):
+    """Attention from a closing bracket to the one it closes; ahead=1: from the token before it, where it is predicted."""
+    partner, _ = bracket_structure(tokens, k)
+    rows, queries = np.nonzero(partner >= 0)
+    return attended(attention, rows, queries - ahead, partner[rows, queries])
+
+
+def probe_heads(c):
+    """What the attention heads do: 0 to 1 for how blurred they are, and for three things to look at.
+
+    Those are the token before, what followed the same token in the first of two copies, and the bracket that a bracket
+    closes (from that one, and from the token before it, where it is predicted). The figure has example maps of the strongest head of each kind."""
+    x = c.rows(max(4, c.n // 8))[0]
+    attention = c.look_inside(x)[0]
+    scores = {"entropy": entropy_score(attention), "previous token": previous_score(attention)}
+    examples = {"previous token": (attention[0], x[0])}
+    if c.model.config.block_size >= 8:
+        twice = repeated(c)[:len(x)]
+        inside = c.look_inside(twice)[0]
+        scores["induction"], examples["induction"] = induction_score(inside), (inside[0], twice[0])
+    if c.brackets:
+        tokens = sequences(c, x)
+        inside = attention[..., :tokens.shape[1], :tokens.shape[1]]
+        for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1)):
+            scores[name] = matching_score(inside, tokens, c.member[1]["k"], ahead)
+            examples[name] = inside[0], tokens[0]
+    rows, panels = {}, []
+    for name, score in scores.items():
+        best = np.unravel_index((score if name != "entropy" else -score).argmax(), score.shape)
+        rows[f"{name}, {'sharpest' if name == 'entropy' else 'strongest'} head"] = (float(score[best]), "{:.3f}")
+        rows[f"{name}, which (layer.head)"] = (f"{best[0]}.{best[1]}", "{}")
+        panels.append(heat(name, "head", "layer", score))
+        if name in examples:
+            weights, tokens = examples[name]
+            first = 0 if name != "induction" else max(0, len(tokens) // 2 - 10)  # around the seam of the two copies
+            shown = slice(first, first + 20)
+            words = [c.source.decode(tokens[i:i + 1]) for i in range(*shown.indices(len(tokens)))]
+            panels.append(heat(f"head {best[0]}.{best[1]}: {name}", "attended to", "from",
+                               weights[best][shown, shown], words, words))
+    return Finding(rows, panels, f"{len(x)} rows")
+
+
+def linear_probe(features, labels, train):
+    """Share of held-out labels that a linear map of the features gets right: least squares with a small ridge.
+
+    features (n, d), labels int (n,), train bool (n,): which are for fitting."""
+    classes, target = np.unique(labels, return_inverse=True)
+    mean, spread = features[train].mean(0), features[train].std(0) + 1e-6
+    z = np.concatenate([(features - mean) / spread, np.ones((len(features), 1))], axis=1)
+    a = z[train].T @ z[train] + 1e-3 * train.sum() * np.eye(z.shape[1])
+    weights = np.linalg.solve(a, z[train].T @ np.eye(len(classes))[target[train]])
+    return float(((z[~train] @ weights).argmax(1) == target[~train]).mean())
+
+
+def linear_targets(c, x):
+    """What the state of a rule is at each place: {name: int (n, T), -1 where there is nothing to know}."""
+    (name, params), targets = c.member, {}
+    if c.brackets:
+        tokens, k = sequences(c, x), params["k"]
+        level = bracket_structure(tokens, k)[1] + np.where(tokens < k, 1, -1)  # after this token
+        innermost = np.full(tokens.shape, -1)
+        for row, sequence in enumerate(tokens.tolist()):
+            stack = []
+            for t, token in enumerate(sequence):
+                if token < k:
+                    stack.append(token)
+                else:  # the latest of its type
+                    del stack[len(stack) - 1 - stack[::-1].index(token - k)]
+                innermost[row, t] = stack[-1] if stack else -1
+        return {"bracket depth": np.minimum(level, 9), "innermost open bracket": innermost}
+    if name not in ("stack", "identity", "reverse", "sort", "set", "union", "delete"):
+        return {}
+    separator = params["vocab"]
+    inside = np.cumsum(x >= separator, axis=1) == 0  # before the first separator
+    if name == "stack":
+        top = np.full(x.shape, -1)
+        for row, sequence in enumerate(x.tolist()):
+            stack = []
+            for t in np.flatnonzero(inside[row]):
+                stack.append(sequence[t]) if sequence[t] else stack.pop()
+                top[row, t] = stack[-1] if stack else -1
+        return {"top of the stack": top}
+    before = (x[:, :, None] == x[:, None, :]) & np.tri(x.shape[1], k=-1, dtype=bool)
+    return {"seen before (set membership)": np.where(inside, before.any(axis=2), -1)}
+
+
+def probe_linear(c):
+    """What a linear map can read of the rule's state in the residual stream, layer by layer.
+
+    Selectivity is what it reads beyond a control task, random labels of the same kinds, one for each token (Hewitt and
+    Liang, arXiv 1909.03368); and there is an untrained model with the same weights' shapes."""
+    if c.member is None or c.kind != "rule":
+        return None
+    rng = np.random.default_rng(c.seed)
+    x = c.rows(min(c.n, max(16, 2 ** 13 // c.model.config.block_size)))[0]
+    rows, panels, targets = {}, [], linear_targets(c, x)
+    if not targets:
+        return None
+    torch.manual_seed(c.seed)
+    untrained = GPT(c.model.config).to(c.device).eval()
+    streams = {"trained": c.look_inside(x)[1], "untrained": c.look_inside(x, untrained)[1]}
+    for name, target in targets.items():
+        where = target >= 0
+        train = np.broadcast_to((np.arange(len(x)) % 2 == 0)[:, None], where.shape)[where]  # by row, so that none leaks
+        random_labels = rng.choice(target[where], c.model.config.vocab_size)[x[:, :target.shape[1]]][where]
+        found = {}
+        for label, stream, wanted in (("trained", "trained", target[where]), ("control task", "trained", random_labels),
+                                      ("untrained", "untrained", target[where])):
+            found[label] = [linear_probe(streams[stream][:, layer, :target.shape[1]][where], wanted, train)
+                            for layer in range(len(c.model.h) + 1)]
+        most = np.bincount(target[where][~train]).max() / (~train).sum()
+        rows[f"{name}: most frequent label"] = (most, "{:.1%}")
+        for layer in range(len(c.model.h) + 1):
+            at = "embedding" if layer == 0 else f"layer {layer}"
+            rows[f"{name}, {at}"] = (found["trained"][layer], "{:.1%}")
+            rows[f"{name}, {at}: selectivity"] = (found["trained"][layer] - found["control task"][layer], "{:+.1%}")
+            rows[f"{name}, {at}: untrained"] = (found["untrained"][layer], "{:.1%}")
+        panels.append(lines(name, "layer (0: embedding)", "share read right",
+                            {label: (np.arange(len(values)), values) for label, values in found.items()}))
+    return Finding(rows, panels, f"{len(x)} rows, half of them for fitting")
+
+
+PROBES = {"loss": probe_loss, "learned": probe_learned, "answers": probe_answers, "length": probe_length,
+          "errors": probe_errors, "brackets": probe_brackets, "context": probe_context, "needle": probe_needle,
+          "copying": probe_copying, "problems": probe_problems, "heads": probe_heads, "linear": probe_linear}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables, figures, eval.json
+
+
+def print_table(name, opened, findings):
+    """One row per label, one column per checkpoint."""
+    labels = list(dict.fromkeys(label for finding in findings if finding for label in finding.rows))
+    wide = max(map(len, labels)) + 2
+    print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]}")
+    if len(opened) > 1:
+        print(" " * wide + "".join(f"{f'[{i + 1}]':>12}" for i in range(len(opened))))
+    for label in labels:
+        cells = (finding.rows.get(label) if finding else None for finding in findings)
+        print(f"{label:{wide}}" + "".join(f"{cell[1].format(cell[0]) if cell else '-':>12}" for cell in cells))
+    for note in dict.fromkeys(finding.note for finding in findings if finding and finding.note):
+        print(f"({note})")
+
+
+def draw(name, opened, findings, path):
+    """The panels of a probe, one line of them per checkpoint, as a PNG that can be read in grey."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise UserError(f"--plot needs matplotlib: {error}") from None
+    drawn = [(c, finding) for c, finding in zip(opened, findings) if finding and finding.panels]
+    columns = min(4, max(len(finding.panels) for _, finding in drawn))
+    deep = [-(-len(finding.panels) // columns) for _, finding in drawn]  # lines of panels for each checkpoint
+    figure = plt.figure(figsize=(max(6, 4.2 * columns), 3.9 * sum(deep)), layout="constrained")
+    for part, (c, finding) in zip(np.atleast_1d(figure.subfigures(len(drawn), 1, height_ratios=deep)), drawn):
+        part.supxlabel(f"{c.path}: n = {finding.n}, seed {c.seed}", fontsize=8)
+        axes = part.subplots(-(-len(finding.panels) // columns), columns, squeeze=False).flatten()
+        for axis in axes[len(finding.panels):]:
+            axis.axis("off")
+        for axis, panel in zip(axes, finding.panels):
+            axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
+            if panel["kind"] == "heat":
+                matrix = np.array(panel["matrix"], float)
+                image = axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+                figure.colorbar(image, ax=axis, shrink=0.8)
+                for n, ticks, put in ((matrix.shape[1], panel["xticks"], axis.set_xticks),
+                                      (matrix.shape[0], panel["yticks"], axis.set_yticks)):
+                    ticks = range(n) if ticks is None else ticks
+                    put(range(n), [str(t).replace("$", r"\$") for t in ticks], fontsize=6 if n > 8 else 9)
+                for (row, column), value in np.ndenumerate(matrix) if matrix.size <= 64 else ():
+                    axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                              color="white" if value > 0.6 else "black")
+                continue
+            for i, (label, (xs, ys)) in enumerate(panel["curves"].items()):
+                axis.plot(xs, ys, marker="osv^"[i % 4] if len(xs) < 40 else None, linestyle=("-", "--", ":", "-.")[i % 4],
+                          color=str(0.2 * (i % 4)), label=label)
+            if panel["mark"]:
+                low, high = panel["mark"]
+                axis.axvspan(low - 0.3, high + 0.3, alpha=0.2, color="grey", label="trained")
+            if panel["xlabel"].startswith("layer"):
+                axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+            if len(panel["curves"]) > 1 or panel["mark"]:
+                axis.legend(fontsize=8)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    plt.close(figure)
+    print(f"figure: {path}")
+
+
+def add_to_json(c, findings):
+    """Puts what was found into eval.json beside the checkpoint, and keeps what is there already."""
+    path = Path(c.path)
+    path = (path if path.is_dir() else path.parent) / "eval.json"
+    try:
+        there = json.loads(path.read_text()) if path.exists() else {}
+        entry = there.setdefault(Path(c.path).name, {}).setdefault(c.spec, {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}; move it away") from None
+    plain = lambda value: value if isinstance(value, str) else None if math.isnan(value) else float(value)
+    for name, finding in findings.items():
+        entry[name] = {"rows": {label: plain(value) for label, (value, _) in finding.rows.items()}, "n": finding.n,
+                       "seed": c.seed, "step": c.state.get("step"), "panels": finding.panels}
+    write_atomically(path, lambda file: file.write((json.dumps(there) + "\n").encode()))
 
 
 def known_tokenizer(config, state):
@@ -133,49 +721,46 @@ def print_samples(model, source, n, device, seed=0):
 
 
 def main():
-    parser = Parser(description="What a checkpoint can do, on held-out data.")
-    parser.add_argument("checkpoint", help="ckpt.pt or warmup.pt of a run")
+    parser = Parser(description="What checkpoints know, and where, on held-out data.")
+    parser.add_argument("checkpoints", nargs="+", metavar="checkpoint", help="ckpt.pt or warmup.pt of a run, or an imported "
+                        "model; several are put side by side")
+    parser.add_argument("--probe", metavar="NAMES", help=f"some of {', '.join(PROBES)} (default: all that fit)")
+    parser.add_argument("--plot", action="store_true", help="also draw figures, as eval-PROBE.png beside the (first) checkpoint")
     parser.add_argument("--data", help="other data than the checkpoint was trained on")
     parser.add_argument("--tokenizer", help="of that data (default: the checkpoint's)")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="also print N samples or solved examples")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=250, help="at most this many (default 250)")
+    parser.add_argument("--batches", type=int, default=250, help="at most this many for the loss (default 250)")
     parser.add_argument("--problems", type=int, default=20, metavar="N",
                         help="problems to solve of each module and split of deepmind_math (default 20; 0: none)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: what is there)")
     args = parser.parse_args()
     if min(args.batch_size, args.batches) < 1 or min(args.sample, args.problems) < 0:
         raise UserError("--batch_size and --batches must be at least 1, --sample and --problems at least 0")
-    device = find_device(args.device)
-    model, state = load(args.checkpoint, device)
-    trained_on = state.get("source") or {"spec": None, "tokenizer": None, "seed": 0}  # None: not from train.py
-    spec = args.data or trained_on["spec"]
-    if not spec:
-        raise UserError(f"{args.checkpoint} does not say what it was trained on: name --data, and --tokenizer if needed")
-    tokenizer = args.tokenizer or default_tokenizer(spec)
-    if not args.tokenizer and tokenizer != "characters":
-        tokenizer = known_tokenizer(model.config, state) or tokenizer
-    source = make_source(spec, "val", trained_on["seed"], model.config.block_size, tokenizer)
-    padded = -(-source.vocab_size // 64) * 64  # as nanoGPT pads it
-    if source.vocab_size > model.config.vocab_size or (
-            args.data and model.config.vocab_size not in (source.vocab_size, padded)):
-        raise UserError(f"{spec} has a vocabulary of {source.vocab_size} tokens, the checkpoint one of "
-                        f"{model.config.vocab_size}")
-    result = evaluate(model, source, args.batch_size, args.batches, device)
-    print(f"{args.checkpoint}: {state.get('stage', 'imported')} step {state.get('step', 0):,}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, on held-out {spec}")
-    print(f"  loss            {result['loss']:.4f} nats per counted token ({result['tokens']:,} tokens)")
-    if source.kind == "text":
-        print(f"  perplexity      {perplexity(result['loss']):.2f}")
-        if result["bits_per_byte"] is not None:
-            print(f"  bits per byte   {result['bits_per_byte']:.4f}")
-    print(f"  accuracy        {result['accuracy']:.2%} of counted tokens")
-    if source.kind != "text":
-        print(f"  exact           {result['exact']:.2%} of whole answers")
-    if source.kind == "problems" and args.problems:
-        print_solved(source, solve(model, source.problems(args.problems), device), args.sample)
-    elif args.sample and source.kind != "problems":
-        print_samples(model, source, args.sample, device)
+    names = args.probe.split(",") if args.probe else list(PROBES)
+    if unknown := [name for name in names if name not in PROBES]:
+        raise UserError(f"unknown probe {unknown[0]!r}: there are {', '.join(PROBES)}")
+    opened = [Opened(path, args) for path in args.checkpoints]
+    for i, c in enumerate(opened):
+        print(f"{f'[{i + 1}] ' if len(opened) > 1 else ''}{c.path}: {c.state.get('stage', 'imported')} step "
+              f"{c.state.get('step', 0):,}, {sum(p.numel() for p in c.model.parameters()):,} parameters, on held-out {c.spec}")
+    found = {}
+    for name in names:
+        findings = [PROBES[name](c) for c in opened]
+        if not any(findings):
+            if args.probe:
+                raise UserError(f"the probe {name} does not fit {' or '.join(c.spec for c in opened)}")
+            continue
+        found[name] = findings
+        print_table(name, opened, findings)
+        if args.plot and any(finding and finding.panels for finding in findings):
+            folder = Path(opened[0].path)
+            draw(name, opened, findings, (folder if folder.is_dir() else folder.parent) / f"eval-{name}.png")
+    for i, c in enumerate(opened):
+        add_to_json(c, {name: findings[i] for name, findings in found.items() if findings[i]})
+        if c.samples and c.kind != "problems":
+            print()
+            print_samples(c.model, c.source, c.samples, c.device)
 
 
 if __name__ == "__main__":
