@@ -157,23 +157,26 @@ class Opened:
 
     @torch.no_grad()
     def logits(self, x):
-        """int64 (n, T) -> float32 (n, T, vocab_size), a batch at a time."""
-        for part in torch.from_numpy(x).split(self.batch_size):
-            yield self.model(part.to(self.device)).float().cpu()
+        """int64 (n, T) -> float32 (some rows, T, vocab_size) on the device, as many rows at a time as are not too many."""
+        rows = max(1, min(self.batch_size, MOST_LOGITS // x.shape[1] // self.model.config.vocab_size))
+        for part in torch.from_numpy(x).split(rows):
+            yield self.model(part.to(self.device)).float()
 
     def predict(self, x, y):
         """(loss, hit) at each place, both (n, T): nats, and whether the likeliest token is right; 0 where y is -1."""
-        losses, hits = [], []
-        for logits, wanted in zip(self.logits(x), torch.from_numpy(y).split(self.batch_size)):
+        losses, hits, first = [], [], 0
+        for logits in self.logits(x):
+            wanted = torch.from_numpy(y[first:first + len(logits)]).to(logits.device)
             losses.append(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=-1)
-                          .view(wanted.shape))
-            hits.append(logits.argmax(-1) == wanted)
+                          .view(wanted.shape).cpu())
+            hits.append((logits.argmax(-1) == wanted).cpu())
+            first += len(logits)
         return torch.cat(losses).numpy(), torch.cat(hits).numpy()
 
     @torch.no_grad()
-    def look_inside(self, x, model=None):
+    def look_inside(self, x, model=None, attention=True):
         """The attention weights (n, layers, heads, T, T) and the residual stream (n, layers + 1, T, n_embd): what goes
-        into the first block, and what comes out of each."""
+        into the first block, and what comes out of each. Without `attention`, which grows with T squared, None."""
         model, seen, streams = model or self.model, [], []
         hooks = [model.h[0].register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0].cpu()))]
         hooks += [block.register_forward_hook(lambda block, inputs, output: streams.append(output.cpu()))
@@ -183,16 +186,17 @@ class Opened:
             for part in torch.from_numpy(x).split(self.batch_size):
                 streams.clear()
                 for block in model.h:
-                    block.attn.weights = True
+                    block.attn.weights = True if attention else None
                 model.trunk(part.to(self.device))
-                weights.append(torch.stack([block.attn.weights.cpu() for block in model.h], dim=1))
+                if attention:
+                    weights.append(torch.stack([block.attn.weights.cpu() for block in model.h], dim=1))
                 residual.append(torch.stack(streams, dim=1))
         finally:
             for hook in hooks:
                 hook.remove()
             for block in model.h:
                 block.attn.weights = None
-        return torch.cat(weights).float().numpy(), torch.cat(residual).float().numpy()
+        return torch.cat(weights).float().numpy() if attention else None, torch.cat(residual).float().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +205,8 @@ class Opened:
 
 def probe_loss(c):
     """Loss, accuracy and what else says it in one number."""
-    result = evaluate(c.model, c.source, c.batch_size, c.batches, c.device)
+    few = max(1, 2 ** 19 // (c.batch_size * c.source.block_size)) if c.kind == "text" else 250
+    result = evaluate(c.model, c.source, c.batch_size, c.batches or min(250, few), c.device)
     rows = {"loss (nats per counted token)": (result["loss"], "{:.4f}")}
     if c.kind == "text":
         rows["perplexity"] = (perplexity(result["loss"]), "{:.2f}")
@@ -344,9 +349,11 @@ def probe_brackets(c):
     (name, params), x = c.member, c.rows()[0]
     tokens, k = sequences(c, x), c.member[1]["k"]
     process, (partner, level) = bracket_process(name, tokens, **params), bracket_structure(tokens, k)
-    illegal, right = [], []
-    for logits, possible in zip(c.logits(x), np.array_split(process, range(c.batch_size, len(x), c.batch_size))):
-        probability = logits.softmax(-1).double().numpy()[:, :tokens.shape[1] - 1]
+    illegal, right, first = [], [], 0
+    for logits in c.logits(x):
+        probability = logits.softmax(-1).double().cpu().numpy()[:, :tokens.shape[1] - 1]
+        possible = process[first:first + len(logits)]
+        first += len(logits)
         legal = np.pad(possible[:, 1:] > 0, ((0, 0), (0, 0), (0, probability.shape[2] - 2 * k)))
         illegal.append((probability * ~legal).sum(-1))
         closing = probability[:, :, k:2 * k].argmax(-1)
@@ -413,9 +420,9 @@ def probe_needle(c):
                    f"{len(filler)} texts for each cell")
 
 
-def repeated(c):
+def repeated(c, length):
     """Random tokens of the held-out rows, twice: int64 (n, 2 * half)."""
-    seen, half = np.unique(c.rows()[0]), c.model.config.block_size // 2
+    seen, half = np.unique(c.rows()[0]), length // 2
     once = np.random.default_rng(c.seed).choice(seen, (c.n, half))
     return np.concatenate([once, once], axis=1)
 
@@ -424,7 +431,7 @@ def probe_copying(c):
     """Induction: random tokens, then the same again. Is the second copy easier?"""
     if c.model.config.block_size < 8:
         return None
-    tokens = repeated(c)
+    tokens = repeated(c, c.model.config.block_size)
     half = tokens.shape[1] // 2
     loss, hit = c.predict(tokens[:, :-1].copy(), tokens[:, 1:].copy())
     rows = {"loss on the first copy (nats)": (loss[:, :half - 1].mean(), "{:.3f}"),
@@ -493,12 +500,13 @@ def probe_heads(c):
 
     Those are the token before, what followed the same token in the first of two copies, and the bracket that a bracket
     closes (from that one, and from the token before it, where it is predicted). The figure has example maps of the strongest head of each kind."""
-    x = c.rows(max(4, c.n // 8))[0]
+    config, t = c.model.config, min(256, c.model.config.block_size)  # of longer contexts, the beginning
+    x = c.rows(max(4, min(32, 2 ** 26 // (config.n_layer * config.n_head * t * t))))[0][:, :t]
     attention = c.look_inside(x)[0]
     scores = {"entropy": entropy_score(attention), "previous token": previous_score(attention)}
     examples = {"previous token": (attention[0], x[0])}
     if c.model.config.block_size >= 8:
-        twice = repeated(c)[:len(x)]
+        twice = repeated(c, t)[:len(x)]
         inside = c.look_inside(twice)[0]
         scores["induction"], examples["induction"] = induction_score(inside), (inside[0], twice[0])
     if c.brackets:
@@ -575,13 +583,14 @@ def probe_linear(c):
     if c.member is None or c.kind != "rule":
         return None
     rng = np.random.default_rng(c.seed)
-    x = c.rows(min(c.n, max(16, 2 ** 13 // c.model.config.block_size)))[0]
+    x = c.rows(min(c.n, max(8, 2 ** 13 // c.model.config.block_size)))[0]
     rows, panels, targets = {}, [], linear_targets(c, x)
     if not targets:
         return None
     torch.manual_seed(c.seed)
     untrained = GPT(c.model.config).to(c.device).eval()
-    streams = {"trained": c.look_inside(x)[1], "untrained": c.look_inside(x, untrained)[1]}
+    streams = {name: c.look_inside(x, model, attention=False)[1]
+               for name, model in (("trained", None), ("untrained", untrained))}
     for name, target in targets.items():
         where = target >= 0
         train = np.broadcast_to((np.arange(len(x)) % 2 == 0)[:, None], where.shape)[where]  # by row, so that none leaks
@@ -730,12 +739,12 @@ def main():
     parser.add_argument("--tokenizer", help="of that data (default: the checkpoint's)")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="also print N samples or solved examples")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=250, help="at most this many for the loss (default 250)")
+    parser.add_argument("--batches", type=int, help="at most this many for the loss (default 250, of text 524,288 tokens)")
     parser.add_argument("--problems", type=int, default=20, metavar="N",
                         help="problems to solve of each module and split of deepmind_math (default 20; 0: none)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: what is there)")
     args = parser.parse_args()
-    if min(args.batch_size, args.batches) < 1 or min(args.sample, args.problems) < 0:
+    if min(args.batch_size, 1 if args.batches is None else args.batches) < 1 or min(args.sample, args.problems) < 0:
         raise UserError("--batch_size and --batches must be at least 1, --sample and --problems at least 0")
     names = args.probe.split(",") if args.probe else list(PROBES)
     if unknown := [name for name in names if name not in PROBES]:

@@ -433,8 +433,8 @@ def test_the_state_planted_in_the_residual_stream_is_read_and_the_untrained_mode
     c = opened("dyck:k=2,length=32")
     original = script.Opened.look_inside
 
-    def planted(self, x, model=None):
-        weights, residual = original(self, x, model)
+    def planted(self, x, model=None, attention=True):
+        weights, residual = original(self, x, model, attention)
         if model is None:
             residual[:, 1, :, :10] = 100 * np.eye(10)[script.linear_targets(self, x)["bracket depth"]]
         return weights, residual
