@@ -1548,6 +1548,11 @@ def run_main(main):
     except MemoryError:
         print("error: not enough memory: ask for less (a smaller batch, block or corpus)", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:  # torch's ways to say it
+        if "allocate" not in str(error) and "out of memory" not in str(error):
+            raise
+        print("error: not enough memory: ask for less (a smaller batch, block or model)", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `python data.py list | head`

@@ -126,8 +126,9 @@ class Opened:
     def __init__(self, path, args):
         self.path, self.device = path, find_device(args.device)
         self.batch_size, self.batches, self.wanted, self.samples = args.batch_size, args.batches, args.problems, args.sample
-        self.model, self.state = load(path, self.device)
+        self.model, state = load(path, self.device)
         self.model.eval()
+        self.state = {key: state[key] for key in ("stage", "step", "source", "length") if key in state}  # not the optimiser
         trained_on = self.state.get("source") or {"spec": None, "seed": 0}  # None: not from train.py
         self.spec, self.seed = args.data or trained_on["spec"], trained_on["seed"]
         if not self.spec:
@@ -154,6 +155,14 @@ class Opened:
 
     def rows(self, n=None):
         return self.source.batch(0, min(n or self.n, self.source.rows or 10 ** 9))
+
+    def real(self, x):
+        """bool (n, T): the places before the pads that fill a row up."""
+        if self.kind not in ("rule", "task"):
+            return np.ones(x.shape, bool)
+        if self.member and "length" in self.member[1] and "vocab" not in self.member[1]:  # brackets and cells: no pad
+            return np.broadcast_to(np.arange(x.shape[1]) < self.member[1]["length"], x.shape)
+        return np.cumsum((x != self.source.pad)[:, ::-1], axis=1)[:, ::-1] > 0
 
     @torch.no_grad()
     def logits(self, x):
@@ -205,26 +214,28 @@ class Opened:
 
 def probe_loss(c):
     """Loss, accuracy and what else says it in one number."""
-    few = max(1, 2 ** 19 // (c.batch_size * c.source.block_size)) if c.kind == "text" else 250
-    result = evaluate(c.model, c.source, c.batch_size, c.batches or min(250, few), c.device)
+    few = max(1, 2 ** 18 // (c.batch_size * c.source.block_size))
+    result = evaluate(c.model, c.source, c.batch_size, c.batches or few, c.device)
     rows = {"loss (nats per counted token)": (result["loss"], "{:.4f}")}
     if c.kind == "text":
         rows["perplexity"] = (perplexity(result["loss"]), "{:.2f}")
         if result["bits_per_byte"] is not None:
             rows["bits per byte"] = (result["bits_per_byte"], "{:.4f}")
     rows["accuracy, counted tokens"] = (result["accuracy"], "{:.2%}")
-    if c.kind != "text":
+    if c.kind != "text" and (c.rows()[1][:, :-1] == -1).any():  # where all tokens count there is no answer
         rows["exact, whole answers"] = (result["exact"], "{:.2%}")
     return Finding(rows, n=f"{result['tokens']:,} counted tokens")
 
 
-LEARNED = 0.1  # nats per counted token above what the process itself leaves open, below which it counts as learned (ours)
+LEARNED = 0.1  # learned (ours): less than this many nats per counted token above what the process itself leaves open,
+#                and less than this share of what a model without context, which knows the tokens' frequencies, is above it
 
 
 def probe_learned(c):
     """Was it learned at all? The loss beside the smallest possible one.
 
     That is 0 where the input decides the output, and what the generator of brackets knows where it does not."""
+    trained_on = (c.state.get("source") or {}).get("spec")
     if c.kind not in ("rule", "task") or not c.member and (
             c.spec.startswith("shuffled:") or any(name in ("dyck", "dyck_shuffle") for _, name, _ in c.members)):
         return None
@@ -235,10 +246,15 @@ def probe_learned(c):
         came = np.take_along_axis(bracket_process(c.member[0], sequences(c, x), **c.member[1]),
                                   sequences(c, x)[:, :, None], axis=2)[:, 1:]
         floor = -np.log(came).mean()
-    verdict = "learned" if loss - floor < LEARNED else "not learned"
+    share = np.bincount(y[y != -1]) / (y != -1).sum()
+    blind = -(share * np.log(np.maximum(share, 1e-30))).sum()
+    verdict = "learned" if loss - floor < LEARNED * min(1, blind - floor) else "not learned"
+    note = f"learned: less than {LEARNED} nats above the smallest possible, and less than {LEARNED:.0%} of where the blind are"
+    if c.state.get("length") and trained_on == c.spec:
+        note += f"; its curriculum stopped at input length {c.state['length']}"
     return Finding({"loss (nats per counted token)": (loss, "{:.4f}"), "smallest possible on these": (floor, "{:.4f}"),
-                    "above it": (loss - floor, "{:.4f}"), "verdict": (verdict, "{}")}, n=f"{len(x):,} rows",
-                   note=f"learned: less than {LEARNED} nats above the smallest possible loss")
+                    "above it": (loss - floor, "{:.4f}"), "blind: frequencies alone, above it": (blind - floor, "{:.4f}"),
+                    "verdict": (verdict, "{}")}, n=f"{len(x):,} rows", note=note)
 
 
 def sequences(c, x):
@@ -266,14 +282,29 @@ SIZED_BY = {"addition": "digits", "reversed_addition": "digits", "multiplication
     name: "length" for name in ("identity", "reverse", "sort", "set", "union", "delete", "stack")}
 
 
+def trained_sizes(c):
+    """(low, high) of what the checkpoint was trained on, if that was the same rule or task; else None."""
+    spec = (c.state.get("source") or {}).get("spec")
+    try:
+        name, params = parse_member(spec, RULES | TASKS)[:2]
+        size = params[SIZED_BY[c.member[0]]]
+    except (UserError, AttributeError, KeyError):  # a mixture, a corpus, or not said
+        return None
+    low, high = size if isinstance(size, tuple) else (size, size)
+    if c.state.get("length"):  # a curriculum: from 2 to where it stopped
+        low, high = min(2, high), min(high, c.state["length"])
+    return (low, high) if name == c.member[0] else None
+
+
 def probe_length(c):
     """Shorter and longer problems than were trained on, as far as the position table goes."""
     if c.member is None or c.member[0] not in SIZED_BY:
         return None
-    (name, params), key = c.member, SIZED_BY[c.member[0]]
-    trained = params[key] if isinstance(params[key], tuple) else (params[key], params[key])
+    (name, params), key, trained = c.member, SIZED_BY[c.member[0]], trained_sizes(c)
+    most = 4 * np.max(params[key])
     found = {}
-    for size in sorted({*range(1, 5), *np.unique(np.geomspace(5, 4 * trained[1], 8).round().astype(int)).tolist(), *trained}):
+    for size in sorted({*range(1, 5), *np.unique(np.geomspace(5, max(5, most), 8).round().astype(int)).tolist(),
+                        *np.atleast_1d(params[key]).tolist(), *(trained or ())}):
         spec = f"{name}:" + ",".join(f"{k}={size if k == key else '-'.join(map(str, v)) if isinstance(v, tuple) else v}"
                                      for k, v in params.items())
         with contextlib.suppress(UserError):  # too short for the rule, or too few examples to hold some out, or too long
@@ -281,10 +312,10 @@ def probe_length(c):
             x, y = source.batch(0, 128)
             hit = c.predict(x, y)[1]
             found[size] = hit[y != -1].mean(), (hit | (y == -1)).all(axis=1).mean()
-    inside = {size: " (trained)" * (trained[0] <= size <= trained[1]) for size in found}
+    inside = {size: " (trained)" * bool(trained and trained[0] <= size <= trained[1]) for size in found}
     rows = {f"{key}={size}{inside[size]}: whole answers": (whole, "{:.1%}") for size, (_, whole) in found.items()}
     curves = {label: (list(found), [pair[i] for pair in found.values()]) for i, label in enumerate(("tokens", "whole answers"))}
-    return Finding(rows, [lines("length generalisation", key, "accuracy", curves, trained)], "128 answers each")
+    return Finding(rows, [lines("length generalisation", key, "accuracy", curves, trained)], "128 answers each, of small sizes fewer different ones")
 
 
 def carry_chain(a, b):
@@ -336,7 +367,7 @@ def by_bin(values, bins, right):
     for low in bins:
         inside = (values >= low) & (values < 2 * low)
         if inside.any():
-            found[f"{low}" if low == 1 else f"{low}-{2 * low - 1}"] = right[inside].mean()
+            found[f"{low}" if low == 1 else f"{low}-{2 * low - 1}"] = right[inside].mean(), inside.sum()
     return found
 
 
@@ -362,12 +393,14 @@ def probe_brackets(c):
     distance, depth = (np.arange(tokens.shape[1]) - partner)[:, 1:][closes], level[:, 1:][closes]
     bins = [2 ** i for i in range(16)]
     depths, distances = by_bin(depth, bins, right[closes]), by_bin(distance, bins, right[closes])
+    chance = (process[:, 1:, k:] > 0).sum(-1)[closes].mean() / k
     rows = {"closing bracket of a right type": (right[closes].mean(), "{:.1%}"),
-            "probability of illegal tokens": (illegal.mean(), "{:.2%}")}
-    rows |= {f"right type at depth {label}": (share, "{:.1%}") for label, share in depths.items()}
-    rows |= {f"right type at distance {label}": (share, "{:.1%}") for label, share in distances.items()}
+            "by chance": (chance, "{:.1%}"), "probability of illegal tokens": (illegal.mean(), "{:.2%}")}
+    rows |= {f"right type at depth {label} (n={n:,})": (share, "{:.1%}") for label, (share, n) in depths.items()}
+    rows |= {f"right type at distance {label} (n={n:,})": (share, "{:.1%}") for label, (share, n) in distances.items()}
     return Finding(rows, [lines("closing brackets", f"{what} (bins)", "share of right type",
-                                {what: (list(found), list(found.values()))})
+                                {"right": (list(found), [share for share, _ in found.values()]),
+                                 "by chance": (list(found), [chance] * len(found))})
                           for what, found in (("depth", depths), ("distance", distances))], f"{closes.sum():,} closings")
 
 
@@ -415,15 +448,16 @@ def probe_needle(c):
     if not sizes:
         return None
     rows = {f"found in {size} tokens": (found.mean(), "{:.1%}") for size, found in zip(sizes, share)}
-    rows |= {f"loss of the number, {size} tokens (nats)": (loss.mean(), "{:.3f}") for size, loss in zip(sizes, heard)}
+    rows |= {f"loss of the number, {size} tokens (nats per token of it)": (loss.mean(), "{:.3f}") for size, loss in zip(sizes, heard)}
     return Finding(rows, [heat("number found", "depth of the line (%)", "tokens of context", share, depths, sizes)],
                    f"{len(filler)} texts for each cell")
 
 
 def repeated(c, length):
     """Random tokens of the held-out rows, twice: int64 (n, 2 * half)."""
-    seen, half = np.unique(c.rows()[0]), length // 2
-    once = np.random.default_rng(c.seed).choice(seen, (c.n, half))
+    rng, x, half = np.random.default_rng(c.seed), c.rows()[0], length // 2
+    seen = np.unique(x[c.real(x)])
+    once = np.stack([rng.choice(seen, half, replace=len(seen) < half) for _ in range(c.n)])
     return np.concatenate([once, once], axis=1)
 
 
@@ -463,36 +497,38 @@ def probe_problems(c):
 # Probes of its parts: attention heads and residual stream
 
 
-def entropy_score(attention):
+def entropy_score(attention, real):
     """Mean entropy of what each head attends with, as a share of the most that its place allows: attention
-    (n, layers, heads, T, T) -> (layers, heads); 0: always one token, 1: all alike."""
-    t = attention.shape[-1]
-    entropy = -(attention * np.log(np.maximum(attention, 1e-30))).sum(-1)
-    return (entropy[..., 1:] / np.log(np.arange(2, t + 1))).mean(axis=(0, 3))
+    (n, layers, heads, T, T), real (n, T) -> (layers, heads); 0: always one token, 1: all alike."""
+    entropy = -(attention * np.log(np.maximum(attention, 1e-30))).sum(-1)[..., 1:] / np.log(
+        np.arange(2, attention.shape[-1] + 1))
+    return np.einsum("nlht,nt->lh", entropy, real[:, 1:]) / real[:, 1:].sum()
 
 
-def attended(attention, rows, queries, keys):
-    """Mean attention (layers, heads) from places to places: rows, queries, keys are int (m,)."""
-    return attention[rows, :, :, queries, keys].mean(axis=0)
+def attended(attention, wanted):
+    """Mean attention to the wanted places, (layers, heads), over those that have any: wanted is bool (n, T, T)."""
+    asks = wanted.any(axis=2)
+    return np.einsum("nlhqk,nqk->lh", attention, wanted.astype(attention.dtype)) / asks.sum()
 
 
-def previous_score(attention):
-    """Attention to the token before: (n, layers, heads, T, T) -> (layers, heads)"""
-    return np.diagonal(attention, -1, 3, 4).mean(axis=(0, 3))
+def previous_token(real):
+    """bool (n, T, T), true from each real token to the one before it."""
+    return np.eye(real.shape[1], k=-1, dtype=bool) & real[:, :, None]
 
 
-def induction_score(attention):
-    """On rows that are the same half twice: attention from a token of the second half to the one that followed it in
-    the first."""
-    half = attention.shape[-1] // 2
-    return np.diagonal(attention, 1 - half, 3, 4)[..., 1:].mean(axis=(0, 3))
+def induction(tokens):
+    """On rows that are the same half twice: from each token of the second half to what followed it earlier."""
+    t = tokens.shape[1]
+    followed = np.pad(tokens[:, :, None] == tokens[:, None, :-1], ((0, 0), (0, 0), (1, 0)))  # (query, key after a match)
+    return followed & np.tri(t, dtype=bool) & (np.arange(t) >= t // 2)[:, None]
 
 
-def matching_score(attention, tokens, k, ahead=0):
-    """Attention from a closing bracket to the one it closes; ahead=1: from the token before it, where it is predicted."""
-    partner, _ = bracket_structure(tokens, k)
+def matching_bracket(tokens, k, ahead=0):
+    """From each closing bracket to the one it closes; ahead=1: from the token before it, where it is predicted."""
+    partner, wanted = bracket_structure(tokens, k)[0], np.zeros((*tokens.shape, tokens.shape[1]), bool)
     rows, queries = np.nonzero(partner >= 0)
-    return attended(attention, rows, queries - ahead, partner[rows, queries])
+    wanted[rows, queries - ahead, partner[rows, queries]] = True
+    return wanted
 
 
 def probe_heads(c):
@@ -502,45 +538,50 @@ def probe_heads(c):
     closes (from that one, and from the token before it, where it is predicted). The figure has example maps of the strongest head of each kind."""
     config, t = c.model.config, min(256, c.model.config.block_size)  # of longer contexts, the beginning
     x = c.rows(max(4, min(32, 2 ** 26 // (config.n_layer * config.n_head * t * t))))[0][:, :t]
-    attention = c.look_inside(x)[0]
-    scores = {"entropy": entropy_score(attention), "previous token": previous_score(attention)}
-    examples = {"previous token": (attention[0], x[0])}
-    if c.model.config.block_size >= 8:
+    attention, real = c.look_inside(x)[0], c.real(x)
+    looks = {"previous token": (attention, previous_token(real), x[0])}
+    if t >= 8:
         twice = repeated(c, t)[:len(x)]
-        inside = c.look_inside(twice)[0]
-        scores["induction"], examples["induction"] = induction_score(inside), (inside[0], twice[0])
+        looks["induction"] = c.look_inside(twice)[0], induction(twice), twice[0]
     if c.brackets:
-        tokens = sequences(c, x)
+        tokens, k = sequences(c, x), c.member[1]["k"]
         inside = attention[..., :tokens.shape[1], :tokens.shape[1]]
-        for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1)):
-            scores[name] = matching_score(inside, tokens, c.member[1]["k"], ahead)
-            examples[name] = inside[0], tokens[0]
+        looks |= {name: (inside, matching_bracket(tokens, k, ahead), tokens[0])
+                  for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1))}
+    scores = {"entropy": entropy_score(attention, real)} | {name: attended(*look[:2]) for name, look in looks.items()}
     rows, panels = {}, []
     for name, score in scores.items():
         best = np.unravel_index((score if name != "entropy" else -score).argmax(), score.shape)
         rows[f"{name}, {'sharpest' if name == 'entropy' else 'strongest'} head"] = (float(score[best]), "{:.3f}")
         rows[f"{name}, which (layer.head)"] = (f"{best[0]}.{best[1]}", "{}")
         panels.append(heat(name, "head", "layer", score))
-        if name in examples:
-            weights, tokens = examples[name]
+        if name in looks:
+            inside, wanted, tokens = looks[name]
+            size = wanted.shape[1]
+            alike = (np.tri(size) / np.arange(1, size + 1)[:, None])[None, None, None]  # attention to all alike
+            rows[f"{name}, if all were attended to alike"] = (
+                float(attended(np.broadcast_to(alike, (len(wanted), *alike.shape[1:])), wanted)[0, 0]), "{:.3f}")
             first = 0 if name != "induction" else max(0, len(tokens) // 2 - 10)  # around the seam of the two copies
             shown = slice(first, first + 20)
             words = [c.source.decode(tokens[i:i + 1]) for i in range(*shown.indices(len(tokens)))]
             panels.append(heat(f"head {best[0]}.{best[1]}: {name}", "attended to", "from",
-                               weights[best][shown, shown], words, words))
+                               inside[0][best][shown, shown], words, words))
     return Finding(rows, panels, f"{len(x)} rows")
 
 
 def linear_probe(features, labels, train):
-    """Share of held-out labels that a linear map of the features gets right: least squares with a small ridge.
+    """How well a linear map of the features gives held-out labels: least squares with a small ridge, every class of the
+    same weight; the mean over the classes of the share of each that is right (chance: one by their number).
 
     features (n, d), labels int (n,), train bool (n,): which are for fitting."""
-    classes, target = np.unique(labels, return_inverse=True)
+    classes, target, counts = np.unique(labels, return_inverse=True, return_counts=True)
     mean, spread = features[train].mean(0), features[train].std(0) + 1e-6
     z = np.concatenate([(features - mean) / spread, np.ones((len(features), 1))], axis=1)
-    a = z[train].T @ z[train] + 1e-3 * train.sum() * np.eye(z.shape[1])
-    weights = np.linalg.solve(a, z[train].T @ np.eye(len(classes))[target[train]])
-    return float(((z[~train] @ weights).argmax(1) == target[~train]).mean())
+    weighted = z[train] * (len(labels) / len(classes) / counts[target[train]])[:, None]
+    a = weighted.T @ z[train] + 1e-3 * train.sum() * np.eye(z.shape[1])
+    right = (z[~train] @ np.linalg.solve(a, weighted.T @ np.eye(len(classes))[target[train]])).argmax(1) == target[~train]
+    held = np.bincount(target[~train], minlength=len(classes))
+    return float((np.bincount(target[~train], right, len(classes))[held > 0] / held[held > 0]).mean())
 
 
 def linear_targets(c, x):
@@ -558,7 +599,7 @@ def linear_targets(c, x):
                 else:  # the latest of its type
                     del stack[len(stack) - 1 - stack[::-1].index(token - k)]
                 innermost[row, t] = stack[-1] if stack else -1
-        return {"bracket depth": np.minimum(level, 9), "innermost open bracket": innermost}
+        return {"bracket depth (9: or more)": np.minimum(level, 9), "innermost open bracket": innermost}
     if name not in ("stack", "identity", "reverse", "sort", "set", "union", "delete"):
         return {}
     separator = params["vocab"]
@@ -578,8 +619,8 @@ def linear_targets(c, x):
 def probe_linear(c):
     """What a linear map can read of the rule's state in the residual stream, layer by layer.
 
-    Selectivity is what it reads beyond a control task, random labels of the same kinds, one for each token (Hewitt and
-    Liang, arXiv 1909.03368); and there is an untrained model with the same weights' shapes."""
+    Beside it stand a control task (random labels of the same kinds, one for each pair of a token and the one before it;
+    after Hewitt and Liang, arXiv 1909.03368): what it reads beyond that is selectivity; and an untrained model."""
     if c.member is None or c.kind != "rule":
         return None
     rng = np.random.default_rng(c.seed)
@@ -594,20 +635,19 @@ def probe_linear(c):
     for name, target in targets.items():
         where = target >= 0
         train = np.broadcast_to((np.arange(len(x)) % 2 == 0)[:, None], where.shape)[where]  # by row, so that none leaks
-        random_labels = rng.choice(target[where], c.model.config.vocab_size)[x[:, :target.shape[1]]][where]
-        found = {}
-        for label, stream, wanted in (("trained", "trained", target[where]), ("control task", "trained", random_labels),
-                                      ("untrained", "untrained", target[where])):
-            found[label] = [linear_probe(streams[stream][:, layer, :target.shape[1]][where], wanted, train)
-                            for layer in range(len(c.model.h) + 1)]
-        most = np.bincount(target[where][~train]).max() / (~train).sum()
-        rows[f"{name}: most frequent label"] = (most, "{:.1%}")
+        tokens = x[:, :target.shape[1]]
+        pairs = np.unique((np.pad(tokens, ((0, 0), (1, 0)))[:, :-1] * 2 ** 20 + tokens)[where], return_inverse=True)[1]
+        control = rng.choice(np.unique(target[where]), pairs.max() + 1)[pairs]
+        found = {label: [linear_probe(streams[stream][:, layer, :target.shape[1]][where], wanted, train)
+                         for layer in range(len(c.model.h) + 1)]
+                 for label, stream, wanted in (("trained", "trained", target[where]), ("control task", "trained", control),
+                                               ("untrained", "untrained", target[where]))}
+        rows[f"{name}: chance"] = (1 / len(np.unique(target[where])), "{:.1%}")
         for layer in range(len(c.model.h) + 1):
-            at = "embedding" if layer == 0 else f"layer {layer}"
-            rows[f"{name}, {at}"] = (found["trained"][layer], "{:.1%}")
-            rows[f"{name}, {at}: selectivity"] = (found["trained"][layer] - found["control task"][layer], "{:+.1%}")
-            rows[f"{name}, {at}: untrained"] = (found["untrained"][layer], "{:.1%}")
-        panels.append(lines(name, "layer (0: embedding)", "share read right",
+            for label, values in found.items():
+                at = "embedding" if layer == 0 else f"after layer {layer - 1}"
+                rows[f"{name}, {at}{'' if label == 'trained' else f': {label}'}"] = (values[layer], "{:.1%}")
+        panels.append(lines(name, "layers passed", "read right (mean over labels)",
                             {label: (np.arange(len(values)), values) for label, values in found.items()}))
     return Finding(rows, panels, f"{len(x)} rows, half of them for fitting")
 
@@ -625,7 +665,8 @@ def print_table(name, opened, findings):
     """One row per label, one column per checkpoint."""
     labels = list(dict.fromkeys(label for finding in findings if finding for label in finding.rows))
     wide = max(map(len, labels)) + 2
-    print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]}")
+    counted = dict.fromkeys(finding.n for finding in findings if finding and finding.n)
+    print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]}" + f" ({'; '.join(counted)})" * bool(counted))
     if len(opened) > 1:
         print(" " * wide + "".join(f"{f'[{i + 1}]':>12}" for i in range(len(opened))))
     for label in labels:
@@ -672,7 +713,7 @@ def draw(name, opened, findings, path):
             if panel["mark"]:
                 low, high = panel["mark"]
                 axis.axvspan(low - 0.3, high + 0.3, alpha=0.2, color="grey", label="trained")
-            if panel["xlabel"].startswith("layer"):
+            if panel["xlabel"].startswith("layers"):
                 axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
             axis.grid(alpha=0.3)
             if len(panel["curves"]) > 1 or panel["mark"]:
@@ -734,12 +775,13 @@ def main():
     parser.add_argument("checkpoints", nargs="+", metavar="checkpoint", help="ckpt.pt or warmup.pt of a run, or an imported "
                         "model; several are put side by side")
     parser.add_argument("--probe", metavar="NAMES", help=f"some of {', '.join(PROBES)} (default: all that fit)")
-    parser.add_argument("--plot", action="store_true", help="also draw figures, as eval-PROBE.png beside the (first) checkpoint")
+    parser.add_argument("--plot", action="store_true", help="also draw figures, as eval-NAME-PROBE.png beside the "
+                        "(first) checkpoint")
     parser.add_argument("--data", help="other data than the checkpoint was trained on")
     parser.add_argument("--tokenizer", help="of that data (default: the checkpoint's)")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="also print N samples or solved examples")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--batches", type=int, help="at most this many for the loss (default 250, of text 524,288 tokens)")
+    parser.add_argument("--batches", type=int, help="at most this many for the loss (default: 262,144 tokens)")
     parser.add_argument("--problems", type=int, default=20, metavar="N",
                         help="problems to solve of each module and split of deepmind_math (default 20; 0: none)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: what is there)")
@@ -753,7 +795,7 @@ def main():
     for i, c in enumerate(opened):
         print(f"{f'[{i + 1}] ' if len(opened) > 1 else ''}{c.path}: {c.state.get('stage', 'imported')} step "
               f"{c.state.get('step', 0):,}, {sum(p.numel() for p in c.model.parameters()):,} parameters, on held-out {c.spec}")
-    found = {}
+    found, problems = {}, []
     for name in names:
         findings = [PROBES[name](c) for c in opened]
         if not any(findings):
@@ -763,13 +805,22 @@ def main():
         found[name] = findings
         print_table(name, opened, findings)
         if args.plot and any(finding and finding.panels for finding in findings):
-            folder = Path(opened[0].path)
-            draw(name, opened, findings, (folder if folder.is_dir() else folder.parent) / f"eval-{name}.png")
+            path = Path(opened[0].path)
+            folder, stem = (path, path.name) if path.is_dir() else (path.parent, path.stem)
+            try:
+                draw(name, opened, findings, folder / f"eval-{stem}-{name}.png")
+            except UserError as error:  # said at the end; the other probes come first
+                problems.append(error)
     for i, c in enumerate(opened):
-        add_to_json(c, {name: findings[i] for name, findings in found.items() if findings[i]})
         if c.samples and c.kind != "problems":
             print()
             print_samples(c.model, c.source, c.samples, c.device)
+        try:
+            add_to_json(c, {name: findings[i] for name, findings in found.items() if findings[i]})
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
 
 
 if __name__ == "__main__":

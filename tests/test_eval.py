@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -295,6 +296,30 @@ def test_length_generalisation_goes_as_far_as_the_positions_and_marks_what_was_t
     assert max(finding.panels[0]["curves"]["tokens"][0]) == 8  # 8 numbers, a separator, 8 numbers
 
 
+@pytest.mark.parametrize("trained,asked,marked", [("set:length=6", None, (6, 6)), ("set:length=2-6", None, (2, 6)),
+                                                  ("set:length=6", "set:length=3", (6, 6)), ("set+union", "set:length=3", None)])
+def test_the_trained_range_is_that_of_the_training(trained, asked, marked, tmp_path):
+    source = make_source(trained, "val")
+    save(tmp_path / "a.pt", GPT(GPTConfig(source.vocab_size, source.block_size, 1, 1, 8)),
+         source={"spec": trained, "tokenizer": "bytes", "seed": 0})
+    c = script.Opened(str(tmp_path / "a.pt"), SimpleNamespace(**{**vars(ASKED), "data": asked if trained != "set+union" else None}))
+    if trained == "set+union":
+        assert script.probe_length(c) is None
+    else:
+        assert script.trained_sizes(c) == marked
+        c.state["length"] = 4
+        assert script.trained_sizes(c) == (2, 4)
+
+
+def test_who_knows_the_frequencies_alone_has_not_learned_a_process_with_little_to_learn(opened):
+    spec = "dyck:k=1,length=128"
+    y = make_source(spec, "val").batch(0, 256)[1]
+    share = np.bincount(y[y != -1]) / (y != -1).sum()
+    c = opened(spec, lambda x: np.broadcast_to(np.log(share), (*x.shape, 2)).copy())
+    rows = script.probe_learned(c).rows
+    assert rows["above it"][0] < script.LEARNED and rows["verdict"][0] == "not learned"
+
+
 def test_the_longest_chain_of_carries():
     digits = lambda n: [int(d) for d in reversed(f"{n:05}")]
     pairs = [(12345, 11111, 0), (99999, 1, 5), (50005, 50005, 1), (19, 1, 1), (199, 1, 2), (9090, 1010, 1), (555, 555, 3)]
@@ -372,21 +397,36 @@ def pattern(n, t, to):
 
 
 def test_scores_of_heads_are_exactly_one_for_the_pattern_they_look_for_and_zero_for_another():
-    half = 6
-    previous, first = pattern(2, 12, lambda r, i: max(i - 1, 0)), pattern(2, 12, lambda r, i: 0)
-    induction = pattern(2, 12, lambda r, i: i - half + 1 if i >= half else 0)
-    assert script.previous_score(previous) == 1 and script.previous_score(pattern(2, 12, lambda r, i: i)) == 0
-    assert script.induction_score(induction) == 1 and script.induction_score(previous) == 0
-    assert script.entropy_score(first) == 0
+    half, real = 6, np.ones((2, 12), bool)
+    twice = np.tile(np.array([[3, 1, 4, 0, 5, 9], [2, 6, 5, 3, 8, 7]]), 2)
+    previous, first, itself = (pattern(2, 12, to) for to in (lambda r, i: max(i - 1, 0), lambda r, i: 0, lambda r, i: i))
+    copies = pattern(2, 12, lambda r, i: i - half + 1 if i >= half else 0)
+    assert script.attended(previous, script.previous_token(real)) == 1 and script.attended(itself, script.previous_token(real)) == 0
+    assert script.attended(copies, script.induction(twice)) == 1 and script.attended(itself, script.induction(twice)) == 0
     uniform = np.tril(np.ones((12, 12)))
-    assert script.entropy_score((uniform / uniform.sum(1, keepdims=True))[None, None, None]) == pytest.approx(1)
+    uniform = np.broadcast_to(uniform / uniform.sum(1, keepdims=True), (2, 1, 1, 12, 12))
+    assert script.entropy_score(first, real) == 0 and script.entropy_score(uniform, real) == pytest.approx(1)
     tokens = np.array([[0, 1, 3, 2, 0, 2], [1, 0, 2, 0, 2, 3]])
     partner, _ = data.bracket_structure(tokens, 2)
-    matching = pattern(2, 6, lambda r, i: max(partner[r, i], 0) if partner[r, i] >= 0 else i)
-    assert script.matching_score(matching, tokens, 2) == 1
-    assert script.matching_score(pattern(2, 6, lambda r, i: i), tokens, 2) == 0
+    matching = pattern(2, 6, lambda r, i: partner[r, i] if partner[r, i] >= 0 else i)
     ahead = pattern(2, 6, lambda r, i: partner[r, i + 1] if i < 5 and partner[r, i + 1] >= 0 else i)
-    assert script.matching_score(ahead, tokens, 2, ahead=1) == 1
+    assert script.attended(matching, script.matching_bracket(tokens, 2)) == 1
+    assert script.attended(pattern(2, 6, lambda r, i: i), script.matching_bracket(tokens, 2)) == 0
+    assert script.attended(ahead, script.matching_bracket(tokens, 2, ahead=1)) == 1
+
+
+def test_induction_counts_every_earlier_match_and_pads_count_nowhere():
+    tokens = np.array([[1, 2, 1, 3, 1, 2, 1, 3]])  # after 1 came 2 and 3
+    spread = np.zeros((1, 1, 1, 8, 8))
+    for i in range(8):
+        matches = [j + 1 for j in range(i) if tokens[0, j] == tokens[0, i]]
+        spread[0, 0, 0, i, matches or [0]] = 1 / max(1, len(matches))
+    assert script.attended(spread, script.induction(tokens)) == pytest.approx(1)
+    real = np.arange(8)[None] < 4
+    blurred_on_pads = pattern(1, 8, lambda r, i: 0)
+    blurred_on_pads[0, 0, 0, 4:] = 1 / 8
+    assert script.entropy_score(blurred_on_pads, real) == 0
+    assert script.attended(blurred_on_pads, script.previous_token(real)) == pytest.approx(1 / 3)  # from place 1 of 1, 2, 3
 
 
 def test_a_head_built_by_hand_to_look_at_the_token_before_scores_one(opened):
@@ -402,7 +442,7 @@ def test_a_head_built_by_hand_to_look_at_the_token_before_scores_one(opened):
         query[0, 0] = 100.0
         model.h[0].attn.c_attn.weight[:32], model.h[0].attn.c_attn.weight[32:64] = query, torch.eye(32)
     attention = c.look_inside(c.rows()[0])[0]
-    assert script.previous_score(attention) == pytest.approx(1, abs=1e-3)
+    assert script.attended(attention, script.previous_token(np.ones((len(attention), 16), bool))) == pytest.approx(1, abs=1e-3)
     assert script.probe_heads(c).rows["previous token, which (layer.head)"][0] == "0.0"
 
 
@@ -417,7 +457,7 @@ def test_a_linear_probe_reads_planted_features_and_no_others():
 def test_what_linear_probes_look_for(opened):
     c = opened("dyck:k=2,length=6")
     found = script.linear_targets(c, np.array([[0, 1, 3, 0, 2, 2]]))
-    assert found["bracket depth"].tolist() == [[1, 2, 1, 2, 1, 0]]
+    assert found["bracket depth (9: or more)"].tolist() == [[1, 2, 1, 2, 1, 0]]
     assert found["innermost open bracket"].tolist() == [[0, 1, 0, 0, 0, -1]]
     c = opened("dyck_shuffle:k=2,length=6")
     assert script.linear_targets(c, np.array([[0, 1, 2, 0, 3, 2]]))["innermost open bracket"].tolist() == [[0, 1, 1, 0, 0, -1]]
@@ -436,12 +476,13 @@ def test_the_state_planted_in_the_residual_stream_is_read_and_the_untrained_mode
     def planted(self, x, model=None, attention=True):
         weights, residual = original(self, x, model, attention)
         if model is None:
-            residual[:, 1, :, :10] = 100 * np.eye(10)[script.linear_targets(self, x)["bracket depth"]]
+            residual[:, 1, :, :10] = 100 * np.eye(10)[script.linear_targets(self, x)["bracket depth (9: or more)"]]
         return weights, residual
     monkeypatch.setattr(script.Opened, "look_inside", planted)
     rows = script.probe_linear(c).rows
-    assert rows["bracket depth, layer 1"][0] > 0.99 > 0.9 > rows["bracket depth, layer 2"][0]
-    assert rows["bracket depth, layer 1: untrained"][0] < 0.9
+    name = "bracket depth (9: or more), after layer"
+    assert rows[f"{name} 0"][0] > 0.99 > 0.9 > rows[f"{name} 1"][0]
+    assert rows[f"{name} 0: untrained"][0] < 0.9
 
 
 # The command: tables side by side, eval.json, figures
@@ -458,7 +499,7 @@ def test_every_probe_that_fits_is_run_printed_kept_and_drawn(kind, checkpoints, 
                 "task": {"learned", "answers", "errors"}, "text": {"context", "copying"}}[kind] | {"loss", "heads"}
     assert set(found) >= expected and all(f"\n{name}: " in printed for name in found)
     for name in expected - {"loss", "learned"}:
-        assert (folder / f"eval-{name}.png").read_bytes().startswith(b"\x89PNG") and found[name]["panels"]
+        assert (folder / f"eval-{kind}-{name}.png").read_bytes().startswith(b"\x89PNG") and found[name]["panels"]
 
 
 def test_checkpoints_are_put_side_by_side(checkpoints, monkeypatch, capsys):
@@ -470,6 +511,14 @@ def test_checkpoints_are_put_side_by_side(checkpoints, monkeypatch, capsys):
     verdict = next(line for line in lines if line.startswith("verdict"))
     assert verdict.count("not learned") == 2
     assert any(line.rstrip().endswith(" -") for line in lines), "the task has no linear probe"
+
+
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_said_after_everything_was_printed(checkpoints, tmp_path, refused, capfd):
+    save(tmp_path / "a.pt", load(checkpoints["rule"])[0], source=load(checkpoints["rule"])[1]["source"])
+    tmp_path.chmod(0o500)
+    assert "cannot write" in refused(script, tmp_path / "a.pt", "--probe", "loss", "--batches", "2")
+    tmp_path.chmod(0o700)
 
 
 def test_what_is_in_eval_json_stays_there(checkpoints, monkeypatch, refused):

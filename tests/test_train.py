@@ -170,7 +170,7 @@ def test_two_processes_and_accumulation_end_with_the_loss_of_one(script, prose, 
 
 @pytest.mark.parametrize("before,after", [((2, True), (1, False)), ((1, False), (2, True))])
 def test_a_run_is_stopped_and_resumed_by_other_processes_with_and_without_a_sharded_optimiser(before, after, prose, tmp_path):
-    settings, out = {**LONG, "save_every": 10 ** 6, "steps": 600}, tmp_path / "run"
+    settings, out = {**LONG, "save_every": 10 ** 6, "steps": 1000}, tmp_path / "run"
 
     def command(processes, zero, *more):
         launcher = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
