@@ -539,14 +539,15 @@ def probe_heads(c):
     config, t = c.model.config, min(256, c.model.config.block_size)  # of longer contexts, the beginning
     x = c.rows(max(4, min(32, 2 ** 26 // (config.n_layer * config.n_head * t * t))))[0][:, :t]
     attention, real = c.look_inside(x)[0], c.real(x)
-    looks = {"previous token": (attention, previous_token(real), x[0])}
+    # What to look for: the attention, the places that are wanted, and an example: attention and tokens of one row.
+    looks = {"previous token": (attention, previous_token(real), attention[0], x[0])}
     if t >= 8:
-        twice = repeated(c, t)[:len(x)]
-        looks["induction"] = c.look_inside(twice)[0], induction(twice), twice[0]
+        twice, short = repeated(c, t)[:len(x)], repeated(c, min(t, 20))[:1]  # both copies fit into the picture
+        looks["induction"] = c.look_inside(twice)[0], induction(twice), c.look_inside(short)[0][0], short[0]
     if c.brackets:
         tokens, k = sequences(c, x), c.member[1]["k"]
         inside = attention[..., :tokens.shape[1], :tokens.shape[1]]
-        looks |= {name: (inside, matching_bracket(tokens, k, ahead), tokens[0])
+        looks |= {name: (inside, matching_bracket(tokens, k, ahead), inside[0], tokens[0])
                   for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1))}
     scores = {"entropy": entropy_score(attention, real)} | {name: attended(*look[:2]) for name, look in looks.items()}
     rows, panels = {}, []
@@ -556,16 +557,14 @@ def probe_heads(c):
         rows[f"{name}, which (layer.head)"] = (f"{best[0]}.{best[1]}", "{}")
         panels.append(heat(name, "head", "layer", score))
         if name in looks:
-            inside, wanted, tokens = looks[name]
+            _, wanted, example, tokens = looks[name]
             size = wanted.shape[1]
             alike = (np.tri(size) / np.arange(1, size + 1)[:, None])[None, None, None]  # attention to all alike
             rows[f"{name}, if all were attended to alike"] = (
                 float(attended(np.broadcast_to(alike, (len(wanted), *alike.shape[1:])), wanted)[0, 0]), "{:.3f}")
-            first = 0 if name != "induction" else max(0, len(tokens) // 2 - 10)  # around the seam of the two copies
-            shown = slice(first, first + 20)
-            words = [c.source.decode(tokens[i:i + 1]) for i in range(*shown.indices(len(tokens)))]
-            panels.append(heat(f"head {best[0]}.{best[1]}: {name}", "attended to", "from",
-                               inside[0][best][shown, shown], words, words))
+            words = [c.source.decode(tokens[i:i + 1]) for i in range(min(20, len(tokens)))]
+            panels.append(heat(f"head {best[0]}.{best[1]}: {name}", "attended to", "from", example[best][:20, :20],
+                               words, words))
     return Finding(rows, panels, f"{len(x)} rows")
 
 
