@@ -1,7 +1,12 @@
-"""Curves of runs side by side."""
+"""Curves of runs side by side, statistics, sweeps."""
+import csv
 import json
+import math
+
+import pytest
 
 import analyze as script
+import train
 
 
 def made_up_run(folder, warmup="dyck", data="code", losses=(5.0, 3.0, 2.5)):
@@ -30,3 +35,121 @@ def test_what_is_no_run_or_does_not_compare_is_refused(tmp_path, refused):
     assert "no evaluation" in refused(script, "curves", made_up_run(tmp_path / "c", losses=()))
     refused(script, "curves", runs[0], "--picture", tmp_path / "no" / "folder.png")
     refused(script, "draw")
+
+
+# Statistics, against worked examples
+
+
+@pytest.mark.parametrize("t,df,p", [(2.776445, 4, 0.05), (12.706205, 1, 0.05), (1.959964, 10 ** 6, 0.05), (2.228139, 10, 0.05),
+                                    (3.169273, 10, 0.01), (0.0, 3, 1.0), (-2.776445, 4, 0.05)])
+def test_students_t_is_that_of_the_tables(t, df, p):
+    assert script.t_tail(t, df) == pytest.approx(p, abs=1e-5)
+
+
+def test_the_interval_of_a_mean():
+    mean, half = script.interval([1, 2, 3, 4, 5])
+    assert mean == 3 and half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), abs=1e-5)
+    assert script.interval([2.0])[0] == 2 and math.isnan(script.interval([2.0])[1]) and math.isnan(script.interval([])[0])
+
+
+def test_the_paired_t_test():
+    assert script.paired_p([2, 4, 6, 8, 10], [1, 2, 3, 4, 5]) == pytest.approx(0.01324, abs=1e-5)
+    assert script.paired_p([1, 2], [1, 2]) == 1 and script.paired_p([2, 3], [1, 2]) == 0 and math.isnan(script.paired_p([1], [2]))
+
+
+def test_holms_correction():
+    assert script.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    corrected = script.holm([0.5, math.nan, 0.02, 0.9])
+    assert corrected[[0, 2, 3]] == pytest.approx([1.0, 0.06, 1.0]) and math.isnan(corrected[1])
+
+
+# Experiments
+
+
+def cell(row, prose, **changes):
+    settings = dict(data=str(prose), warmup="none", size="1_2_16", block_size=32, steps=4, batch_size=4, eval_batches=1)
+    return script.Cell(row, "text", {**settings, **changes})
+
+
+@pytest.fixture
+def small(prose, monkeypatch):
+    """An experiment of three cells, of which two are the same run."""
+    def small(budget):
+        """A small one."""
+        return [cell("none", prose), cell("none again", prose), cell("set", prose, warmup="set:length=4", warmup_steps=3)]
+    monkeypatch.setitem(script.EXPERIMENTS, "table", small)
+    return small
+
+
+def call(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["analyze.py", *map(str, args)])
+    script.main()
+
+
+def test_a_sweep_runs_each_run_once_resumes_the_interrupted_and_shows_all(small, tmp_path, monkeypatch, capsys):
+    order = ("table", "--seeds", 2, "--jobs", 2, "--results", tmp_path / "r")
+    call(monkeypatch, *order)
+    printed = capsys.readouterr().out
+    assert "4 runs, 0 done already, 4 to go" in printed and "[4/4] done" in printed and "left" in printed
+    results = sorted((tmp_path / "r").glob("*/result.json"))
+    assert len(results) == 4 and (tmp_path / "r" / "table.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader(open(tmp_path / "r" / "table.csv")))
+    assert [row["row"] for row in rows] == ["none", "none again", "set"] and {row["n"] for row in rows} == {"2"}
+    assert float(rows[1]["gain"]) == 0 and rows[0]["pairs"] == "0" and rows[2]["pairs"] == "2"
+    losses = [json.loads(path.read_text())["val_loss"] for path in results if "none" in str(path)]
+    assert float(rows[0]["mean"]) == pytest.approx(sum(losses) / 2)
+
+    before = {path: path.stat().st_mtime_ns for path in results}
+    results[0].unlink()  # as if that run had been stopped just before its end
+    call(monkeypatch, *order)
+    assert "3 done already, 1 to go" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns == before[path] for path in results] == [False, True, True, True]
+    call(monkeypatch, "table", "--seeds", 2, "--results", tmp_path / "r", "--show")
+    assert "gain" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_listed_and_the_others_go_on(prose, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(script.EXPERIMENTS, "table", lambda budget: [cell("none", prose), cell("odd", prose, batch_size=3, grad_accum=2)])
+    monkeypatch.setattr(script.EXPERIMENTS["table"], "__doc__", "One that fails.")
+    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
+    printed = capsys.readouterr().out
+    assert "failed: odd | text | seed 0: error: --batch_size 3 does not divide" in printed and "none" in printed
+
+
+def test_two_processes_never_run_the_same_run(prose, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    folder = script.folder_of(cell("none", prose), 0, tmp_path)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert script.run_once(cell("none", prose), 0, folder, {}) == "elsewhere" and not folder.exists()
+
+
+@pytest.mark.parametrize("name", list(script.EXPERIMENTS))
+@pytest.mark.parametrize("budget", ["quick", "paper"])
+def test_every_experiment_is_a_list_of_settings_that_train_accepts(name, budget):
+    cells = script.EXPERIMENTS[name](budget)
+    assert len({(c.row, c.column) for c in cells}) == len(cells), "each cell has a place of its own"
+    for c in cells:
+        train.resolve(train.Settings(**c.settings, device="cpu"))
+    for column in {c.column for c in cells}:
+        first = next(c for c in cells if c.column == column)
+        assert first.settings["warmup"] == "none", "what the others are compared with"
+
+
+def test_gains_are_paired_by_seed_and_more_is_better():
+    cells = [script.Cell(row, column, {"data": data}) for column, data in (("a task", "haystack"), ("text", "code")) for row in ("none", "set")]
+    result = lambda accuracy, loss: {"val_accuracy": accuracy, "val_loss": loss}
+    values = {("none", "a task"): {0: result(0.1, 5), 1: result(0.2, 5), 2: result(0.9, 5)},
+              ("set", "a task"): {0: result(0.3, 1), 1: result(0.4, 1)},
+              ("none", "text"): {0: result(0, 2.0), 1: result(0, 3.0)}, ("set", "text"): {0: result(0, 2.5), 1: result(0, 3.5)}}
+    gains = {(e["row"], e["column"]): (e["n"], e["pairs"], e["gain"]) for e in script.compare(cells, values)}
+    assert gains["set", "a task"] == (2, 2, pytest.approx(0.2)) and gains["set", "text"] == (2, 2, pytest.approx(-0.5))
+    assert gains["none", "a task"][0] == 3 and gains["none", "a task"][1] == 0
+
+
+def test_sweeps_that_make_no_sense_are_refused(refused, tmp_path):
+    assert "at least 1" in refused(script, "table", "--seeds", "0")
+    assert "no run of table is finished" in refused(script, "table", "--show", "--results", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "cannot make" in refused(script, "table", "--results", tmp_path / "file" / "r")
+    assert "invalid choice" in refused(script, "table", "--budget", "lavish")
