@@ -21,10 +21,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from data import Parser, UserError, kind_of, run_main
+from eval import Opened, entropy_score
+from model import GPT, load, part_of, save
 from train import Settings, clock, read_json, run_name
 
 
@@ -131,6 +135,7 @@ class Cell:
     row: str
     column: str
     settings: dict  # of train.py, but for the seed
+    operation: str = ""  # what is done to the warm-up's weights before they are taken up, see `operate`
 
 
 TASKS = {"quick": ("haystack:pairs=8", "addition:digits=3", "reversed_addition:digits=4", "sorting:numbers=8"),
@@ -202,7 +207,92 @@ def scale(budget):
             for size in sizes for warmup in ("none", "dyck", "set", "union")]
 
 
-EXPERIMENTS = {f.__name__: f for f in (table, transfer, controls, length, mix, grid, scale)}
+def operated(budget, operations):
+    """Cells: none, a warm-up as it is, and the same warm-up after each operation; for text and for a task."""
+    task = TASKS[budget][0]
+    columns = {"text": {**TEXT[budget], "warmup": "set"},
+               task: {**TASK[budget], "data": task, "warmup": WARMUPS[budget][2] if budget == "quick" else "set"}}
+    return [cell for column, settings in columns.items() for cell in (
+        Cell("none", column, {**settings, "warmup": "none"}), Cell("set, as it is", column, settings),
+        *(Cell(f"set, {operation}", column, settings, operation) for operation in operations))]
+
+
+def weights(budget):
+    """Is it the values or the scale: the warm-up's weights shuffled, with noise, scaled, drawn afresh."""
+    return operated(budget, ("shuffled", "redrawn", "noise 0.3", "noise 1", "scaled 0.5", "scaled 2"))
+
+
+def heads(budget):
+    """Which heads carry it: a quarter of them alone, or all but a quarter, by how sharply they attend."""
+    return operated(budget, [f"{what} {which}" for what in ("only", "without") for which in ("sharp", "blurred", "random")])
+
+
+EXPERIMENTS = {f.__name__: f for f in (table, transfer, controls, length, mix, grid, scale, weights, heads)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Operations on the weights of a warm-up
+
+
+@torch.no_grad()
+def operate(model, operation, seed, sharpness=None):
+    """Changes a GPT in place. Attention and MLPs alone: the rest stays as it is.
+
+    "shuffled": the values of each tensor in another order; "redrawn": normal numbers of each tensor's mean and spread;
+    "noise x": x times the tensor's spread is added; "scaled x": each tensor times x; "only" or "without" "sharp",
+    "blurred" or "random": that quarter of the heads is kept, or given fresh weights (the others the other way round),
+    by `sharpness`, the entropy of each head (layers, heads)."""
+    generator, (what, _, which) = torch.Generator().manual_seed(seed), operation.partition(" ")
+    if what in ("only", "without"):
+        return replace_heads(model, chosen_heads(sharpness, which, seed), what == "without", seed)
+    for name, p in model.named_parameters():
+        if part_of(name) in ("attn", "mlp"):
+            noise = torch.randn(p.shape, generator=generator)
+            spread = p.std() if p.numel() > 1 else 0.0
+            if what == "shuffled":
+                p.copy_(p.flatten()[torch.randperm(p.numel(), generator=generator)].view_as(p))
+            elif what == "redrawn":
+                p.copy_(p.mean() + spread * noise)
+            elif what == "noise":
+                p.add_(float(which) * spread * noise)
+            else:
+                p.mul_(float(which))
+
+
+def chosen_heads(sharpness, which, seed):
+    """bool (layers, heads): the quarter of all heads with the lowest or highest entropy, or a random one."""
+    order = np.random.default_rng(seed).permutation(sharpness.size) if which == "random" else np.argsort(sharpness, axis=None)
+    chosen = np.zeros(sharpness.size, bool)
+    quarter = max(1, sharpness.size // 4)
+    chosen[order[-quarter:] if which == "blurred" else order[:quarter]] = True
+    return chosen.reshape(sharpness.shape)
+
+
+def replace_heads(model, chosen, replaced, seed):
+    """Gives fresh weights to the chosen heads, or with replaced=False to all others: queries, keys, values and output."""
+    torch.manual_seed(seed + 2 ** 33)
+    fresh = GPT(model.config)
+    for layer, (ours, theirs) in enumerate(zip(model.h, fresh.h)):
+        width = model.config.n_embd // model.config.n_head
+        for head in np.flatnonzero(chosen[layer] == replaced):
+            inside = torch.arange(head * width, (head + 1) * width)
+            rows = torch.cat([inside + i * model.config.n_embd for i in range(3)])  # of q, k and v
+            ours.attn.c_attn.weight[rows] = theirs.attn.c_attn.weight[rows]
+            ours.attn.c_attn.bias[rows] = theirs.attn.c_attn.bias[rows]
+            ours.attn.c_proj.weight[:, inside] = theirs.attn.c_proj.weight[:, inside]
+
+
+def operated_checkpoint(warmup, operation, seed, path):
+    """Writes the operated copy of a warm-up's checkpoint, which --init takes up."""
+    sharpness = None
+    if operation.startswith(("only", "without")):
+        c = Opened(str(warmup), SimpleNamespace(device="cpu", batch_size=16, batches=1, problems=0, sample=0, data=None,
+                                                tokenizer=None))
+        x = c.rows(16)[0]
+        sharpness = entropy_score(c.look_inside(x)[0], c.real(x))
+    model, state = load(warmup)
+    operate(model, operation, seed, sharpness)
+    save(path, model, **{key: state[key] for key in ("stage", "step", "tokens", "source")})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,12 +302,14 @@ EXPERIMENTS = {f.__name__: f for f in (table, transfer, controls, length, mix, g
 def folder_of(cell, seed, results):
     """Where a cell's run with a seed is: settings that are the same are the same run, whichever experiment asks."""
     s = Settings(**{**cell.settings, "seed": seed})
-    return Path(results) / run_name(Settings(**{**vars(s), "data": s.data or s.preset}))
+    name = run_name(Settings(**{**vars(s), "data": s.data or s.preset}))
+    return Path(results) / (name + f"-{cell.operation.replace(' ', '_')}" * bool(cell.operation))
 
 
-def arguments(cell, seed, folder, more):
+def arguments(settings, seed, folder, more):
+    """The command line of one run."""
     words = []
-    for key, value in {**cell.settings, **more, "seed": seed, "out": str(folder)}.items():
+    for key, value in {**settings, **more, "seed": seed, "out": str(folder)}.items():
         words += [f"--{key}", str(value)]
     return [sys.executable, str(Path(__file__).resolve().parent / "train.py"), *words, "--resume"]
 
@@ -237,10 +329,21 @@ def run_once(cell, seed, folder, more):
                 return "elsewhere"
         if (folder / "result.json").exists():
             return "done"
-        done = subprocess.run(arguments(cell, seed, folder, more), capture_output=True, text=True,
-                              env={"OMP_NUM_THREADS": "1", **os.environ})
-        if done.returncode:
-            failed.write_text((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1] + "\n")
+        settings, problem = cell.settings, None
+        if cell.operation:
+            warmup, start = folder_of(Cell("", "", settings), seed, folder.parent) / "warmup.pt", folder.with_name(folder.name + ".init.pt")
+            settings = {key: value for key, value in settings.items() if key != "warmup"} | {"init": str(start)}
+            try:
+                operated_checkpoint(warmup, cell.operation, seed, start)
+            except UserError as error:
+                problem = str(error)
+        if not problem:
+            done = subprocess.run(arguments(settings, seed, folder, more), capture_output=True, text=True,
+                                  env={"OMP_NUM_THREADS": "1", **os.environ})
+            if done.returncode:
+                problem = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        if problem:
+            failed.write_text(problem + "\n")
             return "failed"
         failed.unlink(missing_ok=True)
         return "done"
@@ -266,7 +369,8 @@ def run_all(cells, seeds, results, jobs, more):
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            list(pool.map(one, left.items()))
+            for late in (False, True):  # operations need the warm-up of the run as it is
+                list(pool.map(one, [item for item in left.items() if bool(item[1][0].operation) == late]))
         except KeyboardInterrupt:  # the runs got it too: each saves and stops
             pool.shutdown(cancel_futures=True)
             raise

@@ -2,11 +2,15 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 import analyze as script
 import train
+from model import GPT, GPTConfig, part_of
 
 
 def made_up_run(folder, warmup="dyck", data="code", losses=(5.0, 3.0, 2.5)):
@@ -86,29 +90,41 @@ def call(monkeypatch, *args):
     script.main()
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs of a sweep in this process: the same train.py, without starting Python each time."""
+    def run(command, **kwargs):
+        try:
+            train.run(train.parse_arguments(command[2:])[0])
+        except train.UserError as error:
+            return SimpleNamespace(returncode=2, stderr=f"error: {error}\n")
+        return SimpleNamespace(returncode=0, stderr="")
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
+
+
 def test_a_sweep_runs_each_run_once_resumes_the_interrupted_and_shows_all(small, tmp_path, monkeypatch, capsys):
-    order = ("table", "--seeds", 2, "--jobs", 2, "--results", tmp_path / "r")
+    order = ("table", "--seeds", 1, "--jobs", 2, "--results", tmp_path / "r")
     call(monkeypatch, *order)
     printed = capsys.readouterr().out
-    assert "4 runs, 0 done already, 4 to go" in printed and "[4/4] done" in printed and "left" in printed
+    assert "2 runs, 0 done already, 2 to go" in printed and "[2/2] done" in printed and "left" in printed
     results = sorted((tmp_path / "r").glob("*/result.json"))
-    assert len(results) == 4 and (tmp_path / "r" / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert len(results) == 2 and (tmp_path / "r" / "table.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader(open(tmp_path / "r" / "table.csv")))
-    assert [row["row"] for row in rows] == ["none", "none again", "set"] and {row["n"] for row in rows} == {"2"}
-    assert float(rows[1]["gain"]) == 0 and rows[0]["pairs"] == "0" and rows[2]["pairs"] == "2"
+    assert [row["row"] for row in rows] == ["none", "none again", "set"] and {row["n"] for row in rows} == {"1"}
+    assert float(rows[1]["gain"]) == 0 and rows[0]["pairs"] == "0" and rows[2]["pairs"] == "1"
     losses = [json.loads(path.read_text())["val_loss"] for path in results if "none" in str(path)]
-    assert float(rows[0]["mean"]) == pytest.approx(sum(losses) / 2)
+    assert float(rows[0]["mean"]) == pytest.approx(sum(losses))
 
     before = {path: path.stat().st_mtime_ns for path in results}
     results[0].unlink()  # as if that run had been stopped just before its end
     call(monkeypatch, *order)
-    assert "3 done already, 1 to go" in capsys.readouterr().out
-    assert [path.stat().st_mtime_ns == before[path] for path in results] == [False, True, True, True]
-    call(monkeypatch, "table", "--seeds", 2, "--results", tmp_path / "r", "--show")
+    assert "1 done already, 1 to go" in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns == before[path] for path in results] == [False, True]
+    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path / "r", "--show")
     assert "gain" in capsys.readouterr().out
 
 
-def test_a_run_that_fails_is_listed_and_the_others_go_on(prose, tmp_path, monkeypatch, capsys):
+def test_a_run_that_fails_is_listed_and_the_others_go_on(in_process, prose, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(script.EXPERIMENTS, "table", lambda budget: [cell("none", prose), cell("odd", prose, batch_size=3, grad_accum=2)])
     monkeypatch.setattr(script.EXPERIMENTS["table"], "__doc__", "One that fails.")
     call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
@@ -153,3 +169,82 @@ def test_sweeps_that_make_no_sense_are_refused(refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot make" in refused(script, "table", "--results", tmp_path / "file" / "r")
     assert "invalid choice" in refused(script, "table", "--budget", "lavish")
+
+
+# Operations on weights
+
+
+def warm_model(seed=0):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(20, 12, 2, 4, 32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    return model
+
+
+def before_and_after(operation, sharpness=None):
+    model = warm_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    script.operate(model, operation, 1, sharpness)
+    return before, {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("operation", ["shuffled", "redrawn", "noise 0.5", "scaled 2"])
+def test_operations_change_attention_and_mlps_alone_and_are_the_same_each_time(operation):
+    before, after = before_and_after(operation)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (part_of(name) not in ("attn", "mlp")), name
+    again = before_and_after(operation)[1]
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+def test_operations_keep_what_they_promise():
+    before, after = before_and_after("shuffled")
+    assert all(torch.equal(before[n].flatten().sort().values, after[n].flatten().sort().values) for n in before)
+    before, after = before_and_after("scaled 0.5")
+    matrices = [n for n in before if part_of(n) in ("attn", "mlp")]
+    assert all(torch.equal(after[n], before[n] * 0.5) for n in matrices)
+    before, after = before_and_after("redrawn")
+    big = [n for n in matrices if before[n].numel() >= 1024]
+    assert all(abs(after[n].mean() - before[n].mean()) < 0.15 and abs(after[n].std() / before[n].std() - 1) < 0.1 for n in big)
+    before, after = before_and_after("noise 0.5")
+    assert all(abs((after[n] - before[n]).std() / before[n].std() - 0.5) < 0.05 for n in big)
+    model, idx = warm_model().eval(), torch.randint(20, (2, 12))
+    logits = model(idx)
+    script.operate(model, "noise 0", 1)
+    script.operate(model, "scaled 1", 1)
+    assert torch.equal(model(idx), logits), "nothing asked for, nothing changed"
+
+
+@pytest.mark.parametrize("operation,replaced", [("without sharp", {(0, 1), (1, 2)}), ("without blurred", {(0, 3), (1, 0)}),
+                                                ("only sharp", {(0, 0), (0, 2), (0, 3), (1, 0), (1, 1), (1, 3)})])
+def test_heads_are_kept_or_replaced_by_their_entropy(operation, replaced):
+    sharpness = np.array([[0.5, 0.1, 0.6, 0.9], [0.8, 0.4, 0.2, 0.7]])
+    before, after = before_and_after(operation, sharpness)
+    for name in before:
+        if "c_attn" not in name and "attn.c_proj.weight" not in name:
+            assert torch.equal(before[name], after[name]), name
+    for layer in range(2):
+        for head in range(4):
+            inside = slice(8 * head, 8 * head + 8)
+            for i in range(3):
+                name, rows = f"h.{layer}.attn.c_attn.weight", slice(32 * i + 8 * head, 32 * i + 8 * head + 8)
+                assert torch.equal(before[name][rows], after[name][rows]) == ((layer, head) not in replaced)
+            name = f"h.{layer}.attn.c_proj.weight"
+            assert torch.equal(before[name][:, inside], after[name][:, inside]) == ((layer, head) not in replaced)
+
+
+def test_a_warm_up_is_operated_on_and_taken_up(in_process, prose, tmp_path, monkeypatch, capsys):
+    def operated(budget):
+        """Operated."""
+        warm = dict(warmup="set:length=4", warmup_steps=3)
+        cells = [cell("none", prose), cell("as it is", prose, **warm)]
+        return cells + [script.Cell(row, "text", cells[1].settings, row) for row in ("shuffled", "scaled 1", "only sharp")]
+    monkeypatch.setitem(script.EXPERIMENTS, "weights", operated)
+    call(monkeypatch, "weights", "--seeds", 1, "--results", tmp_path)
+    assert "failed" not in capsys.readouterr().out
+    losses = {row["row"]: float(row["mean"]) for row in csv.DictReader(open(tmp_path / "weights.csv"))}
+    assert losses["scaled 1"] == losses["as it is"] and len(set(losses.values())) == 4
+    spent = {json.loads(p.read_text())["tokens"]["procedural"] for p in tmp_path.glob("*/result.json")}
+    assert spent == {0, 3 * 16 * 9}
