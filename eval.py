@@ -56,7 +56,7 @@ def evaluate(model, source, batch_size, batches, device="cpu", autocast=contextl
         where = y != -1
         wanted, hits = y[where], []
         with autocast():
-            hidden = model.trunk(x)[where]
+            hidden = model.states(x, where)
             for h, w in zip(*(z.split(MOST_LOGITS // model.config.vocab_size + 1) for z in (hidden, wanted))):
                 logits = model.lm_head(h).float()  # of some positions at a time: all of them may not fit
                 loss += F.cross_entropy(logits, w, reduction="sum").item()

@@ -66,8 +66,9 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
-        """(B, T, C) -> (B, T, C). cache: a list that holds the keys and values of the tokens before, or is empty."""
+    def forward(self, x, cache=None, first=0):
+        """(B, T, C) -> (B, T - first, C): the result at the positions from `first` on. cache: a list that holds the keys
+        and values of the tokens before, or is empty."""
         B, T, C = x.shape
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
         if cache:
@@ -75,14 +76,17 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache[:] = k, v
         if self.weights is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T == k.shape[2],  # one new token may see all before
-                                               dropout_p=self.dropout if self.training else 0.0)
+            q, mask = q[:, :, first:], None
+            if first and T - first > 1:
+                mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[first:]
+            y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
+                                               is_causal=q.shape[2] == k.shape[2])  # one new token may see all before
         else:  # the same, written out
             future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
             scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
             self.weights = scores.masked_fill(future, -math.inf).softmax(-1)
             y = self.weights @ v
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, -1, C)))
 
 
 class MLP(nn.Module):
@@ -104,8 +108,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, first=0):
+        x = x[:, first:] + self.attn(self.ln_1(x), cache, first)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -149,16 +153,26 @@ class GPT(nn.Module):
             elif part_of(name) != "norm":
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
-    def trunk(self, idx, caches=None):
-        """Everything but the output head: (B, T) tokens -> (B, T, n_embd). caches: one list per block, see generate."""
+    def trunk(self, idx, caches=None, first=0):
+        """Everything but the output head: (B, T) tokens -> (B, T - first, n_embd). caches: one list per block, see
+        generate. first: of the last block, only the result from this position on is wanted."""
         start = caches[0][0].shape[2] if caches and caches[0] else 0
         x = self.drop(self.wte(idx) + self.wpe.weight[start:start + idx.shape[1]])
         for i, block in enumerate(self.h):
+            arguments = x, caches[i] if caches else None, first if i == len(self.h) - 1 else 0
             if self.recompute and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, caches[i] if caches else None)
+                x = block(*arguments)
         return self.ln_f(x)
+
+    def states(self, idx, where):
+        """What the output head reads at the positions (B, T) where `where` is true: (n, n_embd).
+
+        On a CPU, what comes before the first of them is left out of the last block; elsewhere, finding it would make
+        the device wait."""
+        first = int(where.any(0).int().argmax()) if idx.device.type == "cpu" else 0
+        return self.trunk(idx, first=first)[where[:, first:]]
 
     def forward(self, idx, targets=None, reduction="mean"):
         """Logits (B, T, vocab_size), or with targets (B, T) the cross-entropy in nats over the positions that count."""
@@ -168,7 +182,7 @@ class GPT(nn.Module):
             loss = chunked_cross_entropy(self.trunk(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
             return loss / (targets != -1).sum() if reduction == "mean" else loss
         where = targets != -1  # the output head is paid for where it is needed
-        logits = self.lm_head(self.trunk(idx)[where])
+        logits = self.lm_head(self.states(idx, where))
         return F.cross_entropy(logits.float(), targets[where], reduction=reduction)
 
     @torch.no_grad()

@@ -504,18 +504,32 @@ def load_optimizer(optimizer, state):
             entry["step"] = entry["step"].to(p.device)
 
 
+LIKE_ROWS = 4096, 8  # a part has at least about so many tokens, a micro-batch at most so many parts (measured)
+
+
+def rows_of_like_length(x, y):
+    """A micro-batch in parts of rows of like length, each without what follows the last token that counts.
+
+    Nothing reads what is left out, so the summed loss is the same. On a CPU, pads cost as much as tokens do."""
+    lengths = x.shape[1] - (y[:, ::-1] != -1).argmax(axis=1)
+    if lengths.min() == lengths.max():
+        return [(x[:, :lengths[0]], y[:, :lengths[0]])]
+    parts = np.array_split(lengths.argsort(kind="stable"), np.clip(x.size // LIKE_ROWS[0], 1, LIKE_ROWS[1]))
+    return [(x[rows, :lengths[rows].max()], y[rows, :lengths[rows].max()]) for rows in parts]
+
+
 def step_batches(source, step, stage, s):
-    """This process's micro-batches of one step, each (x, y, its place among all micro-batches of the run).
+    """This process's micro-batches of one step, each (x, y, (its place in the run, its part)).
 
     The step's rows are step * batch_size and on, whatever the number of processes and micro-batches."""
     n = s.grad_accum * world()
     batches = []
     for i in range(s.grad_accum):
         place = step * n + i * world() + rank()
-        x, y = (torch.from_numpy(a) for a in source.batch(place, stage.batch_size // n))
-        if s.device.startswith("cuda"):
-            x, y = x.pin_memory(), y.pin_memory()
-        batches.append((x, y, place))
+        x, y = source.batch(place, stage.batch_size // n)
+        for part, pair in enumerate(rows_of_like_length(x, y) if s.device == "cpu" else [(x, y)]):
+            x, y = (torch.from_numpy(a).pin_memory() if s.device.startswith("cuda") else torch.from_numpy(a) for a in pair)
+            batches.append((x, y, (place, part)))
     return batches
 
 
@@ -563,7 +577,7 @@ def accumulate_gradients(net, micro_batches, counted, stage, s, autocast):
     loss = 0.0
     for i, (x, y, place) in enumerate(micro_batches):
         if stage.dropout:  # masks depend on the seed, the stage and the micro-batch's place in the run alone
-            torch.manual_seed(int(np.random.SeedSequence((s.seed, stage.name == "train", place)).generate_state(1)[0]))
+            torch.manual_seed(int(np.random.SeedSequence((s.seed, stage.name == "train", *place)).generate_state(1)[0]))
         last = i == len(micro_batches) - 1  # with DDP, gradients are synchronised once per step
         with contextlib.nullcontext() if last or world() == 1 else net.no_sync():
             with autocast():

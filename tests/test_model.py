@@ -430,3 +430,18 @@ def test_an_export_never_overwrites(tmp_path, refused):
     (tmp_path / "hf" / "thesis.txt").write_text("precious")
     assert "not empty" in refused(script, "export", tmp_path / "a.pt", tmp_path / "hf")
     assert [p.name for p in (tmp_path / "hf").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_comes_before_the_first_counted_position_is_left_out_of_the_last_block_without_a_trace(recompute):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=20, block_size=12, n_layer=2, n_head=2, n_embd=16))
+    model.recompute = recompute
+    x, y = torch.randint(20, (5, 12)), torch.randint(20, (5, 12))
+    for first in (0, 1, 7, 11):
+        y[:, :first] = -1
+        y[2, :11] = -1  # rows may begin later than others
+        plain = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
+        torch.testing.assert_close(model(x, y), plain)
+        torch.testing.assert_close(torch.autograd.grad(model(x, y), model.wte.weight),
+                                   torch.autograd.grad(plain, model.wte.weight))

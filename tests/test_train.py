@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -733,8 +734,32 @@ def test_a_truncated_checkpoint_is_named_on_resuming(refused, settings, prose, t
     assert "ckpt.pt" in refused(script, *flags(**SMALL, data=prose, out=tmp_path / "run", resume=True))
 
 
+def test_rows_of_like_length_are_the_same_rows_without_what_follows_the_last_counted_token():
+    x, y = make_source("haystack").batch(0, 1000)
+    parts = script.rows_of_like_length(x, y)
+    assert len(parts) == 8 and sum(part.size for part, _ in parts) < 0.7 * x.size
+    rows = [tuple(np.concatenate([row, np.zeros(63 - len(row), row.dtype)])) for part, _ in parts for row in part]
+    assert sorted(rows) == sorted(map(tuple, x))
+    model = GPT(GPTConfig(256, 63, 2, 2, 16))
+    whole = model(torch.from_numpy(x), torch.from_numpy(y), reduction="sum")
+    whole.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    pieces = [model(*map(torch.from_numpy, part), reduction="sum") for part in parts]
+    sum(pieces).backward()
+    torch.testing.assert_close(sum(pieces), whole)
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_one_length_and_rows_in_which_nothing_counts_stay_together():
+    x, y = make_source("identity:length=4").batch(0, 1000)
+    (pair,) = script.rows_of_like_length(x, y)
+    assert np.array_equal(pair[0], x) and np.array_equal(pair[1], y)
+    assert [part.shape for part, _ in script.rows_of_like_length(x, np.full_like(y, -1))] == [x.shape]
+
+
 def test_sources_are_reached_by_every_process_in_disjoint_shares(monkeypatch):
-    source, stage = make_source("set:length=4"), Stage("train", 9, 12, 1.0, "constant", 0, 0, 0, 0, 1, 1, None)
+    source, stage = make_source("identity:length=4"), Stage("train", 9, 12, 1.0, "constant", 0, 0, 0, 0, 1, 1, None)
     whole = source.batch(7, 12)[0]
     for processes, accumulated in ((1, 1), (2, 1), (2, 3), (4, 3)):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
