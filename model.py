@@ -75,17 +75,17 @@ class CausalSelfAttention(nn.Module):
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
         if cache is not None:
             cache[:] = k, v
+        q, mask = q[:, :, first:], None
         if self.weights is None:
-            q, mask = q[:, :, first:], None
             if first and T - first > 1:
                 mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[first:]
             y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0,
                                                is_causal=q.shape[2] == k.shape[2])  # one new token may see all before
         else:  # the same, written out
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)[first:]
             scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
             self.weights = scores.masked_fill(future, -math.inf).softmax(-1)
-            y = self.weights @ v
+            y = F.dropout(self.weights, self.dropout, self.training) @ v
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, -1, C)))
 
 
@@ -169,9 +169,10 @@ class GPT(nn.Module):
     def states(self, idx, where):
         """What the output head reads at the positions (B, T) where `where` is true: (n, n_embd).
 
-        On a CPU, what comes before the first of them is left out of the last block; elsewhere, finding it would make
-        the device wait."""
-        first = int(where.any(0).int().argmax()) if idx.device.type == "cpu" else 0
+        On a CPU, what comes before the first of them is left out of the last block, unless its attention is looked at;
+        elsewhere, finding the first would make the device wait."""
+        leave_out = idx.device.type == "cpu" and self.h[-1].attn.weights is None
+        first = int(where.any(0).int().argmax()) if leave_out else 0
         return self.trunk(idx, first=first)[where[:, first:]]
 
     def forward(self, idx, targets=None, reduction="mean"):

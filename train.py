@@ -82,7 +82,7 @@ class Settings:
     tied: bool | None = flag(None, "output head shares its weight with the token embeddings (the warm-up always does)")
     dropout: float | None = flag(None, "dropout (default 0; in presets 0.1)")
 
-    steps: int | None = flag(None, "optimiser steps", "optimisation")
+    steps: int | None = flag(None, "optimiser steps; 0: no more than the warm-up and what it moves", "optimisation")
     tokens: int | None = flag(None, "the same in tokens: 655M", parse=parse_count)
     batch_size: int | None = flag(None, "sequences per step, over all processes")
     grad_accum: int = flag(1, "micro-batches that each process splits its share of a step into (both stages)")
@@ -94,6 +94,7 @@ class Settings:
     beta1: float = flag(0.9, "AdamW")
     beta2: float = flag(0.999, "AdamW")
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
+    sharpen: float = flag(0.0, "in place of a warm-up: so many times the attention's mean entropy is added to the loss")
 
     seed: int = flag(0, "of weights, data order and held-out examples", "run")
     device: str | None = flag(None, "cuda, mps or cpu (default: what is there)")
@@ -130,9 +131,9 @@ for corpus in list(PRESETS):  # WikiText's numbers are ours, after C4's
 PRESETS["c4-1.3b"]["steps"] = 160_000  # 10.5 billion tokens, the paper's largest run; no other larger one is known
 
 AT_LEAST = {
-    1: ("warmup_steps", "warmup_tokens", "warmup_batch_size", "warmup_block_size", "block_size", "steps", "tokens",
-        "batch_size", "grad_accum", "log_every", "eval_every", "eval_batches", "save_every"),
-    0: ("warmup_lr", "warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr", "lr_ramp", "min_lr",
+    1: ("warmup_steps", "warmup_tokens", "warmup_batch_size", "warmup_block_size", "block_size", "tokens", "batch_size",
+        "grad_accum", "log_every", "eval_every", "eval_batches", "save_every"),
+    0: ("steps", "sharpen", "warmup_lr", "warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr", "lr_ramp", "min_lr",
         "weight_decay", "beta1", "beta2", "grad_clip", "seed")}
 CHOICES = {"warmup_lr_schedule": ("cosine", "linear", "constant"), "lr_schedule": ("cosine", "linear", "constant"),
            "embeddings": ("random", "mean", "keep"), "dtype": ("float32", "bfloat16")}
@@ -173,6 +174,8 @@ def check(s):
     if s.tflops is not None and not 0 < s.tflops < math.inf:
         raise UserError(f"--tflops {s.tflops} is not accepted: more than 0")
     parse_parts(s.transfer)
+    if s.sharpen and (s.compile or s.recompute):
+        raise UserError("--sharpen reads the attention's weights: it excludes --compile and --recompute")
     if s.transfer == "all" and not s.init:
         raise UserError("--transfer all goes on from a whole model: name it with --init")
     if s.preset and kind_of(s.data) != "text":
@@ -267,7 +270,8 @@ def resolve(s):
     else:
         default |= dict(min_lr=(default["lr"] if s.lr is None else s.lr) / 10, weight_decay=0.1, tied=True,
                         embeddings="keep" if s.warmup == "text" else "random", eval_batches=20)
-    default |= dict(dtype="bfloat16" if cuda and (s.plan or torch.cuda.is_bf16_supported()) else "float32", compile=cuda,
+    default |= dict(dtype="bfloat16" if cuda and (s.plan or torch.cuda.is_bf16_supported()) else "float32",
+                    compile=cuda and not s.sharpen,
                     dropout=0.0, warmup_dropout=0.0, recompute=False, tokenizer=default_tokenizer(s.data))
     if s.preset and s.warmup != "none":
         default |= published_warmup(s, asked_block_size)
@@ -572,9 +576,21 @@ def compile_trunk(model, x, y, autocast):
     model.zero_grad(set_to_none=True)
 
 
+def attention_entropy(model, y):
+    """The entropy (nats) of what each head attends to in the forward pass before, which left its weights there: averaged
+    over layers, heads and the positions up to the last that counts, summed over the rows of y (B, T)."""
+    length = y.shape[1] - (y != -1).flip(1).int().argmax(1)
+    read = torch.arange(y.shape[1], device=y.device) < length[:, None]
+    entropy = sum(torch.special.entr(block.attn.weights.clamp_min(1e-9)).sum(-1).mean(1) for block in model.h)
+    return ((entropy * read).sum(1) / length).sum() / len(model.h)
+
+
 def accumulate_gradients(net, micro_batches, counted, stage, s, autocast):
     """Backward through each micro-batch; returns this process's share of the step's loss (a tensor)."""
     loss = 0.0
+    sharpen, model = s.sharpen if stage.name == "train" else 0.0, getattr(net, "module", net)
+    for block in model.h:
+        block.attn.weights = True if sharpen else None
     for i, (x, y, place) in enumerate(micro_batches):
         if stage.dropout:  # masks depend on the seed, the stage and the micro-batch's place in the run alone
             torch.manual_seed(int(np.random.SeedSequence((s.seed, stage.name == "train", *place)).generate_state(1)[0]))
@@ -583,8 +599,11 @@ def accumulate_gradients(net, micro_batches, counted, stage, s, autocast):
             with autocast():
                 part = net(x.to(s.device, non_blocking=True), y.to(s.device, non_blocking=True), reduction="sum")
             part = part / max(counted, 1)
-            (part * world()).backward()  # DDP takes the mean over the processes
+            penalty = sharpen * attention_entropy(model, y.to(s.device)) / stage.batch_size if sharpen else 0.0
+            ((part + penalty) * world()).backward()  # DDP takes the mean over the processes
         loss = loss + part.detach()
+    for block in model.h:
+        block.attn.weights = None
     return loss
 
 
@@ -767,7 +786,7 @@ def print_plan(s):
         say(f"data       python data.py prepare {s.data} --tokens {-(-tokens['training'] // 10 ** 6):,}M reads no text twice"
             .replace(",", "_"))
     if s.warmup_steps:
-        say(f"share      {tokens['warm-up'] / tokens['training']:.3g} tokens of {s.warmup} for one of {s.data} "
+        say(f"share      {tokens['warm-up'] / max(1, tokens['training']):.3g} tokens of {s.warmup} for one of {s.data} "
             "(paper: 0.001 to 0.003)")
     say(f"compute    {flops:.3g} FLOPs")
     if s.tflops:
@@ -873,7 +892,7 @@ def run(s):
         transfer(target, warm, parse_parts(s.transfer), s.embeddings)
         warm, model, state = None, None, {}  # their memory is wanted now
 
-    # Stage 2: continue
+    # Stage 2: continue (with --steps 0 the model is measured as it is)
     passes = s.steps * s.batch_size / source.windows if hasattr(source, "windows") else 0
     say(f"[2/2 train] {s.data}: {s.steps:,} steps of {s.batch_size} x {target.config.block_size} tokens"
         + f", {passes:.1f} passes over it" * (passes > 1))
@@ -902,6 +921,8 @@ def summarise(result, s, given):
     if result["warmup_loss"] is not None:
         say(f"warm-up    {s.warmup}: held-out loss {result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} "
             f"nats per token, accuracy {result['warmup_first_accuracy']:.0%} -> {result['warmup_accuracy']:.0%}")
+        if not s.steps:
+            return say(f"next       python train.py --init {shlex.quote(s.out)}/warmup.pt --data {s.data}")
     elif s.warmup == "none":
         say("warm-up    none" if not s.init else f"warm-up    taken from {s.init}")
     if spent["procedural"]:
