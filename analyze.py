@@ -12,14 +12,18 @@ correction over the table.
 """
 import contextlib
 import csv
+import gzip
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,9 +31,9 @@ import numpy as np
 import torch
 
 from data import Parser, UserError, kind_of, run_main
-from eval import Opened, entropy_score
-from model import GPT, load, part_of, save
-from train import Settings, clock, read_json, run_name
+from eval import Opened, entropy_score, probe_learned
+from model import GPT, load, part_of, save, write_atomically
+from train import OPERATIONAL, PRESETS, Settings, clock, read_json, resolve, run_name, write_json
 
 
 def read_run(folder):
@@ -47,36 +51,46 @@ def read_run(folder):
     return read_json(folder / "config.json", "settings")["settings"], points
 
 
-def curves(folders, picture):
-    """Held-out loss against the training stage's tokens, one line per run; prints the table of last values too."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise UserError(f"a picture needs matplotlib: {error}") from None
+def curves(folders, picture, metric=None):
+    """Held-out loss or accuracy against the training stage's tokens. Runs that differ in the seed alone are one line, the
+    mean, in a band from the lowest to the highest. Prints the last values of every run too."""
+    plt = pyplot()
     runs = [(folder, *read_run(folder)) for folder in folders]
     if len(data := {settings["data"] for _, settings, _ in runs}) > 1:
-        raise UserError(f"these runs are on different data, so their losses do not compare: {', '.join(sorted(data))}")
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        raise UserError(f"these runs are on different data, so they do not compare: {', '.join(sorted(data))}")
+    name, groups = data.pop(), {}
+    metric = metric or ("accuracy" if Path(name).parts and kind_of(name) == "task" else "loss")
     print(f"{'run':32} {'warm-up':24} {'seed':>4} {'tokens':>14} {'held-out loss':>13} {'accuracy':>9}")
-    for i, (folder, settings, points) in enumerate(runs):
+    for folder, settings, points in runs:
         last, warmup = points[-1], settings["init"] or settings["warmup"]
         if warmup != "none" and settings["transfer"] != "full":
             warmup += f" ({settings['transfer']})"
         print(f"{str(folder):32} {warmup:24} {settings['seed']:4} {last['tokens']:14,} {last['val_loss']:13.4f} "
               f"{last['val_accuracy']:9.2%}")
-        later = [p for p in points if p["step"]]  # the untrained model's loss would flatten the picture
-        axes.plot([p["tokens"] for p in later], [p["val_loss"] for p in later], marker="osv^D"[i % 5],
-                  linestyle=("-", "--", ":", "-.")[i % 4], label=f"warm-up {warmup}, seed {settings['seed']}")
-    axes.set(xlabel="tokens of training after the warm-up", ylabel="held-out loss (nats per counted token)",
-             title=f"{data.pop()}: {len(runs)} run{'s' * (len(runs) > 1)}")
+        alike = {key: value for key, value in settings.items() if key not in (*OPERATIONAL, "seed")}
+        alike["init"] = re.sub(r"-s\d+(-\w+)?(?=/|$)", "", alike["init"] or "")  # each seed has a warm-up of its own
+        groups.setdefault(json.dumps(alike, sort_keys=True), []).append((warmup, settings["seed"], points))
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for i, group in enumerate(groups.values()):
+        # The untrained model's loss would flatten the picture, so the first evaluation is left out.
+        values = [{p["tokens"]: p[f"val_{metric}"] for p in points if p["step"] or len(points) == 1} for _, _, points in group]
+        tokens = sorted(set(values[0]).intersection(*values))
+        matrix = np.array([[value[x] for x in tokens] for value in values])
+        seeds = f"seed {group[0][1]}" if len(group) == 1 else f"mean of {len(group)} seeds"
+        line, = axes.plot(tokens, matrix.mean(0), marker="osv^D"[i % 5], linestyle=("-", "--", ":", "-.")[i % 4],
+                          label=f"warm-up {group[0][0]}, {seeds}")
+        if len(group) > 1:
+            axes.fill_between(tokens, matrix.min(0), matrix.max(0), alpha=0.2, color=line.get_color())
+    axes.set(xlabel="tokens of training after the warm-up", title=f"{name}: {len(runs)} run{'s' * (len(runs) > 1)}",
+             ylabel="accuracy on held-out answers" if metric == "accuracy" else "held-out loss (nats per counted token)")
     axes.grid(alpha=0.3)
     axes.legend()
     try:
         figure.savefig(picture, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {picture}: {error}") from None
+    finally:
+        plt.close(figure)
     print(f"picture: {picture}")
 
 
@@ -127,7 +141,7 @@ def holm(ps):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Experiments: lists of cells. The first row is what the others are compared with.
+# Experiments: lists of cells. The first row of a column is what the others are compared with.
 
 
 @dataclass
@@ -136,90 +150,70 @@ class Cell:
     column: str
     settings: dict  # of train.py, but for the seed
     operation: str = ""  # what is done to the warm-up's weights before they are taken up, see `operate`
+    mixture: dict = field(default_factory=dict)  # {"attn_from" or "mlp_from": settings of the warm-up it is taken from}
+    times: int = 1  # this many times as many seeds
+    line: str = ""  # in a figure of lines: which one,
+    x: float = math.nan  # and where on it
 
 
-TASKS = {"quick": ("haystack:pairs=8", "addition:digits=3", "reversed_addition:digits=4", "sorting:numbers=8"),
+TASKS = {"quick": ("haystack", "addition", "reversed_addition", "sorting"),
          "paper": ("haystack", "addition", "reversed_addition", "multiplication", "sorting")}
-WARMUPS = {"quick": ("none", "dyck:k=4,length=24", "set:length=8,vocab=30", "union:length=8,vocab=30", "eca:width=6,length=24"),
-           "paper": ("none", "dyck", "dyck_shuffle", "identity", "reverse", "sort", "set", "union", "delete", "stack", "eca")}
-TASK = {"quick": dict(size="2_4_32", steps=1500, batch_size=128, lr=3e-3, lr_ramp=100, eval_batches=16, warmup_steps=1500,
-                      warmup_lr=3e-3), "paper": {}}
-TEXT = {"quick": dict(data="code", steps=800, warmup_steps=300), "paper": dict(preset="c4")}
+DOMAINS = {"quick": ("code", "docs", "math"), "paper": ("codeparrot", "c4", "deepmind_math")}
+WARMUPS = {"paper": {name: name for name in ("dyck", "dyck_shuffle", "identity", "reverse", "sort", "set", "union", "delete",
+                                             "stack", "eca")},
+           "quick": {"dyck": "dyck:k=4,length=64", "identity": "identity:length=2-10,vocab=30",
+                     "set": "set:length=2-10,vocab=30", "union": "union:length=2-10,vocab=30", "eca": "eca:width=6,length=64",
+                     "sort": "sort:length=2-10,vocab=30"}}
+# Quick: two CPU cores, a minute a run; warm-ups that are learned in that time (ours). Paper: what train.py has as defaults.
+LEARN = dict(warmup_steps=4000, warmup_batch_size=64, warmup_lr=4e-3, warmup_lr_schedule="cosine", warmup_lr_ramp=100)
+TASK = {"quick": dict(size="2_4_32", steps=1500, batch_size=128, lr=3e-3, lr_ramp=100, eval_batches=16, **LEARN), "paper": {}}
+TEXT = {"quick": dict(size="2_4_64", block_size=64, steps=1000, batch_size=32, lr=2e-3, lr_ramp=0, **LEARN), "paper": {}}
+
+
+def on(column, budget, warmup="none", **more):
+    """The settings of a run on a task or a domain of text, after one of the budget's warm-ups or another spec."""
+    if column in DOMAINS[budget]:
+        settings = TEXT[budget] | ({"data": column} if budget == "quick" else {"preset": column})
+    else:
+        settings = TASK[budget] | {"data": column}
+    shuffled, name = "shuffled:" * warmup.startswith("shuffled:"), warmup.removeprefix("shuffled:")
+    spec = shuffled + (name if budget == "paper" else WARMUPS[budget].get(name, name))
+    return settings | {"warmup": spec} | more
 
 
 def table(budget):
     """Which warm-up helps which task."""
-    return [Cell(warmup, task, {**TASK[budget], "data": task, "warmup": warmup})
-            for task in TASKS[budget] for warmup in WARMUPS[budget]]
+    return [Cell(warmup, task, on(task, budget, warmup)) for task in TASKS[budget] for warmup in ("none", *WARMUPS[budget])]
 
 
 def transfer(budget):
-    """What has to move over: the whole model, attention, MLPs or norms, for tasks and for text."""
+    """What has to move over: the whole model, attention, MLPs or norms, for tasks and for each domain of text."""
     cells = []
-    for column in (*TASKS[budget][:2], "text"):
-        settings = TEXT[budget] if column == "text" else {**TASK[budget], "data": column}
-        cells.append(Cell("none", column, {**settings, "warmup": "none"}))
-        for warmup in ("dyck", "set") if column == "text" or budget == "paper" else WARMUPS[budget][1:3]:
-            cells += [Cell(f"{warmup.split(':')[0]}, {parts}", column, {**settings, "warmup": warmup, "transfer": parts})
+    for column in (*TASKS[budget][:1], "reversed_addition", *DOMAINS[budget]):
+        cells.append(Cell("none", column, on(column, budget)))
+        for warmup in ("identity", "set", "stack")[:2 if budget == "quick" else 3] if column in TASKS[budget] else ("set", "dyck"):
+            cells += [Cell(f"{warmup}, {parts}", column, on(column, budget, warmup, transfer=parts))
                       for parts in ("full", "attn", "mlp", "norm")]
     return cells
 
 
 def controls(budget):
-    """The critics' controls on text: shuffled sequences, the same tokens of text, a ramp for the baseline."""
-    rows = {"none": dict(warmup="none"), "none, no ramp": dict(warmup="none", lr_ramp=0),
-            "none, ramp of a tenth": dict(warmup="none", lr_ramp=TEXT[budget].get("steps", 10_000) // 10),
-            "text": dict(warmup="text"), "dyck": dict(warmup="dyck"), "set": dict(warmup="set"),
-            "shuffled dyck": dict(warmup="shuffled:dyck" if budget == "paper" else "shuffled:dyck:length=128"),
-            "shuffled set": dict(warmup="shuffled:set")}
-    return [Cell(row, "text", {**TEXT[budget], **changes}) for row, changes in rows.items()]
-
-
-def length(budget):
-    """How much warm-up is best, and where more becomes worse."""
-    steps = (75, 150, 300, 600, 1200) if budget == "quick" else (125, 250, 500, 1000, 2000, 4000)
-    none = Cell("none", "text", {**TEXT[budget], "warmup": "none"})
-    return [none] + [Cell(f"{warmup}, {n} steps", "text", {**TEXT[budget], "warmup": warmup, "warmup_steps": n})
-                     for warmup in ("dyck", "set") for n in steps]
-
-
-def mix(budget):
-    """Data mixtures of set and union over their proportions."""
-    ending = ":length=64" if budget == "paper" else ":length=20"
-    return [Cell("none", "text", {**TEXT[budget], "warmup": "none"})] + [
-        Cell(f"{share:g} set, {1 - share:g} union", "text", {**TEXT[budget], "warmup": (
-            f"{share}*set+{1 - share}*union" if 0 < share < 1 else "set" if share else "union") + ending})
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
-
-
-def grid(budget):
-    """Learning rate by weight decay, for none and for a warm-up: is the gain more than a mistuned baseline?"""
-    rates = (5e-4, 1e-3, 2e-3, 4e-3) if budget == "quick" else (2.5e-4, 5e-4, 1e-3, 2e-3)
-    return [Cell(f"{warmup}, lr {lr:g}, weight decay {decay:g}", "text",
-                 {**TEXT[budget], "warmup": warmup, "lr": lr, "weight_decay": decay})
-            for warmup in ("none", "set") for lr in rates for decay in (0.0, 0.1)]
-
-
-def scale(budget):
-    """The gain over model sizes: one column for each."""
-    sizes = ("2_4_64", "4_4_128", "4_4_192") if budget == "quick" else ("gpt2", "24_16_1024", "1.3b")
-    return [Cell(warmup, size, {**TEXT[budget], "warmup": warmup, "size": size})
-            for size in sizes for warmup in ("none", "dyck", "set", "union")]
-
-
-def operated(budget, operations):
-    """Cells: none, a warm-up as it is, and the same warm-up after each operation; for text and for a task."""
-    task = TASKS[budget][0]
-    columns = {"text": {**TEXT[budget], "warmup": "set"},
-               task: {**TASK[budget], "data": task, "warmup": WARMUPS[budget][2] if budget == "quick" else "set"}}
-    return [cell for column, settings in columns.items() for cell in (
-        Cell("none", column, {**settings, "warmup": "none"}), Cell("set, as it is", column, settings),
-        *(Cell(f"set, {operation}", column, settings, operation) for operation in operations))]
+    """The critics' controls: shuffled sequences, the same tokens of text, a ramp for the baseline, the luck of more seeds."""
+    cells = []
+    for column in (TASKS[budget][0], *DOMAINS[budget]):
+        cells += [Cell(row, column, on(column, budget, row), times=2 if row == "none" else 1)
+                  for row in ("none", "dyck", "shuffled:dyck", "set", "shuffled:set")]
+        steps = on(column, budget).get("steps", 10_000)
+        cells += [Cell(f"none, ramp of {share}", column, on(column, budget, lr_ramp=round(steps * share)))
+                  for share in (0.05, 0.2)]
+        if column in DOMAINS[budget]:
+            cells.append(Cell("text", column, on(column, budget, "text")))
+    return cells
 
 
 def weights(budget):
     """Is it the values or the scale: the warm-up's weights shuffled, with noise, scaled, drawn afresh."""
-    return operated(budget, ("shuffled", "redrawn", "noise 0.3", "noise 1", "scaled 0.5", "scaled 2"))
+    return operated(budget, ("shuffled", "redrawn", "noise 0.1", "noise 0.3", "noise 1", "scaled 0.5", "scaled 2"))
 
 
 def heads(budget):
@@ -227,7 +221,93 @@ def heads(budget):
     return operated(budget, [f"{what} {which}" for what in ("only", "without") for which in ("sharp", "blurred", "random")])
 
 
-EXPERIMENTS = {f.__name__: f for f in (table, transfer, controls, length, mix, grid, scale, weights, heads)}
+def operated(budget, operations):
+    """Cells: none, a warm-up as it is, and the same warm-up after each operation; for text and for a task."""
+    cells = []
+    for column in (DOMAINS[budget][0], TASKS[budget][0]):
+        settings = on(column, budget, "set", transfer="attn,mlp")
+        cells += [Cell("none", column, on(column, budget)), Cell("set, as it is", column, settings),
+                  *(Cell(f"set, {operation}", column, settings, operation) for operation in operations)]
+    return cells
+
+
+def sharpen(budget):
+    """No warm-up, but a penalty on the attention's entropy in its place, over a range of strengths."""
+    cells = []
+    for column in (DOMAINS[budget][0], TASKS[budget][0]):
+        cells += [Cell("none", column, on(column, budget), line="penalty", x=0), Cell("set", column, on(column, budget, "set"))]
+        cells += [Cell(f"none, penalty {strength:g}", column, on(column, budget, sharpen=strength), line="penalty", x=strength)
+                  for strength in (0.01, 0.03, 0.1, 0.3, 1.0)]
+    return cells
+
+
+def length(budget):
+    """How much warm-up is best, and where more becomes worse."""
+    steps = (250, 500, 1000, 2000, 4000, 8000) if budget == "quick" else (125, 250, 500, 1000, 2000, 4000)
+    cells = []
+    for column in DOMAINS[budget]:
+        cells.append(Cell("none", column, on(column, budget)))
+        for warmup in ("dyck", "set"):
+            cells += [Cell(f"{warmup}, {n} steps", column, on(column, budget, warmup, warmup_steps=n, warmup_lr_schedule="constant"),
+                           line=warmup, x=n) for n in steps]
+    return cells
+
+
+def mix(budget):
+    """Data mixtures of set and union over their proportions, and attention of one warm-up with the MLPs of another."""
+    cells, ending = [], ":length=64" if budget == "paper" else ":length=2-10,vocab=30"
+    for column in DOMAINS[budget][:2]:
+        cells.append(Cell("none", column, on(column, budget)))
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            spec = f"{share}*set+{1 - share}*union" if 0 < share < 1 else "set" if share else "union"
+            cells.append(Cell(f"{share:g} set, {1 - share:g} union", column, on(column, budget, spec + ending), line="mixture", x=share))
+    for column in (*TASKS[budget], DOMAINS[budget][0]):
+        plain = on(column, budget)
+        if column in TASKS[budget]:
+            cells.append(Cell("none", column, plain))
+        for warmup in ("set", "eca"):
+            for parts in ("full", "attn", "mlp"):
+                cells.append(Cell(f"{warmup}, {parts}", column, on(column, budget, warmup, transfer=parts)))
+        for a, b in (("set", "eca"), ("eca", "set")):
+            cells.append(Cell(f"attention of {a}, MLPs of {b}", column, plain, mixture={
+                "attn_from": on(column, budget, a), "mlp_from": on(column, budget, b)}))
+    return cells
+
+
+def efficiency(budget):
+    """How much less text does it take: the same steps (additive), and fewer steps until the baseline's loss (substitutive)."""
+    cells = []
+    for column in DOMAINS[budget]:
+        steps = train_steps(column, budget)
+        for warmup in ("none", "set", "union", "dyck"):
+            cells += [Cell(f"{warmup}, {share:.0%} of the text", column, on(column, budget, warmup, steps=round(steps * share)),
+                           line=warmup, x=share) for share in (1.0, 0.85, 0.7, 0.55)]
+    return cells
+
+
+def grid(budget):
+    """Learning rate by weight decay by ramp, for none and for a warm-up: is the gain more than a mistuned baseline?"""
+    rates, column = (1e-3, 2e-3, 4e-3, 8e-3) if budget == "quick" else (2.5e-4, 5e-4, 1e-3, 2e-3), DOMAINS[budget][1]
+    ramp = train_steps(column, budget) // 20
+    cells = [Cell(f"{warmup}, lr {lr:g}, weight decay {decay:g}, ramp {steps}", column,
+                  on(column, budget, warmup, lr=lr, weight_decay=decay, lr_ramp=steps), line=f"{warmup}, {decay:g}, ramp {steps}", x=lr)
+             for warmup in ("none", "set") for decay in (0.0, 0.1) for steps in (0, ramp) for lr in rates]
+    return cells
+
+
+def scale(budget):
+    """The gain over model sizes: one column for each."""
+    sizes, column = (("2_4_32", "2_4_64", "4_4_128") if budget == "quick" else ("gpt2", "24_16_1024", "1.3b")), DOMAINS[budget][1]
+    return [Cell(warmup, size, on(column, budget, warmup, size=size)) for size in sizes for warmup in ("none", "dyck", "set", "union")]
+
+
+def train_steps(column, budget):
+    return TEXT["quick"]["steps"] if budget == "quick" else PRESETS[column]["steps"]
+
+
+EXPERIMENTS = {f.__name__: f for f in (table, transfer, controls, weights, heads, sharpen, length, mix, efficiency, grid, scale)}
+XLABELS = {"sharpen": "strength of the penalty", "length": "steps of warm-up", "mix": "share of set (the rest is union)",
+           "efficiency": "share of the text", "grid": "learning rate"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,94 +363,152 @@ def replace_heads(model, chosen, replaced, seed):
 
 
 def operated_checkpoint(warmup, operation, seed, path):
-    """Writes the operated copy of a warm-up's checkpoint, which --init takes up."""
+    """Writes the operated copy of a warm-up's checkpoint, which --init takes up. Returns its path."""
     sharpness = None
     if operation.startswith(("only", "without")):
-        c = Opened(str(warmup), SimpleNamespace(device="cpu", batch_size=16, batches=1, problems=0, sample=0, data=None,
-                                                tokenizer=None))
+        c = opened(warmup)
         x = c.rows(16)[0]
         sharpness = entropy_score(c.look_inside(x)[0], c.real(x))
     model, state = load(warmup)
     operate(model, operation, seed, sharpness)
     save(path, model, **{key: state[key] for key in ("stage", "step", "tokens", "source")})
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Running them
+# Running them. A warm-up is a run of its own (train.py --steps 0), made once for all the runs that take it up.
+
+WARMUP_FLAGS = ("warmup", "warmup_steps", "warmup_batch_size", "warmup_lr", "warmup_lr_schedule", "warmup_lr_ramp",
+                "warmup_weight_decay", "warmup_dropout", "warmup_block_size", "warmup_curriculum", "warmup_tokens")
 
 
-def folder_of(cell, seed, results):
-    """Where a cell's run with a seed is: settings that are the same are the same run, whichever experiment asks."""
-    s = Settings(**{**cell.settings, "seed": seed})
-    name = run_name(Settings(**{**vars(s), "data": s.data or s.preset}))
-    return Path(results) / (name + f"-{cell.operation.replace(' ', '_')}" * bool(cell.operation))
+def name_of(cell, seed):
+    """The folder of a cell's run with a seed: the same settings are the same run, whichever experiment asks."""
+    name = run_name(Settings(**{"data": cell.settings.get("preset"), "warmup": "dyck", **cell.settings, "seed": seed}))
+    for flag, settings in cell.mixture.items():
+        name += f"-{flag}={settings['warmup'].partition(':')[0]}-{zlib.crc32(repr(settings).encode()):08x}"
+    return name + f"-{cell.operation.replace(' ', '_')}" * bool(cell.operation)
 
 
-def arguments(settings, seed, folder, more):
-    """The command line of one run."""
-    words = []
-    for key, value in {**settings, **more, "seed": seed, "out": str(folder)}.items():
-        words += [f"--{key}", str(value)]
-    return [sys.executable, str(Path(__file__).resolve().parent / "train.py"), *words, "--resume"]
+def warmup_of(settings, seed):
+    """The settings of a cell that has a warm-up -> (the name of the warm-up's run, its settings, how to go on from it)."""
+    s = resolve(Settings(**{**settings, "seed": seed}))
+    warm = {key: getattr(s, key) for key in (*WARMUP_FLAGS, "size", "beta1", "beta2", "grad_clip", "recompute")
+            if getattr(s, key) is not None}
+    warm |= dict(data="haystack", tied=s.tied)  # with no step of training, any data will do: a task is there at once
+    if s.warmup == "text":
+        warm |= {key: getattr(s, key) for key in ("data", "tokenizer", "block_size")}
+    name = re.sub(r"[^\w.=+*,-]+", "_", f"warmup-{s.warmup}-{s.size}-s{seed}")
+    return (f"{name[:120]}-{zlib.crc32(json.dumps(warm, sort_keys=True).encode()):08x}", {**warm, "steps": 0, "seed": seed},
+            {"embeddings": s.embeddings})
 
 
-def run_once(cell, seed, folder, more):
-    """Runs or resumes one run, unless it is finished or another process is at it -> "done", "failed" or "elsewhere"."""
-    if (folder / "result.json").exists():
-        return "done"
+@contextlib.contextmanager
+def locked(folder, wait):
+    """Yields whether this process alone is at a run; where files cannot be locked (Windows), always."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    failed = folder.with_name(folder.name + ".failed")
-    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-        with contextlib.suppress(ImportError):  # not on Windows
+    with open(folder.with_name(folder.name + ".lock"), "w") as file:
+        try:
             import fcntl
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return "elsewhere"
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except ImportError:
+            pass
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def call_train(settings, folder, more):
+    """Runs or resumes train.py in a folder, in a process of its own. Raises UserError with what it said."""
+    words = []
+    for key, value in {**settings, **more, "out": folder.name}.items():
+        words += [f"--{'no-' * (value is False)}{key}"] + ([] if isinstance(value, bool) else [str(value)])
+    # From the folder of all results, so that no setting of a run depends on where that is.
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve().parent / "train.py"), *words, "--resume"],
+                          cwd=folder.parent, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1].removeprefix("error: "))
+
+
+ONE_AT_A_TIME = threading.Lock()  # torch's random numbers are one stream for all threads
+
+
+def ready_warmup(settings, seed, results, more):
+    """Makes a cell's warm-up unless it is there, and asks whether it was learned -> (its checkpoint, how to go on)."""
+    name, warm, then = warmup_of(settings, seed)
+    folder = results / name
+    with locked(folder, wait=True):
+        if not (folder / "result.json").exists():
+            call_train(warm, folder, more)
+        if not (folder / "learned.json").exists():
+            with ONE_AT_A_TIME:
+                found = probe_learned(opened(folder / "warmup.pt"))
+            write_json(folder / "learned.json", {key: value for key, (value, _) in found.rows.items()} if found else {})
+    return folder / "warmup.pt", then
+
+
+def opened(path):
+    return Opened(str(path), SimpleNamespace(device="cpu", batch_size=16, batches=1, problems=0, sample=0, data=None,
+                                             tokenizer=None))
+
+
+def run_once(cell, seed, results, more):
+    """Runs or resumes one run, unless it is finished or another process is at it -> "done", "failed" or "elsewhere"."""
+    folder = results / name_of(cell, seed)
+    with locked(folder, wait=False) as mine:
         if (folder / "result.json").exists():
             return "done"
-        settings, problem = cell.settings, None
-        if cell.operation:
-            warmup, start = folder_of(Cell("", "", settings), seed, folder.parent) / "warmup.pt", folder.with_name(folder.name + ".init.pt")
-            settings = {key: value for key, value in settings.items() if key != "warmup"} | {"init": str(start)}
-            try:
-                operated_checkpoint(warmup, cell.operation, seed, start)
-            except UserError as error:
-                problem = str(error)
-        if not problem:
-            done = subprocess.run(arguments(settings, seed, folder, more), capture_output=True, text=True,
-                                  env={"OMP_NUM_THREADS": "1", **os.environ})
-            if done.returncode:
-                problem = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        if problem:
-            failed.write_text(problem + "\n")
+        if not mine:
+            return "elsewhere"
+        failed, settings = folder.with_name(folder.name + ".failed"), {**cell.settings, "seed": seed}
+        try:
+            if cell.mixture or settings["warmup"] != "none":
+                wanted = cell.mixture or {"init": cell.settings}
+                settings = {key: value for key, value in settings.items() if key not in WARMUP_FLAGS}
+                for flag, warm in wanted.items():
+                    path, then = ready_warmup(warm, seed, results, more)
+                    if cell.operation:
+                        with ONE_AT_A_TIME:
+                            path = operated_checkpoint(path, cell.operation, seed, folder.with_name(folder.name + ".init.pt"))
+                    settings |= {flag: str(path.relative_to(results)), **then}
+            call_train(settings, folder, more)
+        except UserError as error:
+            failed.write_text(f"{error}\n")
             return "failed"
         failed.unlink(missing_ok=True)
         return "done"
 
 
+def runs_of(cells, seeds):
+    """{name: (cell, seed)} of every run that the cells ask for, all cells of one seed first: an early look is fair."""
+    runs = {}
+    for seed in range(seeds * max(cell.times for cell in cells)):
+        for cell in cells:
+            if seed < seeds * cell.times:
+                runs.setdefault(name_of(cell, seed), (cell, seed))
+    return runs
+
+
 def run_all(cells, seeds, results, jobs, more):
     """Every cell with every seed, `jobs` at a time; says after each how many are done and how long it may still take."""
-    runs = {}
-    for seed in seeds:  # all cells of one seed first: an early look compares like with like
-        for cell in cells:
-            runs.setdefault(folder_of(cell, seed, results), (cell, seed))
-    left = {folder: run for folder, run in runs.items() if not (folder / "result.json").exists()}
-    print(f"{len(runs)} runs, {len(runs) - len(left)} done already, {len(left)} to go, {jobs} at a time")
+    runs = runs_of(cells, seeds)
+    left = [run for name, run in runs.items() if not (results / name / "result.json").exists()]
+    print(f"{len(runs)} runs, {len(runs) - len(left)} done already, {len(left)} to go, {jobs} at a time", flush=True)
     began, counts = time.time(), {"done": 0, "failed": 0, "elsewhere": 0}
 
-    def one(item):
-        folder, (cell, seed) = item
-        state = run_once(cell, seed, folder, more)
+    def one(run):
+        cell, seed = run
+        state = run_once(cell, seed, results, more)
         counts[state] += 1
         finished = sum(counts.values())
         print(f"[{finished}/{len(left)}] {state}: {cell.row} | {cell.column} | seed {seed}; "
+              f"{min(jobs - 1, len(left) - finished)} more running, "
               f"{clock((time.time() - began) / finished * (len(left) - finished))} left", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for late in (False, True):  # operations need the warm-up of the run as it is
-                list(pool.map(one, [item for item in left.items() if bool(item[1][0].operation) == late]))
+            list(pool.map(one, left))
         except KeyboardInterrupt:  # the runs got it too: each saves and stops
             pool.shutdown(cancel_futures=True)
             raise
@@ -381,134 +519,460 @@ def run_all(cells, seeds, results, jobs, more):
 # What they say
 
 
-def collect(cells, seeds, results):
-    """{(row, column): {seed: result.json}} of what is finished, and the runs that failed: [(row, column, seed, why)]."""
-    values, failed = {}, []
+def read_results(where):
+    """{name: record} of all that is finished or failed in a folder of runs, or in the file that `pack` made of one.
+
+    A record holds "result" (result.json), "log" (the evaluations), "learned" (of a warm-up), or "failed" (why)."""
+    where, found = Path(where), {}
+    if where.is_file():
+        try:
+            with gzip.open(where, "rt") as file:
+                return {record.pop("name"): record for record in map(json.loads, file)}
+        except (OSError, EOFError, ValueError, AttributeError, KeyError) as error:
+            raise UserError(f"cannot read {where}: {error}; a file that analyze.py pack wrote is wanted") from None
+    for path in sorted(where.glob("*")):
+        if path.name.endswith(".failed"):
+            found.setdefault(path.name.removesuffix(".failed"), {"failed": path.read_text().strip()})
+        elif (path / "result.json").exists():
+            found[path.name] = {"result": read_json(path / "result.json", "settings", "val_loss", "val_accuracy")}
+            with contextlib.suppress(UserError):
+                found[path.name]["log"] = read_run(path)[1]
+            if (path / "learned.json").exists():
+                found[path.name]["learned"] = json.loads((path / "learned.json").read_text())
+    return found
+
+
+def pack(where, path):
+    """All results of a folder in one small file, from which every table and figure can be made again."""
+    found = read_results(where)
+    if not found:
+        raise UserError(f"there are no results in {where}")
+    write = lambda file: file.write(gzip.compress("".join(json.dumps({"name": name, **record}) + "\n" for name, record
+                                                          in found.items()).encode(), mtime=0))
+    write_atomically(Path(path), write)
+    print(f"{path}: {len(found)} runs, {Path(path).stat().st_size / 1e6:.2f} MB")
+
+
+def was_learned(cell, seed, found):
+    """Whether the warm-ups of a run passed the gate: True, False, or None where there is none or no answer."""
+    if not cell.mixture and cell.settings["warmup"] == "none":
+        return None
+    names = [warmup_of(warm, seed)[0] for warm in (cell.mixture.values() or [cell.settings])]
+    verdicts = [found.get(name, {}).get("learned", {}).get("verdict") for name in names]
+    return None if None in verdicts else all(verdict == "learned" for verdict in verdicts)
+
+
+def compare(cells, seeds, found):
+    """One entry for each cell: its values by seed, their mean and 95 % interval, and the gain over the column's first row.
+
+    Tasks are measured by accuracy, text by minus the loss, so that a gain is good in both. Gains are paired by seed.
+    Holm's correction is over all entries. Failed runs are listed in "failed": [(seed, why)]."""
+    entries, first = [], {}
     for cell in cells:
-        found = values.setdefault((cell.row, cell.column), {})
-        for seed in seeds:
-            folder = folder_of(cell, seed, results)
-            why = folder.with_name(folder.name + ".failed")
-            if (folder / "result.json").exists():
-                found[seed] = read_json(folder / "result.json", "settings", "val_loss", "val_accuracy")
-            elif why.exists():
-                failed.append((cell.row, cell.column, seed, why.read_text().strip()))
-    return values, failed
-
-
-def compare(cells, values):
-    """[{row, column, metric, n, mean, half, difference, p}]: each cell, and its gain over the column's first row.
-
-    Tasks are measured by accuracy, text by minus the loss, so that more is better in both."""
-    out, rows, columns = [], list(dict.fromkeys(c.row for c in cells)), list(dict.fromkeys(c.column for c in cells))
-    for column in columns:
-        first = next(c for c in cells if c.column == column)
-        task = "data" in first.settings and kind_of(first.settings["data"]) == "task"
-        measure = (lambda r: r["val_accuracy"]) if task else lambda r: r["val_loss"]
-        base = values[first.row, column]
-        for row in rows:
-            if (row, column) not in values:
-                continue
-            found = values[row, column]
-            both = sorted(set(found) & set(base)) if row != first.row else []
-            mean, half = interval([measure(found[seed]) for seed in sorted(found)])
-            gain = [(measure(found[s]) - measure(base[s])) * (1 if task else -1) for s in both]
-            out.append({"row": row, "column": column, "metric": "accuracy" if task else "loss", "n": len(found), "mean": mean,
-                        "half": half, "pairs": len(both), "gain": interval(gain)[0], "gain_half": interval(gain)[1],
-                        "p": paired_p(gain, [0.0] * len(gain))})
-    for entry, p in zip(out, holm([entry["p"] for entry in out])):
+        task = "preset" not in cell.settings and kind_of(cell.settings["data"]) == "task"
+        metric, values, failed = "accuracy" if task else "loss", {}, []
+        for seed in range(seeds * cell.times):
+            record = found.get(name_of(cell, seed), {})
+            if "result" in record:
+                values[seed] = record["result"]["val_accuracy" if task else "val_loss"]
+            elif "failed" in record:
+                failed.append((seed, record["failed"]))
+        base = first.setdefault(cell.column, values)
+        gains = {} if base is values else {s: (values[s] - base[s]) * (1 if task else -1) for s in values if s in base}
+        (mean, half), (gain, gain_half) = interval(list(values.values())), interval(list(gains.values()))
+        entries.append({"row": cell.row, "column": cell.column, "metric": metric, "n": len(values), "mean": mean, "half": half,
+                        "pairs": len(gains), "gain": gain, "gain_half": gain_half,
+                        "p": paired_p(list(gains.values()), [0.0] * len(gains)), "line": cell.line, "x": cell.x,
+                        "learned": {seed: was_learned(cell, seed, found) for seed in values}, "values": values, "failed": failed})
+    for entry, p in zip(entries, holm([entry["p"] for entry in entries])):
         entry["p_holm"] = float(p)
-    return out
+    return entries
 
 
-def print_comparison(name, entries, failed):
-    print(f"\n{name}: {EXPERIMENTS[name].__doc__.splitlines()[0]}")
-    print("Mean and 95 % interval over seeds (n); gain over the first row of the column, paired by seed; p after Holm.")
+def show(entry, value):
+    return "-" if math.isnan(value) else f"{value:.1%}" if entry["metric"] == "accuracy" else f"{value:.4f}"
+
+
+def gate(entry):
+    """How many of a cell's warm-ups were learned: "2/3 learned", or nothing where that is not asked."""
+    verdicts = [verdict for verdict in entry["learned"].values() if verdict is not None]
+    return f"{sum(verdicts)}/{len(verdicts)}" if verdicts else ""
+
+
+def table_lines(name, entries):
+    """The table of an experiment in Markdown, which reads well in a terminal too."""
+    lines = []
     for column in dict.fromkeys(entry["column"] for entry in entries):
         here = [entry for entry in entries if entry["column"] == column]
-        print(f"\n{column} ({here[0]['metric']})")
+        width = max(len(e["row"]) for e in here)
+        lines += ["", f"| {column:{width}} | {here[0]['metric']:17} | n | gain              | p (Holm) | learned |",
+                  f"|{'-' * (width + 2)}|-------------------|---|-------------------|----------|---------|"]
         for e in here:
-            show = "{:.1%}".format if e["metric"] == "accuracy" else "{:.4f}".format
-            plain = lambda value: "-" if math.isnan(value) else show(value)
-            gain = "" if not e["pairs"] else f"  gain {plain(e['gain']):>8} ± {plain(e['gain_half']):<8}" + (
-                "" if math.isnan(e["p_holm"]) else f" p = {e['p_holm']:.3g}")
-            print(f"  {e['row']:34} {plain(e['mean']):>8} ± {plain(e['half']):<8} ({e['n']}){gain}")
-    for row, column, seed, why in failed:
-        print(f"failed: {row} | {column} | seed {seed}: {why}")
+            gain = f"{show(e, e['gain']):>7} ± {show(e, e['gain_half'])}" if e["pairs"] else ""
+            p = "" if math.isnan(e["p_holm"]) else f"{e['p_holm']:.3g}"
+            lines.append(f"| {e['row']:{width}} | {show(e, e['mean']):>7} ± {show(e, e['half']):7} | {e['n']} | {gain:17} | {p:8} | "
+                         f"{gate(e):7} |")
+    return lines + [f"failed: {e['row']} | {e['column']} | seed {seed}: {why}" for e in entries for seed, why in e["failed"]]
 
 
-def write_comparison(name, entries, folder):
-    """The table as CSV, and as a heat map of gains (one column) or of columns, in `folder`."""
-    with open(folder / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, entries[0].keys())
-        writer.writeheader()
-        writer.writerows(entries)
+def best(entries):
+    """The entry with the best mean, of those that have one."""
+    entries = [e for e in entries if e["n"]]
+    return max(entries, key=lambda e: e["mean"] if e["metric"] == "accuracy" else -e["mean"]) if entries else None
+
+
+def shares(entries, line):
+    """{seed: the share of the text with which a warm-up reaches the loss of no warm-up with all of it}.
+
+    Loss against the logarithm of the share, straight between the runs; inf where even all of the text does not do, and
+    the smallest share that was run where that is enough already (so it is an upper bound)."""
+    runs, found = sorted((e for e in entries if e["line"] == line and e["n"]), key=lambda e: e["x"]), {}
+    target = max((e for e in entries if e["line"] == "none"), key=lambda e: e["x"])["values"]
+    for seed in set(target).intersection(*(e["values"] for e in runs)):
+        xs, losses = [math.log(e["x"]) for e in runs], np.minimum.accumulate([e["values"][seed] for e in runs])
+        found[seed] = math.inf if losses[-1] > target[seed] else float(np.exp(np.interp(-target[seed], -losses, xs)))
+    return found
+
+
+def verdict_lines(name, entries):
+    """What an experiment's table says beyond its rows."""
+    lines = []
+    for column in dict.fromkeys(entry["column"] for entry in entries):
+        here = [entry for entry in entries if entry["column"] == column]
+        if name == "grid":
+            lines += best_against_best(here)
+        elif name == "controls" and len(here[0]["values"]) > 1:
+            lucky = (max if here[0]["metric"] == "accuracy" else min)(here[0]["values"].values())
+            lines.append(f"{column}: the best of {here[0]['n']} seeds of no warm-up has {show(here[0], lucky)}; the means are "
+                         + ", ".join(f"{show(e, e['mean'])} ({e['row']})" for e in here if e["n"] and not e["row"].startswith("none")))
+        elif name == "efficiency":
+            for line in list(dict.fromkeys(e["line"] for e in here))[1:]:
+                found = [shares(here, line)[seed] for seed in sorted(shares(here, line))]
+                reached, (mean, half) = [s for s in found if s < math.inf], interval([s for s in found if s < math.inf])
+                if found:
+                    lines.append(f"{column}: {line} reaches the loss of no warm-up with " + (
+                        f"{mean:.0%} ± {half:.0%} of the text in {len(reached)} of {len(found)} seeds" if reached else
+                        f"no less than all of the text in any of {len(found)} seeds"))
+        elif name == "length":
+            for line in list(dict.fromkeys(e["line"] for e in here))[1:]:
+                if top := best([e for e in here if e["line"] == line]):
+                    lines.append(f"{column}: the best length of {line} is {top['x']:g} steps ({show(top, top['mean'])})")
+    return lines
+
+
+def best_against_best(entries):
+    none, warm = (best([e for e in entries if e["row"].startswith("none") == which]) for which in (True, False))
+    if not none or not warm:
+        return []
+    gains = [none["values"][seed] - warm["values"][seed] for seed in sorted(set(none["values"]) & set(warm["values"]))]
+    mean, half = interval(gains)
+    return [f"{none['column']}: the best of no warm-up ({none['row']}: {none['mean']:.4f}) against the best with one ({warm['row']}: "
+            f"{warm['mean']:.4f}): gain {mean:.4f} ± {half:.4f}, paired by seed, n = {len(gains)}"]
+
+
+def pyplot():
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        return plt
     except ImportError as error:
         raise UserError(f"a picture needs matplotlib: {error}") from None
+
+
+def draw_comparison(name, entries, path):
+    """The figure of an experiment: a heat map of `table`, lines where cells have an x, points with intervals elsewhere."""
+    plt = pyplot()
     rows, columns = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("row", "column"))
-    figure, axes = plt.subplots(1, len(columns), figsize=(2.2 + 3.1 * len(columns), 1.2 + 0.34 * len(rows)), squeeze=False,
-                                layout="constrained", sharey=True)
-    for axis, column in zip(axes[0], columns):
-        here = {entry["row"]: entry for entry in entries if entry["column"] == column and not math.isnan(entry["mean"])}
-        places = [i for i, row in enumerate(rows) if row in here]
-        half = [0 if math.isnan(e["half"]) else e["half"] for e in here.values()]
-        axis.errorbar([e["mean"] for e in here.values()], places, xerr=half, fmt="o", color="black", capsize=3)
-        if rows[0] in here:
-            axis.axvline(here[rows[0]]["mean"], color="grey", linestyle=":")
-        metric = next(entry["metric"] for entry in entries if entry["column"] == column)
-        axis.set(title=column, xlabel="accuracy" if metric == "accuracy" else "held-out loss (nats per token)")
-        axis.set_yticks(range(len(rows)), rows)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.supxlabel(f"{name}: mean and 95 % interval over {max(e['n'] for e in entries)} seeds; dotted: {rows[0]}", fontsize=8)
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    plt.close(figure)
-    print(f"table: {folder / name}.csv, figure: {folder / name}.png")
+    n = max(e["n"] for e in entries)
+    if name == "table":
+        figure, axes = plt.subplots(figsize=(3 + 1.5 * len(columns), 1.5 + 0.42 * len(rows)), layout="constrained")
+        gains = np.array([[next((e["gain"] if e["pairs"] else 0.0 for e in entries if (e["row"], e["column"]) == (row, column)
+                                 and e["n"]), math.nan) for column in columns] for row in rows]) * 100
+        limit = np.nanmax(np.abs(gains)) or 1
+        image = axes.imshow(gains, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        for e in entries:
+            i, j = rows.index(e["row"]), columns.index(e["column"])
+            if e["n"]:
+                axes.text(j, i, f"{show(e, e['mean'])}" + "*" * bool(e["p_holm"] < 0.05), ha="center", va="center", fontsize=9,
+                          color="white" if abs(gains[i, j]) > 0.6 * limit else "black")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        figure.colorbar(image, label="gain over none (points)")
+        axes.set_title(f"accuracy after each warm-up, mean of {n} seeds (*: p < 0.05 after Holm)", fontsize=10)
+    else:
+        lines = name in XLABELS
+        figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns) + 1, 3.6) if lines else
+                                    (2.6 + 2.8 * len(columns), 1.4 + 0.32 * len(rows)), squeeze=False, layout="constrained",
+                                    sharey=not lines)
+        for axis, column in zip(axes[0], columns):
+            here = [e for e in entries if e["column"] == column and e["n"]]
+            label = "held-out loss (nats per token)" if any(e["metric"] == "loss" for e in here) else "accuracy"
+            half = lambda some: [0 if math.isnan(e["half"]) else e["half"] for e in some]
+            axis.set_title(column, fontsize=10)
+            axis.grid(alpha=0.3)
+            if lines:
+                for i, line in enumerate(dict.fromkeys(e["line"] for e in here if e["line"])):
+                    some = [e for e in here if e["line"] == line]
+                    axis.errorbar([e["x"] for e in some], [e["mean"] for e in some], yerr=half(some), marker="osv^D"[i % 5],
+                                  capsize=3, label=line)
+                for e in here:
+                    if not e["line"]:
+                        axis.axhline(e["mean"], linestyle=":" if e["row"] == "none" else "-.", color="grey", label=e["row"])
+                axis.set(xlabel=XLABELS[name], ylabel=label)
+                if name in ("length", "grid"):
+                    axis.set_xscale("log")
+                axis.legend(fontsize=7)
+            else:
+                axis.errorbar([e["mean"] for e in here], [rows.index(e["row"]) for e in here], xerr=half(here), fmt="o",
+                              color="black", capsize=3)
+                if here and here[0]["row"] == rows[0]:
+                    axis.axvline(here[0]["mean"], color="grey", linestyle=":")
+                axis.set(xlabel=label)
+                axis.set_yticks(range(len(rows)), rows)
+                axis.set_ylim(len(rows) - 0.5, -0.5)
+        figure.supxlabel(f"{name}: mean and 95 % interval over {n} seeds" + "; dotted: none" * (not lines), fontsize=8)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from None
+    finally:
+        plt.close(figure)
+
+
+CAPTION = ("Mean ± 95 % interval (Student's t) over n seeds; gain over the first row of the column, paired by seed; p of the paired "
+           "t test after Holm's correction over the table; learned: warm-ups that passed the gate of eval.py --probe learned.")
+
+
+def write_comparison(name, budget, entries, folder):
+    """Prints the table, and writes it as CSV and as a figure in `folder`."""
+    print(f"\n{name} ({budget}): {EXPERIMENTS[name].__doc__.splitlines()[0]}\n{CAPTION}")
+    print("\n".join(table_lines(name, entries) + verdict_lines(name, entries)))
+    with open(folder / f"{name}-{budget}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [key for key in entries[0] if key not in ("values", "failed")], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({**entry, "learned": gate(entry)} for entry in entries)
+    draw_comparison(name, entries, folder / f"{name}-{budget}.png")
+    print(f"table: {folder / name}-{budget}.csv, figure: {folder / name}-{budget}.png")
 
 
 def experiment(name, args):
-    cells, seeds = EXPERIMENTS[name](args.budget), range(args.seeds)
-    more = dict(device=args.device) if args.device else {}
-    results = Path(args.results)
+    cells, results = EXPERIMENTS[name](args.budget), Path(args.results)
     if not args.show:
-        try:
-            results.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {results}: {error.strerror}") from None
-        run_all(cells, seeds, results, args.jobs, more)
-    values, failed = collect(cells, seeds, results)
-    if not any(values.values()):
+        make_folder(results)
+        run_all(cells, args.seeds, results.resolve(), args.jobs, dict(device=args.device) if args.device else {})
+    entries = compare(cells, args.seeds, read_results(results))
+    if not any(entry["n"] for entry in entries):
+        for line in table_lines(name, entries):
+            print(line) if line.startswith("failed") else None
         raise UserError(f"no run of {name} is finished in {results}: leave --show out to run them")
-    entries = compare(cells, values)
-    print_comparison(name, entries, failed)
-    write_comparison(name, entries, results)
+    write_comparison(name, args.budget, entries, make_folder(args.to or (results if results.is_dir() else results.parent)))
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path}: {error.strerror}") from None
+    return Path(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verdicts
+
+
+@dataclass
+class Claim:
+    """`better` is better than `worse`, says the paper: patterns of rows in a column of an experiment. Where several rows
+    match, the one with the best mean stands for them."""
+    text: str
+    published: str  # PAPER.md's figure
+    experiment: str
+    column: str  # of a task, or 0, 1, 2 for the domains code, language, mathematics, or "largest" (of scale)
+    better: str
+    worse: str
+    share: bool = False  # about the share of the text that reaches the loss of `worse` with all of it
+
+
+CLAIMS = [
+    Claim("Dyck helps recall", "11.3 -> 96.9 %", "table", "haystack", "dyck", "none"),
+    Claim("Dyck helps sorting", "82.7 % without", "table", "sorting", "dyck", "none"),
+    Claim("rule 110 helps reversed addition", "76.4 -> 91.0 %", "table", "reversed_addition", "eca", "none"),
+    Claim("union helps multiplication", "42.7 -> 63.5 %", "table", "multiplication", "union", "none"),
+    Claim("identity: attention alone beats the whole model (recall)", "18.8 -> 99.0 %", "transfer", "haystack", "identity, attn", "identity, full"),
+    Claim("identity's attention helps recall", "11.3 -> 99.0 %", "transfer", "haystack", "identity, attn", "none"),
+    Claim("set: attention alone beats the whole model (recall)", "18.9 -> 88.9 %", "transfer", "haystack", "set, attn", "set, full"),
+    Claim("set, whole model, hurts reversed addition", "76.4 -> 44.6 %", "transfer", "reversed_addition", "none", "set, full"),
+    Claim("stack, whole model, hurts reversed addition", "76.4 -> 34.9 %", "transfer", "reversed_addition", "none", "stack, full"),
+    Claim("structure, not statistics: shuffled Dyck does not help recall", "10.3 -> 96.9 %", "controls", "haystack", "dyck", "shuffled:dyck"),
+    Claim("weight mixture: attention of set, MLPs of rule 110 (recall)", "11.3 -> 94.4 %", "mix", "haystack", "attention of set, MLPs of eca", "none"),
+    Claim("the mixture beats either alone (recall)", "88.9 -> 94.4 %", "mix", "haystack", "attention of set, MLPs of eca", "(set|eca), (attn|mlp|full)"),
+    Claim("after set, code is learned better", "perplexity 5.47 -> 5.15", "efficiency", 0, "set, 100% of the text", "none, 100% of the text"),
+    Claim("after union, code is learned better", "perplexity 5.47 -> 5.13", "efficiency", 0, "union, 100% of the text", "none, 100% of the text"),
+    Claim("after set, language is learned better", "perplexity 62.0 -> 59.9", "efficiency", 1, "set, 100% of the text", "none, 100% of the text"),
+    Claim("after union, language is learned better", "perplexity 62.0 -> 59.9", "efficiency", 1, "union, 100% of the text", "none, 100% of the text"),
+    Claim("after set, mathematics is learned better", "41.2 -> 42.5 % solved", "efficiency", 2, "set, 100% of the text", "none, 100% of the text"),
+    Claim("after union, mathematics is learned better", "41.2 -> 42.7 % solved", "efficiency", 2, "union, 100% of the text", "none, 100% of the text"),
+    Claim("less code is needed", "67 %", "efficiency", 0, "set|union|dyck", "none", True),
+    Claim("less language is needed", "55 %", "efficiency", 1, "set|union|dyck", "none", True),
+    Claim("less mathematics is needed", "86 %", "efficiency", 2, "set|union|dyck", "none", True),
+    Claim("more warm-up is worse than the best length (language)", "2-4 M tokens beat 16-20 M (union)", "length", 1, r"set, (250|500|1000|2000|125) steps", r"set, (8000|4000) steps"),
+    Claim("structure, not statistics: shuffled set does not help language", "gain gone", "controls", 1, "set", "shuffled:set"),
+    Claim("a warm-up beats the same tokens of text (critics: no)", "worse, Pythia-410M", "controls", 1, "set|dyck", "text"),
+    Claim("a warm-up beats a learning-rate ramp", "open", "controls", 1, "set|dyck", "none, ramp of .*"),
+    Claim("values, not scale: shuffled weights do not help code", "gain gone", "weights", 0, "set, as it is", "set, shuffled"),
+    Claim("sharper attention without a warm-up is no substitute", "not reproduced by it", "sharpen", 0, "set", "none, penalty .*"),
+    Claim("sharp heads carry the gain", "low entropy", "heads", 0, "set, only sharp", "set, only blurred"),
+    Claim("attention carries code", "attention", "transfer", 0, "set, attn", "set, mlp"),
+    Claim("MLPs carry language", "MLPs", "transfer", 1, "set, mlp", "set, attn"),
+    Claim("a data mixture beats set and union alone (language)", "50.8, 52.0 -> 49.6", "mix", 1, "0.(25|5|75) set, .*", "(0|1) set, .*"),
+    Claim("best against best, a warm-up wins", "not published", "grid", 1, "set, lr.*", "none, lr.*"),
+    Claim("the gain stays at larger sizes", "40.3 -> 39.0, 28.8 -> 27.3 (union)", "scale", "largest", "union", "none")]
+
+
+def judge(claim, entries, budget):
+    """One row of `claims`: the measured figure, the pairs that count, and p. Runs whose warm-up was not learned do not."""
+    columns = list(dict.fromkeys(e["column"] for e in entries))
+    column = columns[-1] if claim.column == "largest" else DOMAINS[budget][claim.column] if isinstance(claim.column, int) else claim.column
+    here = [e for e in entries if e["column"] == column and e["n"]]
+    counts = lambda e: [seed for seed in e["values"] if e["learned"][seed] is not False]
+    if claim.share:
+        lines = {line: shares(here, line) for line in {e["line"] for e in here} if re.fullmatch(claim.better, line)} if any(
+            e["line"] == "none" for e in here) else {}
+        lines = {line: {seed: share for seed, share in found.items() if all(seed in counts(e) for e in here if e["line"] == line)}
+                 for line, found in lines.items()}
+        lines = {line: list(found.values()) for line, found in lines.items() if found}
+        if not lines:
+            return {"measured": "", "n": 0, "p": math.nan, "gain": math.nan, "why": "no results" if not here else "warm-up not learned"}
+        line = min(lines, key=lambda line: np.mean(lines[line]))
+        found = [min(share, 1.0) for share in lines[line]]  # a seed that needs more than all counts as all: no gain
+        return {"measured": f"{np.mean(found):.0%} ({line})", "n": len(found), "p": paired_p([1.0] * len(found), found),
+                "gain": 1 - np.mean(found), "why": ""}
+    better, worse = (best([e for e in here if re.fullmatch(pattern, e["row"])]) for pattern in (claim.better, claim.worse))
+    if not better or not worse:
+        return {"measured": "", "n": 0, "p": math.nan, "gain": math.nan, "why": "no results"}
+    pairs = sorted(set(counts(better)) & set(counts(worse)))
+    if not pairs:
+        learned = set(better["values"]) & set(worse["values"])
+        return {"measured": f"{show(worse, worse['mean'])} -> {show(better, better['mean'])}", "n": 0, "p": math.nan, "gain": math.nan,
+                "why": "warm-up not learned" if learned else "no seed in common"}
+    sign = 1 if better["metric"] == "accuracy" else -1
+    gains = [(better["values"][seed] - worse["values"][seed]) * sign for seed in pairs]
+    a, b = (np.mean([e["values"][seed] for seed in pairs]) for e in (worse, better))
+    return {"measured": f"{show(worse, a)} -> {show(better, b)}", "n": len(pairs), "p": paired_p(gains, [0.0] * len(gains)),
+            "gain": float(np.mean(gains)), "why": "" if len(pairs) > 1 else "one seed"}
+
+
+def claims(found, seeds, budgets=("quick", "paper")):
+    """Every claim of PAPER.md against what there is: [{claim, published, measured, n, budget, p, p_holm, verdict}].
+
+    The paired t test of the seeds, two-sided, with Holm's correction over all rows: supported or contradicted below 0.05,
+    by the sign; else undecided, as is a claim without two seeds whose warm-ups were learned."""
+    rows = []
+    for budget in budgets:
+        entries = {name: compare(make(budget), seeds, found) for name, make in EXPERIMENTS.items()}
+        if any(e["pairs"] for table in entries.values() for e in table):
+            for claim in CLAIMS:
+                rows.append({"claim": claim, "budget": budget, **judge(claim, entries[claim.experiment], budget)})
+    for row, p in zip(rows, holm([row["p"] for row in rows])):
+        row["p_holm"] = float(p)
+        row["verdict"] = "undecided" if not p < 0.05 else "supported" if row["gain"] > 0 else "contradicted"
+        if row["verdict"] == "undecided" and row["why"]:
+            row["verdict"] += f" ({row['why']})"
+    return rows
+
+
+def claims_lines(rows):
+    lines = ["| claim | published | measured here | n | budget | p (Holm) | verdict |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        p = "" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.3g}"
+        lines.append(f"| {row['claim'].text} | {row['claim'].published} | {row['measured']} | {row['n']} | {row['budget']} | {p} | "
+                     f"{row['verdict']} |")
+    return lines + ["", "Accuracy on tasks, held-out loss in nats per token on text, share of the text in the rows that say less. Quick runs "
+                    "are far smaller than the published ones. The paired t test over seeds, Holm's correction over the rows; runs "
+                    "whose warm-up was not learned do not count."]
+
+
+SECONDS = {"task": 45, "text": 60, "warmup": 60}  # of a run at the quick budget, on one core of a small server (measured)
+
+
+def minutes(name, seeds):
+    """(runs, minutes on one core) that the quick budget of an experiment takes."""
+    runs = runs_of(EXPERIMENTS[name]("quick"), seeds)
+    warmups = {warmup_of(warm, seed)[0] for cell, seed in runs.values()
+               for warm in (cell.mixture.values() or [cell.settings]) if cell.mixture or warm["warmup"] != "none"}
+    seconds = sum(SECONDS["task" if kind_of(cell.settings["data"]) == "task" else "text"] for cell, _ in runs.values())
+    return len(runs) + len(warmups), (seconds + len(warmups) * SECONDS["warmup"]) / 60
+
+
+def print_claims(args):
+    found = read_results(args.results)
+    rows = claims(found, args.seeds)
+    if not rows:
+        print(f"There are no results in {args.results} yet. To run, in this order (quick budget, {args.seeds} seeds; minutes with one "
+              "job on one core, all warm-ups new):")
+        for name in EXPERIMENTS:
+            runs, time_needed = minutes(name, args.seeds)
+            print(f"  python analyze.py {name} --seeds {args.seeds} --jobs 2   {runs:4} runs, {time_needed:4.0f} minutes: "
+                  f"{EXPERIMENTS[name].__doc__.splitlines()[0]}")
+        return
+    print("\n".join(claims_lines(rows)))
+
+
+def report(args):
+    """One Markdown file with the claims, and the table and figure of each experiment that has results."""
+    found, folder = read_results(args.results), Path(args.results)
+    folder = make_folder(args.to or (folder if folder.is_dir() else folder.parent))
+    lines, names = ["# What reproduces", "", *claims_lines(claims(found, args.seeds)), "", CAPTION], []
+    for budget in ("quick", "paper"):
+        for name, make in EXPERIMENTS.items():
+            entries = compare(make(budget), args.seeds, found)
+            if any(entry["pairs"] for entry in entries):
+                draw_comparison(name, entries, folder / f"{name}-{budget}.png")
+                names.append(name)
+                lines += ["", f"## {name} ({budget})", "", make.__doc__.splitlines()[0], *table_lines(name, entries), "",
+                          *[f"{line}  " for line in verdict_lines(name, entries)], "", f"![{name}]({name}-{budget}.png)"]
+    if not names:
+        raise UserError(f"there are no results in {args.results}: python analyze.py claims says what to run")
+    write_atomically(folder / "report.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    print(f"{folder / 'report.md'}: {', '.join(names)}")
 
 
 def main():
     parser = Parser(description="What many runs say.")
     commands = parser.add_subparsers(dest="command", required=True)
-    drawer = commands.add_parser("curves", help="held-out loss against tokens, one line per run")
+    drawer = commands.add_parser("curves", help="held-out loss or accuracy against tokens, one line for runs that differ in the seed alone")
     drawer.add_argument("runs", nargs="+", help="folders that train.py wrote")
     drawer.add_argument("--picture", default="curves.png", help="where to draw (default curves.png)")
+    drawer.add_argument("--metric", choices=("loss", "accuracy"), help="default: accuracy for tasks, loss for text")
     for name, function in EXPERIMENTS.items():
         runner = commands.add_parser(name, help=function.__doc__.splitlines()[0])
         runner.add_argument("--budget", choices=("quick", "paper"), default="quick", help="quick: small and honest, for two "
                             "CPU cores; paper: the published settings (default quick)")
-        runner.add_argument("--seeds", type=int, default=3, help="runs of each cell (default 3)")
         runner.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-        runner.add_argument("--results", default="results", help="folder of the runs, the tables and the figures")
         runner.add_argument("--show", action="store_true", help="run nothing: the table of what is finished")
         runner.add_argument("--device", help="cuda, mps or cpu (default: what is there)")
+    commands.add_parser("claims", help="one row for each claim of the paper: supported, contradicted or undecided here")
+    commands.add_parser("report", help="all tables and figures so far in one Markdown file")
+    packer = commands.add_parser("pack", help="all results of a folder in one small file, which --results reads too")
+    packer.add_argument("to", help="the file to write, such as results.jsonl.gz")
+    for name, command in commands.choices.items():
+        if name != "curves":
+            command.add_argument("--results", default="results", help="folder of the runs, or a packed file (default results)")
+        if name not in ("curves", "pack"):
+            command.add_argument("--seeds", type=int, default=3, help="runs of each cell (default 3)")
+        if name not in ("curves", "pack", "claims"):
+            command.add_argument("--to", help="folder for tables and figures (default: beside the results)")
     args = parser.parse_args()
     if args.command == "curves":
-        return curves(args.runs, args.picture)
-    if min(args.seeds, args.jobs) < 1:
+        return curves(args.runs, args.picture, args.metric)
+    if args.command == "pack":
+        return pack(args.results, args.to)
+    if min(args.seeds, getattr(args, "jobs", 1)) < 1:
         raise UserError("--seeds and --jobs must be at least 1")
-    experiment(args.command, args)
+    if args.command in EXPERIMENTS:
+        return experiment(args.command, args)
+    print_claims(args) if args.command == "claims" else report(args)
 
 
 if __name__ == "__main__":

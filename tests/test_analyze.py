@@ -1,5 +1,7 @@
 """Curves of runs side by side, statistics, sweeps."""
+import contextlib
 import csv
+import gzip
 import json
 import math
 from types import SimpleNamespace
@@ -10,17 +12,27 @@ import torch
 
 import analyze as script
 import train
+from data import UserError
 from model import GPT, GPTConfig, part_of
 
 
-def made_up_run(folder, warmup="dyck", data="code", losses=(5.0, 3.0, 2.5)):
+def made_up_run(folder, warmup="dyck", data="code", losses=(5.0, 3.0, 2.5), seed=0):
     folder.mkdir()
-    settings = {"data": data, "warmup": warmup, "init": None, "seed": 0, "transfer": "attn"}
+    settings = {"data": data, "warmup": warmup, "init": None, "seed": seed, "transfer": "attn"}
     (folder / "config.json").write_text(json.dumps({"settings": settings}))
     lines = [{"stage": "warmup", "step": 1, "tokens": 10, "loss": 9.0, "val_loss": 9.0, "val_accuracy": 0.0}]
     lines += [{"stage": "train", "step": i, "tokens": 100 * i, "val_loss": loss, "val_accuracy": 0.5} for i, loss in enumerate(losses)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_line(tmp_path, monkeypatch, capsys):
+    runs = [made_up_run(tmp_path / f"a{seed}", "dyck", losses=(5.0, 3.0 + seed, 2.0), seed=seed) for seed in range(3)]
+    labels = []
+    monkeypatch.setattr(script.pyplot().Axes, "plot", spy := lambda self, *args, label=None, _plot=script.pyplot().Axes.plot, **kwargs: (
+        labels.append((label, list(args[1]))), _plot(self, *args, label=label, **kwargs))[1])
+    call(monkeypatch, "curves", *runs, made_up_run(tmp_path / "b", "none"), "--picture", tmp_path / "c.png")
+    assert labels == [("warm-up dyck (attn), mean of 3 seeds", [4.0, 2.0]), ("warm-up none, seed 0", [3.0, 2.5])]
 
 
 def test_curves_prints_a_table_and_draws_a_picture(tmp_path, monkeypatch, capsys):
@@ -94,10 +106,11 @@ def call(monkeypatch, *args):
 def in_process(monkeypatch):
     """Runs of a sweep in this process: the same train.py, without starting Python each time."""
     def run(command, **kwargs):
-        try:
-            train.run(train.parse_arguments(command[2:])[0])
-        except train.UserError as error:
-            return SimpleNamespace(returncode=2, stderr=f"error: {error}\n")
+        with contextlib.chdir(kwargs["cwd"]):
+            try:
+                train.run(train.parse_arguments(command[2:])[0])
+            except train.UserError as error:
+                return SimpleNamespace(returncode=2, stderr=f"error: {error}\n")
         return SimpleNamespace(returncode=0, stderr="")
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
 
@@ -107,21 +120,32 @@ def test_a_sweep_runs_each_run_once_resumes_the_interrupted_and_shows_all(small,
     call(monkeypatch, *order)
     printed = capsys.readouterr().out
     assert "2 runs, 0 done already, 2 to go" in printed and "[2/2] done" in printed and "left" in printed
-    results = sorted((tmp_path / "r").glob("*/result.json"))
-    assert len(results) == 2 and (tmp_path / "r" / "table.png").read_bytes().startswith(b"\x89PNG")
-    rows = list(csv.DictReader(open(tmp_path / "r" / "table.csv")))
+    warmup, *results = sorted((tmp_path / "r").glob("*/result.json"), key=lambda path: "warmup-" not in str(path))
+    assert len(results) == 2 and (tmp_path / "r" / "table-quick.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((warmup.parent / "learned.json").read_text())["verdict"] == "not learned"
+    rows = list(csv.DictReader(open(tmp_path / "r" / "table-quick.csv")))
+    assert [row["learned"] for row in rows] == ["", "", "0/1"]
     assert [row["row"] for row in rows] == ["none", "none again", "set"] and {row["n"] for row in rows} == {"1"}
     assert float(rows[1]["gain"]) == 0 and rows[0]["pairs"] == "0" and rows[2]["pairs"] == "1"
     losses = [json.loads(path.read_text())["val_loss"] for path in results if "none" in str(path)]
     assert float(rows[0]["mean"]) == pytest.approx(sum(losses))
 
-    before = {path: path.stat().st_mtime_ns for path in results}
-    results[0].unlink()  # as if that run had been stopped just before its end
+    times = lambda: [path.stat().st_mtime_ns for path in (warmup, *results)]
+    before = times()
+    results[-1].unlink()  # as if that run had been stopped just before its end
+    (tmp_path / "r").rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "r")  # and the folder had been on a journey
     call(monkeypatch, *order)
     assert "1 done already, 1 to go" in capsys.readouterr().out
-    assert [path.stat().st_mtime_ns == before[path] for path in results] == [False, True]
+    assert [a == b for a, b in zip(before, times())] == [True, True, False]
     call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path / "r", "--show")
-    assert "gain" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "gain" in told
+
+    call(monkeypatch, "pack", tmp_path / "all.jsonl.gz", "--results", tmp_path / "r")
+    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path / "all.jsonl.gz", "--show", "--to", tmp_path / "again")
+    assert told.partition("\ntable: ")[0] in capsys.readouterr().out, "one file holds all that the tables need"
+    assert (tmp_path / "again" / "table-quick.png").exists()
 
 
 def test_a_run_that_fails_is_listed_and_the_others_go_on(in_process, prose, tmp_path, monkeypatch, capsys):
@@ -129,15 +153,39 @@ def test_a_run_that_fails_is_listed_and_the_others_go_on(in_process, prose, tmp_
     monkeypatch.setattr(script.EXPERIMENTS["table"], "__doc__", "One that fails.")
     call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
     printed = capsys.readouterr().out
-    assert "failed: odd | text | seed 0: error: --batch_size 3 does not divide" in printed and "none" in printed
+    assert "failed: odd | text | seed 0: --batch_size 3 does not divide" in printed and "none" in printed
 
 
 def test_two_processes_never_run_the_same_run(prose, tmp_path):
     fcntl = pytest.importorskip("fcntl")
-    folder = script.folder_of(cell("none", prose), 0, tmp_path)
-    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+    name = script.name_of(cell("none", prose), 0)
+    with open(tmp_path / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert script.run_once(cell("none", prose), 0, folder, {}) == "elsewhere" and not folder.exists()
+        assert script.run_once(cell("none", prose), 0, tmp_path, {}) == "elsewhere" and not (tmp_path / name).exists()
+
+
+def test_a_warm_up_is_made_once_for_all_runs_that_take_it_up(in_process, prose, tmp_path, monkeypatch, capsys):
+    def cells(budget):
+        """Shared."""
+        warm = dict(warmup="set:length=4", warmup_steps=3)
+        made = [cell(row, prose, **warm, **more) for row, more in (("full", {}), ("attn", dict(transfer="attn")), ("lr", dict(lr=1e-4)))]
+        mixture = {"attn_from": made[0].settings, "mlp_from": {**made[0].settings, "warmup": "union:length=4"}}
+        return [cell("none", prose), *made, script.Cell("mixture", "text", cell("", prose).settings, mixture=mixture)]
+    monkeypatch.setitem(script.EXPERIMENTS, "mix", cells)
+    call(monkeypatch, "mix", "--seeds", 1, "--results", tmp_path)
+    assert "failed" not in capsys.readouterr().out
+    assert len(list(tmp_path.glob("warmup-*/warmup.pt"))) == 2 and len(list(tmp_path.glob("*/result.json"))) == 7
+    whole = train.run(train.Settings(**cells("quick")[1].settings, seed=0, out=str(tmp_path / "alone")))
+    losses = {row["row"]: float(row["mean"]) for row in csv.DictReader(open(tmp_path / "mix-quick.csv"))}
+    assert losses["full"] == whole["val_loss"], "the same run as in one go" 
+    assert len(set(losses.values())) == 5
+
+
+def test_a_warm_up_that_fails_is_the_reason_why_its_runs_failed(in_process, prose, tmp_path):
+    bad = cell("set", prose, warmup="set:length=4", warmup_batch_size=3, grad_accum=2)
+    assert script.run_once(script.Cell("set", "text", {**bad.settings, "warmup_steps": 0}), 0, tmp_path, {}) == "failed"
+    (why,) = tmp_path.glob("*.failed")
+    assert "warmup_steps 0 is not accepted" in why.read_text()
 
 
 @pytest.mark.parametrize("name", list(script.EXPERIMENTS))
@@ -147,20 +195,131 @@ def test_every_experiment_is_a_list_of_settings_that_train_accepts(name, budget)
     assert len({(c.row, c.column) for c in cells}) == len(cells), "each cell has a place of its own"
     for c in cells:
         train.resolve(train.Settings(**c.settings, device="cpu"))
+        assert not math.isnan(c.x) or not c.line
     for column in {c.column for c in cells}:
         first = next(c for c in cells if c.column == column)
-        assert first.settings["warmup"] == "none", "what the others are compared with"
+        assert first.settings["warmup"] == "none" and not first.mixture, "what the others are compared with"
+
+
+def test_every_claim_is_about_rows_that_the_experiments_have():
+    for claim in script.CLAIMS:
+        cells = script.EXPERIMENTS[claim.experiment]("paper")
+        rows = {c.line if claim.share else c.row for c in cells}
+        for pattern in (claim.better, claim.worse):
+            assert any(script.re.fullmatch(pattern, row) for row in rows), claim.text
+
+
+def made_up_results(cells, values, learned="learned"):
+    """{name: record} as read_results gives it. values: {(row, column): one value per seed}."""
+    found = {}
+    for c in cells:
+        for seed, value in enumerate(values.get((c.row, c.column), ())):
+            found[script.name_of(c, seed)] = {"result": {"val_accuracy": value, "val_loss": value}}
+            for warm in c.mixture.values() or [c.settings] * (c.settings["warmup"] != "none"):
+                found[script.warmup_of(warm, seed)[0]] = {"result": {}, "learned": {"verdict": learned}}
+    return found
 
 
 def test_gains_are_paired_by_seed_and_more_is_better():
-    cells = [script.Cell(row, column, {"data": data}) for column, data in (("a task", "haystack"), ("text", "code")) for row in ("none", "set")]
-    result = lambda accuracy, loss: {"val_accuracy": accuracy, "val_loss": loss}
-    values = {("none", "a task"): {0: result(0.1, 5), 1: result(0.2, 5), 2: result(0.9, 5)},
-              ("set", "a task"): {0: result(0.3, 1), 1: result(0.4, 1)},
-              ("none", "text"): {0: result(0, 2.0), 1: result(0, 3.0)}, ("set", "text"): {0: result(0, 2.5), 1: result(0, 3.5)}}
-    gains = {(e["row"], e["column"]): (e["n"], e["pairs"], e["gain"]) for e in script.compare(cells, values)}
-    assert gains["set", "a task"] == (2, 2, pytest.approx(0.2)) and gains["set", "text"] == (2, 2, pytest.approx(-0.5))
-    assert gains["none", "a task"][0] == 3 and gains["none", "a task"][1] == 0
+    cells = [script.Cell(row, data, {"data": data, "warmup": row}) for data in ("haystack", "code") for row in ("none", "set")]
+    found = made_up_results(cells, {("none", "haystack"): (0.1, 0.2, 0.9), ("set", "haystack"): (0.3, 0.4),
+                                    ("none", "code"): (2.0, 3.0), ("set", "code"): (2.5, 3.5)})
+    found[script.name_of(cells[1], 2)] = {"failed": "no room"}
+    entries = {(e["row"], e["column"]): e for e in script.compare(cells, 3, found)}
+    gains = {key: (e["n"], e["pairs"], e["gain"]) for key, e in entries.items()}
+    assert gains["set", "haystack"] == (2, 2, pytest.approx(0.2)) and gains["set", "code"] == (2, 2, pytest.approx(-0.5))
+    assert gains["none", "haystack"][:2] == (3, 0) and entries["set", "haystack"]["failed"] == [(2, "no room")]
+    assert "failed: set | haystack | seed 2: no room" in script.table_lines("table", list(entries.values()))
+
+
+@pytest.mark.parametrize("name", list(script.EXPERIMENTS))
+def test_every_experiment_has_a_table_and_a_figure_even_when_half_of_it_is_missing(name, tmp_path):
+    cells, rng = script.EXPERIMENTS[name]("quick"), np.random.default_rng(0)
+    entries = script.compare(cells, 2, made_up_results(cells[::2], {(c.row, c.column): rng.random(2) for c in cells[::2]}))
+    script.draw_comparison(name, entries, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert all(str(c.row) in "\n".join(script.table_lines(name, entries)) for c in cells)
+    script.verdict_lines(name, entries)
+
+
+def test_the_share_of_the_text_is_interpolated_between_runs():
+    cells = [c for c in script.efficiency("quick") if c.column == "docs" and c.line in ("none", "set", "union")]
+    losses = {("none", 1.0): 2.0, ("set", 1.0): 1.9, ("set", 0.85): 1.98, ("set", 0.7): 2.02, ("set", 0.55): 2.1,
+              ("union", 1.0): 2.05, ("union", 0.85): 2.1, ("union", 0.7): 2.2, ("union", 0.55): 2.3}
+    found = made_up_results(cells, {(c.row, c.column): [losses[c.line, c.x]] * 2 for c in cells if (c.line, c.x) in losses})
+    entries = script.compare(cells, 2, found)
+    assert script.shares(entries, "set") == {0: pytest.approx(math.sqrt(0.85 * 0.7)), 1: pytest.approx(math.sqrt(0.85 * 0.7))}
+    assert script.shares(entries, "union") == {0: math.inf, 1: math.inf}, "never reached"
+    assert script.shares(entries, "none")[0] == 1
+    first, second = script.verdict_lines("efficiency", entries)
+    assert "77% ± 0% of the text in 2 of 2 seeds" in first and "no less than all of the text in any of 2 seeds" in second
+
+
+def test_best_is_compared_with_best_and_with_the_luck_of_more_seeds():
+    cells = script.grid("quick")
+    values = {(c.row, c.column): [3.0, 3.1] for c in cells} | {(cells[3].row, "docs"): [2.0, 2.2], (cells[-1].row, "docs"): [2.1, 2.1]}
+    (line,) = script.verdict_lines("grid", script.compare(cells, 2, made_up_results(cells, values)))
+    assert cells[3].row in line and cells[-1].row in line and "gain 0.0000" in line
+    cells = script.controls("quick")
+    values = {(c.row, c.column): [0.5] * 4 if c.row == "none" else [0.7] * 2 for c in cells} | {("none", "haystack"): [0.1, 0.2, 0.8, 0.3]}
+    line = script.verdict_lines("controls", script.compare(cells, 2, made_up_results(cells, values)))[0]
+    assert line.startswith("haystack: the best of 4 seeds of no warm-up has 80.0%") and "70.0% (dyck)" in line
+
+
+@pytest.mark.parametrize("none,dyck,learned,verdict", [
+    ((0.10, 0.11, 0.12), (0.90, 0.95, 0.97), "learned", "supported"), ((0.9, 0.95, 0.97), (0.1, 0.12, 0.11), "learned", "contradicted"),
+    ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), "learned", "undecided"), ((0.1, 0.11, 0.12), (0.9, 0.9, 0.9), "not learned", "undecided (warm-up not learned)"),
+    ((0.1,), (0.9,), "learned", "undecided (one seed)"), ((0.1, 0.1), (), "learned", "undecided (no results)")])
+def test_verdicts_on_made_up_results_of_every_kind(none, dyck, learned, verdict):
+    cells = [c for c in script.table("quick") if c.column == "haystack"]
+    found = made_up_results(cells, {("none", "haystack"): none, ("dyck", "haystack"): dyck}, learned)
+    rows = {row["claim"].text: row for row in script.claims(found, 3, ("quick",))}
+    row = rows["Dyck helps recall"]
+    assert row["verdict"] == verdict and row["n"] == (min(len(none), len(dyck)) if learned == "learned" else 0)
+    assert f"| {row['n']} | quick |" in "\n".join(script.claims_lines(list(rows.values())))
+
+
+def test_a_claim_about_less_text_and_one_about_shuffled_sequences():
+    cells = script.efficiency("quick")
+    losses = {"none": lambda x: 3 - x, "set": lambda x: 2.8 - x, "union": lambda x: 3.2 - x, "dyck": lambda x: 4 - x}
+    values = {(c.row, c.column): [losses[c.line](c.x) + 0.01 * i * (c.line == "set") for i in range(3)] for c in cells}
+    rows = {row["claim"].text: row for row in script.claims(made_up_results(cells, values), 3, ("quick",))}
+    row = rows["less code is needed"]
+    assert row["measured"].endswith("% (set)") and row["verdict"] == "supported" and 0.1 < row["gain"] < 0.3
+    assert rows["after union, code is learned better"]["verdict"].startswith("contradicted")
+    cells = script.controls("quick")
+    values = {(c.row, c.column): [{"dyck": 0.9, "shuffled:dyck": 0.1}.get(c.row, 0.5) + 0.01 * i * (c.row == "dyck") for i in range(3)] for c in cells}
+    rows = {row["claim"].text: row for row in script.claims(made_up_results(cells, values), 3, ("quick",))}
+    assert rows["structure, not statistics: shuffled Dyck does not help recall"]["verdict"] == "supported"
+
+
+def test_holms_correction_is_over_all_rows_of_claims():
+    cells = script.table("quick")
+    rng = np.random.default_rng(1)
+    rows = script.claims(made_up_results(cells, {(c.row, c.column): rng.random(3) for c in cells}), 3, ("quick",))
+    assert [row["p_holm"] for row in rows] == pytest.approx(list(script.holm([row["p"] for row in rows])), nan_ok=True)
+
+
+def test_on_an_empty_folder_claims_says_what_to_run_first_and_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    call(monkeypatch, "claims", "--results", tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.index("analyze.py table") < printed.index("analyze.py transfer") and "minutes" in printed
+
+
+def test_the_report_holds_the_claims_and_every_table_with_its_picture(tmp_path, monkeypatch, refused):
+    assert "says what to run" in refused(script, "report", "--results", tmp_path)
+    found = {}
+    for name in ("table", "length"):
+        cells = script.EXPERIMENTS[name]("quick")
+        found |= made_up_results(cells, {(c.row, c.column): [0.1, 0.2] for c in cells})
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"name": n, **r}) + "\n" for n, r in found.items()).encode()))
+    call(monkeypatch, "report", "--results", tmp_path / "r.jsonl.gz", "--seeds", 2, "--to", tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    for word in ("| Dyck helps recall | 11.3 -> 96.9 % |", "## table (quick)", "![length](length-quick.png)"):
+        assert word in text
+    assert (tmp_path / "out" / "length-quick.png").exists() and "## heads" not in text
+    (tmp_path / "bad.gz").write_bytes(b"no")
+    assert "cannot read" in refused(script, "claims", "--results", tmp_path / "bad.gz")
 
 
 def test_sweeps_that_make_no_sense_are_refused(refused, tmp_path):
@@ -244,7 +403,7 @@ def test_a_warm_up_is_operated_on_and_taken_up(in_process, prose, tmp_path, monk
     monkeypatch.setitem(script.EXPERIMENTS, "weights", operated)
     call(monkeypatch, "weights", "--seeds", 1, "--results", tmp_path)
     assert "failed" not in capsys.readouterr().out
-    losses = {row["row"]: float(row["mean"]) for row in csv.DictReader(open(tmp_path / "weights.csv"))}
+    losses = {row["row"]: float(row["mean"]) for row in csv.DictReader(open(tmp_path / "weights-quick.csv"))}
     assert losses["scaled 1"] == losses["as it is"] and len(set(losses.values())) == 4
     spent = {json.loads(p.read_text())["tokens"]["procedural"] for p in tmp_path.glob("*/result.json")}
     assert spent == {0, 3 * 16 * 9}
