@@ -508,7 +508,7 @@ def load_optimizer(optimizer, state):
             entry["step"] = entry["step"].to(p.device)
 
 
-LIKE_ROWS = 4096, 8  # a part has at least about so many tokens, a micro-batch at most so many parts (measured)
+LIKE_ROWS = 1024, 8  # a part has at least about so many tokens, a micro-batch at most so many parts (measured, ours)
 
 
 def rows_of_like_length(x, y):

@@ -261,9 +261,10 @@ def test_best_is_compared_with_best_and_with_the_luck_of_more_seeds():
     (line,) = script.verdict_lines("grid", script.compare(cells, 2, made_up_results(cells, values)))
     assert cells[3].row in line and cells[-1].row in line and "gain 0.0000" in line
     cells = script.controls("quick")
-    values = {(c.row, c.column): [0.5] * 4 if c.row == "none" else [0.7] * 2 for c in cells} | {("none", "haystack"): [0.1, 0.2, 0.8, 0.3]}
+    haystack = cells[0].column
+    values = {(c.row, c.column): [0.5] * 4 if c.row == "none" else [0.7] * 2 for c in cells} | {("none", haystack): [0.1, 0.2, 0.8, 0.3]}
     line = script.verdict_lines("controls", script.compare(cells, 2, made_up_results(cells, values)))[0]
-    assert line.startswith("haystack: the best of 4 seeds of no warm-up has 80.0%") and "70.0% (dyck)" in line
+    assert line.startswith(f"{haystack}: the best of 4 seeds of no warm-up has 80.0%") and "70.0% (dyck)" in line
 
 
 @pytest.mark.parametrize("none,dyck,learned,verdict", [
@@ -271,8 +272,9 @@ def test_best_is_compared_with_best_and_with_the_luck_of_more_seeds():
     ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), "learned", "undecided"), ((0.1, 0.11, 0.12), (0.9, 0.9, 0.9), "not learned", "undecided (warm-up not learned)"),
     ((0.1,), (0.9,), "learned", "undecided (one seed)"), ((0.1, 0.1), (), "learned", "undecided (no results)")])
 def test_verdicts_on_made_up_results_of_every_kind(none, dyck, learned, verdict):
-    cells = [c for c in script.table("quick") if c.column == "haystack"]
-    found = made_up_results(cells, {("none", "haystack"): none, ("dyck", "haystack"): dyck}, learned)
+    cells = [c for c in script.table("quick") if c.settings["data"].startswith("haystack")]
+    (column,) = {c.column for c in cells}
+    found = made_up_results(cells, {("none", column): none, ("dyck, attn", column): dyck, ("eca, full", column): none}, learned)
     rows = {row["claim"].text: row for row in script.claims(found, 3, ("quick",))}
     row = rows["Dyck helps recall"]
     assert row["verdict"] == verdict and row["n"] == (min(len(none), len(dyck)) if learned == "learned" else 0)
@@ -317,7 +319,7 @@ def test_the_report_holds_the_claims_and_every_table_with_its_picture(tmp_path, 
     text = (tmp_path / "out" / "report.md").read_text()
     for word in ("| Dyck helps recall | 11.3 -> 96.9 % |", "## table (quick)", "![length](length-quick.png)"):
         assert word in text
-    assert (tmp_path / "out" / "length-quick.png").exists() and "## heads" not in text
+    assert (tmp_path / "out" / "length-quick.png").exists() and "## grid" not in text
     (tmp_path / "bad.gz").write_bytes(b"no")
     assert "cannot read" in refused(script, "claims", "--results", tmp_path / "bad.gz")
 
