@@ -156,20 +156,22 @@ class Cell:
     x: float = math.nan  # and where on it
 
 
+WARMUP_FLAGS = ("warmup", "warmup_steps", "warmup_batch_size", "warmup_lr", "warmup_lr_schedule", "warmup_lr_ramp",
+                "warmup_weight_decay", "warmup_dropout", "warmup_block_size", "warmup_curriculum", "warmup_tokens")
 TASKS = {"quick": ("haystack:pairs=15", "reversed_addition", "sorting:numbers=17"),
          "paper": ("haystack", "addition", "reversed_addition", "multiplication", "sorting")}
 DOMAINS = {"quick": ("code", "docs", "math"), "paper": ("codeparrot", "c4", "deepmind_math")}
 PAPER_WARMUPS = ("dyck", "dyck_shuffle", "identity", "reverse", "sort", "set", "union", "delete", "stack", "eca")
 # Quick (ours): two CPU cores, a minute or two a run. The warm-ups are of the kind that small models learn, for long enough,
 # and in contexts as long as what follows, so that trained position embeddings move over.
-SPECS = {"task": {"dyck": "dyck:k=16,length=36", "identity": "identity:length=2-17", "set": "set:length=2-17",
-                  "union": "union:length=2-17", "eca": "eca:width=8,length=36"},
-         "text": {"dyck": "dyck:k=8,length=64", "identity": "identity:length=2-31", "set": "set:length=2-31",
-                  "union": "union:length=2-31", "eca": "eca:width=8,length=64"}}
+SPECS = {"task": {"dyck": ("dyck:k=16,length=36", 4000), "identity": ("identity:length=2-17", 8000), "eca": ("eca:width=8,length=36", 2000),
+                  "set": ("set:length=2-17", 10_000), "union": ("union:length=2-17", 10_000)},
+         "text": {"dyck": ("dyck:k=8,length=64", 3000), "identity": ("identity:length=2-31", 3000), "eca": ("eca:width=8,length=64", 1000),
+                  "set": ("set:length=2-31", 5000), "union": ("union:length=2-31", 5000)}}  # and for how many steps
 LEARN = dict(warmup_lr=5e-3, warmup_lr_schedule="cosine", warmup_lr_ramp=200)
-TASK = {"quick": dict(size="2_4_16", steps=2000, batch_size=250, lr=2e-3, lr_ramp=200, warmup_steps=10_000,
+TASK = {"quick": dict(size="2_4_16", steps=1500, batch_size=250, lr=2e-3, lr_ramp=150, warmup_steps=10_000,
                       warmup_batch_size=128, warmup_block_size=36, **LEARN), "paper": {}}
-TEXT = {"quick": dict(size="2_4_64", block_size=64, steps=1000, batch_size=32, lr=2e-3, lr_ramp=0, warmup_steps=4000,
+TEXT = {"quick": dict(size="2_4_64", block_size=64, steps=1000, batch_size=32, lr=2e-3, lr_ramp=0, warmup_steps=5000,
                       warmup_batch_size=64, warmup_block_size=64, **LEARN), "paper": {}}
 
 
@@ -179,11 +181,16 @@ def on(column, budget, warmup="none", **more):
         settings = TEXT[budget] | ({"data": column} if budget == "quick" else {"preset": column})
     else:
         settings = TASK[budget] | {"data": column}
+    if warmup == "none":
+        return {key: value for key, value in settings.items() if key not in WARMUP_FLAGS} | {"warmup": "none"} | more
     shuffled, name = "shuffled:" * warmup.startswith("shuffled:"), warmup.removeprefix("shuffled:")
     specs = SPECS["text" if column in DOMAINS[budget] else "task"] if budget == "quick" else {}
     if warmup == "text" and budget == "quick":  # it is as long as the text's rows
         settings.pop("warmup_block_size")
-    return settings | {"warmup": shuffled + specs.get(name, name)} | more
+    spec, steps = specs.get(name, (name, settings.get("warmup_steps")))
+    if steps:
+        settings["warmup_steps"] = steps
+    return settings | {"warmup": shuffled + spec} | more
 
 
 def table(budget):
@@ -388,9 +395,6 @@ def operated_checkpoint(warmup, operation, seed, path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Running them. A warm-up is a run of its own (train.py --steps 0), made once for all the runs that take it up.
 
-WARMUP_FLAGS = ("warmup", "warmup_steps", "warmup_batch_size", "warmup_lr", "warmup_lr_schedule", "warmup_lr_ramp",
-                "warmup_weight_decay", "warmup_dropout", "warmup_block_size", "warmup_curriculum", "warmup_tokens")
-
 
 def name_of(cell, seed):
     """The folder of a cell's run with a seed: the same settings are the same run, whichever experiment asks."""
@@ -411,6 +415,12 @@ def warmup_of(settings, seed):
     name = re.sub(r"[^\w.=+*,-]+", "_", f"warmup-{s.warmup}-{s.size}-s{seed}")
     return (f"{name[:120]}-{zlib.crc32(json.dumps(warm, sort_keys=True).encode()):08x}", {**warm, "steps": 0, "seed": seed},
             {"embeddings": s.embeddings})
+
+
+def warmups_of(cell, seed):
+    """{name: settings} of the warm-ups that a cell takes up: one, two for a mixture of weights, or none."""
+    wanted = cell.mixture.values() or [cell.settings] * (cell.settings["warmup"] != "none")
+    return {warmup_of(settings, seed)[0]: settings for settings in wanted}
 
 
 @contextlib.contextmanager
@@ -504,6 +514,11 @@ def run_all(cells, seeds, results, jobs, more):
     """Every cell with every seed, `jobs` at a time; says after each how many are done and how long it may still take."""
     runs = runs_of(cells, seeds)
     left = [run for name, run in runs.items() if not (results / name / "result.json").exists()]
+    makers = {}  # of a seed's runs, first those of which each makes another warm-up: then none has to wait for one
+    for cell, seed in left:
+        for name in warmups_of(cell, seed):
+            makers.setdefault(name, id(cell))
+    left.sort(key=lambda run: (run[1], id(run[0]) not in makers.values()))
     print(f"{len(runs)} runs, {len(runs) - len(left)} done already, {len(left)} to go, {jobs} at a time", flush=True)
     began, counts = time.time(), {"done": 0, "failed": 0, "elsewhere": 0}
 
@@ -565,11 +580,8 @@ def pack(where, path):
 
 def was_learned(cell, seed, found):
     """Whether the warm-ups of a run passed the gate: True, False, or None where there is none or no answer."""
-    if not cell.mixture and cell.settings["warmup"] == "none":
-        return None
-    names = [warmup_of(warm, seed)[0] for warm in (cell.mixture.values() or [cell.settings])]
-    verdicts = [found.get(name, {}).get("learned", {}).get("verdict") for name in names]
-    return None if None in verdicts else all(verdict == "learned" for verdict in verdicts)
+    verdicts = [found.get(name, {}).get("learned", {}).get("verdict") for name in warmups_of(cell, seed)]
+    return None if None in verdicts or not verdicts else all(verdict == "learned" for verdict in verdicts)
 
 
 def compare(cells, seeds, found):
@@ -913,8 +925,7 @@ SECONDS = {"task": 45, "text": 60, "warmup": 60}  # of a run at the quick budget
 def minutes(name, seeds):
     """(runs, minutes on one core) that the quick budget of an experiment takes."""
     runs = runs_of(EXPERIMENTS[name]("quick"), seeds)
-    warmups = {warmup_of(warm, seed)[0] for cell, seed in runs.values()
-               for warm in (cell.mixture.values() or [cell.settings]) if cell.mixture or warm["warmup"] != "none"}
+    warmups = {name for cell, seed in runs.values() for name in warmups_of(cell, seed)}
     seconds = sum(SECONDS["task" if kind_of(cell.settings["data"]) == "task" else "text"] for cell, _ in runs.values())
     return len(runs) + len(warmups), (seconds + len(warmups) * SECONDS["warmup"]) / 60
 
