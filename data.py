@@ -69,25 +69,32 @@ class Parser(argparse.ArgumentParser):
 # own input length. Formats: paper, "Procedural data"; checked against the authors' published generators.
 
 
+SYMBOL = np.uint16  # of tokens while they are made: every vocabulary fits, and a quarter of int64's bytes are moved
+
+
 def draw_input(rng, batch, length, vocab):
     """Random symbols x and a mask `on` of those that exist, both (batch, longest): rows may have different lengths."""
     low, high = length if isinstance(length, tuple) else (length, length)
-    lengths = rng.integers(low, high + 1, (batch, 1))
-    on = np.arange(high) < lengths
-    return rng.integers(1, vocab, (batch, high)) * on, on
+    x = rng.integers(1, vocab, (batch, high), dtype=SYMBOL)
+    if low == high:
+        return x, np.ones(x.shape, bool)
+    on = np.arange(high) < rng.integers(low, high + 1, (batch, 1))
+    return x * on, on
 
 
 def pack(wide, exists, counted, pad):
     """Moves the tokens of each row that exist to its left, in order, and pads on the right. All are (batch, width)."""
+    if exists.all():
+        return wide, counted
     left = np.arange(wide.shape[1]) < exists.sum(1, keepdims=True)  # row by row as many places as there are tokens
-    tokens, mask = np.full(wide.shape, pad), np.zeros(wide.shape, bool)
+    tokens, mask = np.full(wide.shape, pad, wide.dtype), np.zeros(wide.shape, bool)
     tokens[left], mask[left] = wide[exists], counted[exists]
     return tokens, mask
 
 
 def input_to_output(inputs, output, vocab):
     """`input | output`, or `input | input | output`: each piece is a pair (symbols, which of them exist)."""
-    separator = (np.full((len(output[0]), 1), vocab), np.ones((len(output[0]), 1), bool))
+    separator = (np.full((len(output[0]), 1), vocab, SYMBOL), np.ones((len(output[0]), 1), bool))
     pieces = [piece for pair in inputs for piece in (pair, separator)] + [output]
     wide, exists = (np.concatenate(parts, axis=1) for parts in zip(*pieces))
     counted = np.broadcast_to(np.arange(wide.shape[1]) >= wide.shape[1] - output[0].shape[1], wide.shape)
@@ -98,8 +105,9 @@ def first_appearance(x, on):
     """Where a symbol stands for the first time in its row: (batch, width) of bool."""
     order = np.argsort(x, axis=1, kind="stable")  # equal symbols side by side, in their order in the row
     ranked = np.take_along_axis(x, order, axis=1)
-    first = np.empty(x.shape, bool)
-    np.put_along_axis(first, order, np.diff(ranked, axis=1, prepend=-1) != 0, axis=1)
+    new, first = np.ones(x.shape, bool), np.empty(x.shape, bool)
+    new[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
+    np.put_along_axis(first, order, new, axis=1)
     return first & on
 
 
@@ -133,7 +141,7 @@ def union(rng, batch, length=20, vocab=100):
     x, on = draw_input(rng, batch, (low, high), vocab)
     half = on.sum(1, keepdims=True) // 2  # an odd length loses its last symbol
     x_on, y_on = np.arange(high // 2) < half, np.arange(high // 2) < half
-    x, y = x[:, :high // 2], rng.integers(1, vocab, (batch, high // 2))
+    x, y = x[:, :high // 2], rng.integers(1, vocab, (batch, high // 2), dtype=SYMBOL)
     both, both_on = np.concatenate([x * x_on, y * y_on], axis=1), np.concatenate([x_on, y_on], axis=1)
     return input_to_output([(x, x_on), (y, y_on)], (both, first_appearance(both, both_on)), vocab)
 
@@ -141,7 +149,7 @@ def union(rng, batch, length=20, vocab=100):
 def delete(rng, batch, length=20, vocab=100):
     """the input without the first t (which may be absent): 3 7 3 5 | 3 | 7 3 5"""
     x, on = draw_input(rng, batch, length, vocab)
-    target = rng.integers(1, vocab, (batch, 1))
+    target = rng.integers(1, vocab, (batch, 1), dtype=SYMBOL)
     hit = (x == target) & on
     first_hit = hit & (np.cumsum(hit, axis=1) == 1)
     return input_to_output([(x, on), (target, np.ones_like(target, bool))], (x, on & ~first_hit), vocab)
@@ -152,9 +160,9 @@ def stack(rng, batch, length=20, vocab=100):
     low, high = length if isinstance(length, tuple) else (length, length)
     lengths = rng.integers(low, high + 1, batch)
     # symbols[b, :depth[b]] is the stack, the rest of the row is what may be pushed: a push swaps one of those in.
-    symbols, depth = np.tile(np.arange(1, vocab), (batch, 1)), np.zeros(batch, np.int64)
+    symbols, depth = np.tile(np.arange(1, vocab, dtype=SYMBOL), (batch, 1)), np.zeros(batch, np.int64)
     coin, pick = rng.random((2, high, batch))
-    operations = np.zeros((batch, high), np.int64)
+    operations = np.zeros((batch, high), SYMBOL)
     for t in range(high):  # over time only: each turn is a few array operations on the whole batch
         push = coin[t] < np.where(t < lengths * 2 // 3, 0.75, 0.25)
         push = (push & (t != lengths - 1) & (depth < vocab - 1)) | (depth <= 1)
@@ -173,51 +181,50 @@ def stack(rng, batch, length=20, vocab=100):
 
 def dyck(rng, batch, k=16, length=128, p=0.49):
     """balanced brackets of k types, opening with probability p where both are possible: ( [ ] ) { }"""
-    opens, depth = np.empty((length, batch), bool), np.zeros(batch, np.int64)
     coin = rng.random((length, batch), dtype=np.float32) < p
+    depths = np.zeros((length + 1, batch), np.int32)  # before each token, and at the end
     for t in range(length):  # over time only; must open at depth 0, must close when only closing is left
-        opens[t] = ((depth == 0) | coin[t]) & (depth < length - t)
-        depth += np.where(opens[t], 1, -1)
-    opens = opens.T
-    level = np.cumsum(np.where(opens, 1, -1), axis=1) + ~opens  # the same for a bracket and its partner
+        opens = ((depths[t] == 0) | coin[t]) & (depths[t] < length - t)
+        depths[t + 1] = depths[t] + 2 * opens - 1
+    level = np.maximum(depths[:-1], depths[1:]).T.astype(SYMBOL)  # the same for a bracket and its partner
     # Sorted by level (stable), each opening bracket stands just before its partner: give both one type.
-    order = np.argsort(level.astype(np.int16), axis=1, kind="stable")
-    types = rng.integers(0, k, (batch, length // 2)).repeat(2, axis=1)
+    order = np.argsort(level, axis=1, kind="stable")
+    types = rng.integers(0, k, (batch, length // 2), dtype=SYMBOL).repeat(2, axis=1)
     types[:, 1::2] += k
-    tokens = np.empty((batch, length), np.int64)
+    tokens = np.empty((batch, length), SYMBOL)
     np.put_along_axis(tokens, order, types, axis=1)
     return tokens, np.ones((batch, length), bool)
 
 
 def dyck_shuffle(rng, batch, k=16, length=128, p=0.5, depth=16):
     """as dyck, but any open type may close, depth is bounded and the end may stay open: ( [ ) ] {"""
-    rows, tokens = np.arange(batch), np.empty((batch, length), np.int64)
-    # The distinct open types of a row stand in open_type[:n_types], how often each is open in open_count.
-    open_type, open_count = np.full((batch, depth + 1), -1), np.zeros((batch, depth + 1), np.int64)
+    tokens, rows = np.empty((length, batch), SYMBOL), np.arange(batch)
+    # How often each type of a row is open; and a list of those that are, in no order, n_types long.
+    count, listed = np.zeros(batch * k, np.int16), np.zeros(batch * (depth + 1), SYMBOL)
     n_types, total = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
-    coin = rng.random((length, batch)) < p
-    new_type, pick = rng.integers(0, k, (length, batch)), rng.random((length, batch))
-    for t in range(length):
+    coin = rng.random((length, batch), dtype=np.float32) < p
+    new_type, pick = rng.integers(0, k, (length, batch), dtype=SYMBOL), rng.random((length, batch), dtype=np.float32)
+    for t in range(length):  # over time only; arrays are flat: take and put are faster than pairs of indices
         opening = ((total == 0) | coin[t]) & (total < depth)
-        same = open_type == new_type[t][:, None]
-        slot = np.where(opening, np.where(same.any(1), same.argmax(1), n_types), (pick[t] * n_types).astype(np.int64))
-        n_types += opening & (slot == n_types)
-        open_type[rows, slot] = np.where(opening, new_type[t], open_type[rows, slot])
-        open_count[rows, slot] += np.where(opening, 1, -1)
-        tokens[:, t] = open_type[rows, slot] + np.where(opening, 0, k)
-        gone = np.flatnonzero(open_count[rows, slot] == 0)  # the last one of its type closed: the last slot moves here
-        n_types[gone] -= 1
-        open_type[gone, slot[gone]] = open_type[gone, n_types[gone]]
-        open_count[gone, slot[gone]] = open_count[gone, n_types[gone]]
-        open_type[gone, n_types[gone]], open_count[gone, n_types[gone]] = -1, 0
-        total += np.where(opening, 1, -1)
-    return tokens, np.ones((batch, length), bool)
+        slot = np.minimum((pick[t] * n_types).astype(np.int64), n_types - 1) + rows * (depth + 1)
+        kind = np.where(opening, new_type[t], listed[slot])
+        place = kind + rows * k
+        change = 2 * opening.astype(np.int16) - 1
+        count[place] = left = count[place] + change
+        total += change
+        tokens[t] = np.where(opening, kind, kind + k)
+        came, gone = np.flatnonzero(opening & (left == 1)), np.flatnonzero(left == 0)
+        listed[came * (depth + 1) + n_types[came]] = kind[came]
+        n_types[came] += 1
+        n_types[gone] -= 1  # the last one of its type was closed: the last of the list moves to its slot
+        listed[slot[gone]] = listed[gone * (depth + 1) + n_types[gone]]
+    return np.ascontiguousarray(tokens.T), np.ones((batch, length), bool)
 
 
 def eca(rng, batch, rule=110, width=16, length=128):
     """an elementary cellular automaton on a ring of `width` cells, row after row; the first row is random"""
-    image = (rule >> np.arange(8)) & 1  # image[4 * left + 2 * centre + right]
-    rows = np.empty((batch, -(-length // width), width), np.int64)
+    image = ((rule >> np.arange(8)) & 1).astype(SYMBOL)  # image[4 * left + 2 * centre + right]
+    rows = np.empty((batch, -(-length // width), width), SYMBOL)
     rows[:, 0] = rng.integers(0, 2, (batch, width))
     for i in range(1, rows.shape[1]):
         cells = rows[:, i - 1]
@@ -275,33 +282,41 @@ RULES = {"identity": identity, "reverse": reverse, "sort": sort, "set": set_, "u
 def haystack(rng, batch, pairs=30):
     """needle in a haystack: 1..pairs key-value pairs, one key asked again, its value: k4 17 k9 88 ?k4 17"""
     n = rng.integers(1, pairs + 1, (batch, 1))
-    keys = np.argsort(rng.random((batch, pairs)), axis=1)  # a random order of all keys, of which n are used
-    values = rng.integers(1, 128, (batch, pairs))
+    # A random order of all keys, of which n are used: random numbers that carry their key in the last 7 bits, sorted.
+    keys = (np.sort(rng.integers(0, 2 ** 56, (batch, pairs)) << 7 | np.arange(pairs), axis=1) & 127).astype(SYMBOL)
+    values = rng.integers(1, 128, (batch, pairs), dtype=SYMBOL)
     needle = (rng.random((batch, 1)) * n).astype(np.int64)
     query = 128 + pairs + np.take_along_axis(keys, needle, axis=1)
     answer = np.take_along_axis(values, needle, axis=1)
     listing = np.stack([128 + keys, values], axis=2).reshape(batch, -1)
-    wide = np.concatenate([listing, query, answer, np.zeros_like(query)], axis=1)  # width 2 * pairs + 3, as published
-    exists = (np.arange(wide.shape[1]) < 2 * n) | (np.arange(wide.shape[1]) >= 2 * pairs)
-    return pack(wide, exists, np.broadcast_to(np.arange(wide.shape[1]) == 2 * pairs + 1, wide.shape), 0)
+    place = np.arange(2 * pairs + 3)  # as wide as published
+    tokens = np.concatenate([listing, np.zeros((batch, 3), SYMBOL)], axis=1) * (place < 2 * n)
+    np.put_along_axis(tokens, 2 * n, query, axis=1)
+    np.put_along_axis(tokens, 2 * n + 1, answer, axis=1)
+    return tokens, place == 2 * n + 1
 
 
 def arithmetic_task(rng, batch, digits, operation, answer_digits, width, least_first=False):
     """`a + b =` and the answer. Input digits 0-9, the sign 10, equals 11; answer digits 20-29, stop 30; pad 12."""
-    a, b = rng.integers(10 ** (digits - 1), 10 ** digits, (2, batch, 1))
+    a, b = rng.integers(10 ** (digits - 1), 10 ** digits, (2, batch))
     answer = operation(a, b)
-    places = 10 ** np.arange(max(digits, answer_digits))
-    if not least_first:
-        places = places[::-1]
-    one = np.ones((batch, 1), np.int64)
-    a, b = (n // places[places < 10 ** digits] % 10 for n in (a, b))
-    wide = np.concatenate([a, 10 * one, b, 11 * one, 20 + answer // places % 10, 30 * one,
-                           np.full((batch, width - 2 * digits - answer_digits - 3), 12)], axis=1)
-    exists = np.ones(wide.shape, bool)
-    exists[:, 2 * digits + 2:2 * digits + 2 + answer_digits] = answer >= places  # no leading zeros
-    exists[:, 2 * digits + 3 + answer_digits:] = False
-    counted = np.broadcast_to(np.arange(width) >= 2 * digits + 2, wide.shape)
-    return pack(wide, exists, counted, 12)
+    order = slice(None) if least_first else slice(None, None, -1)
+    sign = np.full((batch, 1), 10, SYMBOL)
+    wide = np.concatenate([digits_of(a, digits)[:, order], sign, digits_of(b, digits)[:, order], sign + 1,
+                           digits_of(answer, answer_digits)[:, order] + SYMBOL(20), sign + 20,
+                           np.full((batch, width - 2 * digits - answer_digits - 3), 12, SYMBOL)], axis=1)
+    exists, first = np.ones(wide.shape, bool), 2 * digits + 2
+    exists[:, first:first + answer_digits] = answer[:, None] >= (10 ** np.arange(answer_digits))[order]  # no leading zeros
+    exists[:, first + answer_digits + 1:] = False
+    return pack(wide, exists, np.broadcast_to(np.arange(width) >= first, wide.shape), 12)
+
+
+def digits_of(n, count):
+    """int64 (batch,) -> (batch, count): the last `count` decimal digits, least significant first."""
+    found = np.empty((count, len(n)), SYMBOL)
+    for place in range(count):  # division by one number is far faster than by an array of powers
+        found[place], n = n - n // 10 * 10, n // 10
+    return found.T
 
 
 def addition(rng, batch, digits=5):
@@ -321,8 +336,8 @@ def multiplication(rng, batch, digits=5):
 
 def sorting(rng, batch, numbers=20, below=100):
     """numbers from 0 to below-1, one token each, a separator, the numbers in ascending order (layout: ours)"""
-    x = rng.integers(0, below, (batch, numbers))
-    tokens = np.concatenate([x, np.full((batch, 1), below), np.sort(x, axis=1)], axis=1)
+    x = rng.integers(0, below, (batch, numbers), dtype=SYMBOL)
+    tokens = np.concatenate([x, np.full((batch, 1), below, SYMBOL), np.sort(x, axis=1)], axis=1)
     return tokens, np.broadcast_to(np.arange(tokens.shape[1]) > numbers, tokens.shape)
 
 
@@ -440,14 +455,15 @@ class Generated:
         self.block_size = block_size or width
         if width > self.block_size:
             raise UserError(f"{name} makes sequences of {width} tokens: longer than the block of {block_size}")
-        self.chunk_rows = max(1, 2 ** 19 // self.block_size)
-        self.salt = np.random.default_rng((seed, 7)).integers(1, 2 ** 63, width).astype(np.uint64)
+        # Enough rows that the work on each array outweighs the calls: 2**19 tokens, of long rows up to 2**22.
+        self.chunk_rows = max(2 ** 19 // self.block_size, min(2048, 2 ** 22 // self.block_size), 1)
+        self.salt = np.random.default_rng((seed, 7)).integers(1, 2 ** 32, width, dtype=np.uint32)
         self.chunks = {}
 
     def is_held_out(self, tokens):
         """(n, width) -> (n,) of bool: true for one sequence in 16, by a multiplicative hash of all its tokens."""
-        mixed = (tokens.astype(np.uint64) * self.salt).sum(axis=1)
-        return (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(60) == 0
+        mixed = (tokens * self.salt).sum(axis=1, dtype=np.uint32)
+        return (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x9E3779B1) >> np.uint32(28) == 0
 
     def draw(self, rng, n):
         """n rows of this split."""
@@ -463,29 +479,27 @@ class Generated:
         raise UserError(f"{self.name} has too few different examples to hold some of them out: make it larger")
 
     def chunk(self, c):
-        """Rows c * chunk_rows and on, as (x, y)."""
+        """Rows c * chunk_rows and on: their tokens, and which of them count, both (rows, block_size)."""
         if c not in self.chunks:
             rng = np.random.default_rng((self.seed, ("train", "val", "warmup").index(self.split), c))
             n = self.chunk_rows if self.rows is None else min(self.chunk_rows, self.rows - c * self.chunk_rows)
-            tokens, mask = self.draw(rng, n)
-            x = np.full((n, self.block_size), self.pad, np.int64)
-            x[:, :tokens.shape[1]] = tokens
-            y = np.full((n, self.block_size), -1, np.int64)  # the loss mask: a token that does not count becomes -1
-            y[:, :tokens.shape[1] - 1] = np.where(mask[:, 1:], tokens[:, 1:], -1)
             if len(self.chunks) == 2:
                 del self.chunks[min(self.chunks)]
-            self.chunks[c] = x, y
+            self.chunks[c] = self.draw(rng, n)
         return self.chunks[c]
 
     def batch(self, index, size):
         """Rows index * size and on: x, y, both int64 (size, block_size)."""
-        first, stop, pieces = index * size, (index + 1) * size, []
-        while first < stop:
+        x, y, done = np.full((size, self.block_size), self.pad), np.full((size, self.block_size), -1), 0
+        while done < size:
+            first = index * size + done
             c, offset = divmod(first if self.rows is None else first % self.rows, self.chunk_rows)
-            x, y = self.chunk(c)
-            pieces.append((x[offset:offset + stop - first], y[offset:offset + stop - first]))
-            first += len(pieces[-1][0])
-        return tuple(np.concatenate(parts) for parts in zip(*pieces))
+            tokens, mask = (a[offset:offset + size - done] for a in self.chunk(c))
+            rows, width = slice(done, done + len(tokens)), tokens.shape[1]
+            x[rows, :width] = tokens
+            np.copyto(y[rows, :width - 1], tokens[:, 1:], where=mask[:, 1:])  # the loss mask: what does not count stays -1
+            done += len(tokens)
+        return x, y
 
     def decode(self, tokens, counted=None):
         """A row as a person would write it; tokens that the loss counts stand between « and »."""
@@ -555,7 +569,9 @@ def rule_source(spec, seed, split, block_size=None, longest=None):
                 + (len(members) > 1 and "vocab" not in params) for _, name, params in members)
 
     def generate(rng, n):
-        tokens, mask = np.full((n, width), pad), np.zeros((n, width), bool)
+        if len(members) == 1 and not shuffled:
+            return RULES[members[0][1]](rng, n, **members[0][2])
+        tokens, mask = np.full((n, width), pad, SYMBOL), np.zeros((n, width), bool)
         which = rng.choice(len(members), n, p=[weight for weight, _, _ in members]) if len(members) > 1 else np.zeros(n)
         for place, (_, name, params) in enumerate(members):
             rows = np.flatnonzero(which == place)
@@ -1498,6 +1514,36 @@ def list_everything():
     print("  PATH               a text or .jsonl file, a folder of them, or a folder with train.bin and val.bin")
 
 
+BENCH = [*((f"{name}:length=64", 64) for name in ("identity", "reverse", "sort", "set", "union", "delete", "stack")),
+         *((f"{name}{ending}", size) for ending, size in (("length=2048", 4), ("length=128", 64))
+           for name in ("dyck:k=64,", "dyck_shuffle:k=64,", "eca:")),
+         *((name, 1000) for name in TASKS), *((name, 16) for name in CORPORA)]
+
+
+def seconds_of(call, least=0.5):
+    """Processor seconds of one call(i), i = 0, 1, ...: the mean over at least `least` seconds."""
+    began, n = time.process_time(), 0
+    while time.process_time() - began < least:
+        call(n)
+        n += 1
+    return (time.process_time() - began) / n
+
+
+def bench(specs, consumer):
+    """Tokens per second on one core, pads included, beside what it takes to write so many numbers at all (the floor)."""
+    print(f"{'data':32} {'batch':>12} {'M tokens/s':>11} {'of the floor':>13} {f'core for {consumer / 1e6:g}M/s':>16}")
+    for spec, size in ([(spec, 64) for spec in specs] or BENCH):
+        text = kind_of(spec) == "text"
+        if text and spec in PUBLISHED and not (prepared_folder(spec, default_tokenizer(spec)) / "meta.json").exists():
+            continue
+        source = make_source(spec, block_size=1024 if text else None)
+        shape = size, source.block_size
+        source.batch(0, size)
+        floor = seconds_of(lambda i: (np.full(shape, i), np.full(shape, -1)), 0.1)
+        rate = size * source.block_size / (needed := seconds_of(lambda i: source.batch(i, size)))
+        print(f"{spec:32} {f'{size} x {source.block_size}':>12} {rate / 1e6:11.1f} {floor / needed:13.0%} {consumer / rate:16.1%}", flush=True)
+
+
 def main():
     parser = Parser(description="Look at the data.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1508,6 +1554,10 @@ def main():
     shower.add_argument("--seed", type=int, default=0)
     shower.add_argument("--split", choices=("train", "val"), default="train")
     shower.add_argument("--tokenizer", help="of a corpus (default: bytes, or what was published)")
+    bencher = commands.add_parser("bench", help="tokens per second on one core, for every rule, task and corpus")
+    bencher.add_argument("specs", nargs="*", help="for example dyck:k=64,length=2048 (default: all of them)")
+    bencher.add_argument("--consumer", type=parse_count, metavar="N", default=1_000_000, help="tokens per second that a "
+                         "model takes: which share of a core makes them (default 1M)")
     preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
     preparer.add_argument("name", choices=PUBLISHED)
     preparer.add_argument("--tokens", type=parse_count, metavar="N", help="training tokens, such as 700M; default: what "
@@ -1522,6 +1572,8 @@ def main():
     args = parser.parse_args()
     if args.command == "list":
         return list_everything()
+    if args.command == "bench":
+        return bench(args.specs, args.consumer)
     if args.command == "prepare":
         if min(args.workers, args.val_tokens, 1 if args.tokens is None else args.tokens) < 1:
             raise UserError("--workers, --tokens and --val_tokens must be at least 1")

@@ -830,3 +830,19 @@ def in_this_process(text_pieces, files, names, split, tokenizer, workers, place,
         path = files.get(names[number])
         for chunk in data.in_chunks(data.records(path, split)):
             yield data.tokenise_chunk(chunk, True)[0], [number, 0], None
+
+
+def test_bench_says_how_fast_data_are_made_and_what_share_of_a_core_a_consumer_takes(monkeypatch, capsys, refused):
+    monkeypatch.setattr("sys.argv", ["data.py", "bench", "set:length=4", "addition", "--consumer", "100k"])
+    data.main()
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert "core for 0.1M/s" in header and [line.split()[0] for line in lines] == ["set:length=4", "addition"]
+    assert all(float(line.split()[-3]) > 0 and line.split()[-1].endswith("%") for line in lines)
+    assert "unknown" in refused(data, "bench", "nonsense")
+
+
+def test_long_rows_come_in_chunks_of_many_and_are_the_same_in_any_batch():
+    source = make_source("dyck:k=4,length=2048")
+    assert source.chunk_rows == 2048 and source.batch(0, 1)[0].dtype == np.int64
+    four = make_source("dyck:k=4,length=2048").batch(512, 4)  # the first rows of the second chunk
+    assert np.array_equal(four[0][:1], source.batch(2048, 1)[0]) and np.array_equal(four[1][3:], source.batch(2051, 1)[1])
