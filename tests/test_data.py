@@ -832,10 +832,10 @@ def in_this_process(text_pieces, files, names, split, tokenizer, workers, place,
             yield data.tokenise_chunk(chunk, True)[0], [number, 0], None
 
 
-def test_bench_says_how_fast_data_are_made_and_what_share_of_a_core_a_consumer_takes(monkeypatch, capsys, refused):
+def test_bench_says_how_fast_data_are_made_and_what_share_of_a_core_a_consumer_takes(monkeypatch, capfd, refused):
     monkeypatch.setattr("sys.argv", ["data.py", "bench", "set:length=4", "addition", "--consumer", "100k"])
     data.main()
-    header, *lines = capsys.readouterr().out.splitlines()
+    header, *lines = capfd.readouterr().out.splitlines()
     assert "core for 0.1M/s" in header and [line.split()[0] for line in lines] == ["set:length=4", "addition"]
     assert all(float(line.split()[-3]) > 0 and line.split()[-1].endswith("%") for line in lines)
     assert "unknown" in refused(data, "bench", "nonsense")
