@@ -6,6 +6,7 @@
     python train.py --preset c4 --warmup union      a published semantic run (python data.py prepare c4 comes first)
     torchrun --nproc_per_node=8 train.py ...        on eight GPUs: the same global batch, the same result
     python train.py ... --plan                      trains nothing: parameters, tokens, FLOPs, memory, time
+    python train.py ... --bench                     how fast a step is, beside other people's code
 
 Read from the top: the settings, how unset ones are filled in, one training stage, and the run that strings two stages
 together. The random numbers of a step depend on the seed and the step alone, so a run that was stopped goes on exactly.
@@ -23,6 +24,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import typing
 import zlib
@@ -38,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import (CHARACTERS, PUBLISHED, Parser, UserError, default_tokenizer, kind_of, load_tokenizer, make_source, parse_count,
                   parse_member, parse_rules, read_meta, run_main, RULES, TASKS)
 from eval import evaluate, find_device, known_tokenizer, perplexity
-from model import (GPT, GPTConfig, MOST_LOGITS, load, parse_parts, parse_size, read_checkpoint, save, transfer,
+from model import (GPT, GPTConfig, MOST_LOGITS, TRANSPOSED, load, parse_parts, parse_size, read_checkpoint, save, transfer,
                    write_atomically)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -109,12 +111,13 @@ class Settings:
     out: str | None = flag(None, "folder of this run (default out/DATA-WARMUP-sSEED)")
     resume: bool = flag(False, "go on with the run in --out where it stopped")
     plan: bool = flag(False, "train nothing: print parameters, tokens, FLOPs, memory and time")
+    bench: bool = flag(False, "train nothing that is kept: steps per second beside the transformers library's, and the floor")
     tflops: float | None = flag(None, "for the time in --plan: what one GPU really does, in 1e12 operations a second")
 
 
 # What may differ between a run and its resumption; everything else defines the run.
 OPERATIONAL = ("device", "compile", "recompute", "zero", "eval_every", "save_every", "log_every", "grad_accum", "out",
-               "resume", "plan", "tflops")
+               "resume", "plan", "bench", "tflops")
 
 # The published semantic runs (paper, "Semantic pretraining"). What is None in the settings is taken from here.
 PRESETS = {
@@ -806,6 +809,136 @@ def print_plan(s):
         say(f"           this GPU has {torch.cuda.get_device_properties(0).total_memory / 2 ** 30:.1f}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# How fast is it?
+
+BENCH_STEPS = 5, 25  # not timed (compilation, first touches of memory), timed
+
+
+def wait_for(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def bench_ours(s, stage, source, model):
+    """(seconds per step, losses) of the training loop, without what it writes."""
+    optimizer, autocast, losses = make_optimizer(model, stage, s), autocast_for(s), []
+    batches = batches_ahead(source, 0, stage, s)
+    if s.compile:
+        x, y, _ = step_batches(source, 0, stage, s)[0]
+        compile_trunk(model, x.to(s.device), y.to(s.device), autocast)
+    model.train()
+    for step in range(stage.steps):
+        if step == BENCH_STEPS[0]:
+            wait_for(s.device)
+            began = time.time()
+        micro_batches = next(batches)
+        losses.append(accumulate_gradients(model, micro_batches, sum(int((y != -1).sum()) for _, y, _ in micro_batches),
+                                           stage, s, autocast))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    wait_for(s.device)
+    return (time.time() - began) / BENCH_STEPS[1], torch.stack(losses).tolist()
+
+
+def bench_theirs(s, stage, source, model):
+    """The same of GPT2LMHeadModel trained by transformers' Trainer, from the same weights on the same batches; None without it."""
+    try:
+        import transformers
+        import accelerate  # noqa: F401: the Trainer wants it
+    except ImportError:
+        return None
+    transformers.logging.set_verbosity_error()
+    c = model.config
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, use_cache=False,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tied, bos_token_id=0, eos_token_id=0))
+    theirs.load_state_dict({name if name == "lm_head.weight" else f"transformer.{name}": tensor.t() if TRANSPOSED.search(name) else tensor
+                            for name, tensor in model.state_dict().items()}, strict=False)
+
+    class Batches(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for step in range(stage.steps):
+                x, y = (torch.from_numpy(a) for a in source.batch(step, stage.batch_size))
+                wanted = y.masked_fill(y == -1, -100)
+                yield {"input_ids": x, "labels": wanted, "shift_labels": wanted}  # ours are shifted already
+
+    class Times(transformers.TrainerCallback):
+        def __init__(self):
+            self.ends, self.losses = [], []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            wait_for(s.device)
+            self.ends.append(time.time())
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    times = Times()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = transformers.Trainer(theirs, transformers.TrainingArguments(
+            folder, max_steps=stage.steps, learning_rate=stage.lr, lr_scheduler_type="constant", weight_decay=stage.weight_decay,
+            adam_beta1=s.beta1, adam_beta2=s.beta2, max_grad_norm=s.grad_clip, per_device_train_batch_size=1, logging_steps=1,
+            remove_unused_columns=False, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=s.device == "cpu", bf16=s.dtype == "bfloat16", seed=s.seed,
+            torch_compile=bool(s.compile)), train_dataset=Batches(), data_collator=lambda rows: rows[0],
+            callbacks=[times])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return (times.ends[-1] - times.ends[BENCH_STEPS[0] - 1]) / BENCH_STEPS[1], times.losses
+
+
+def matrix_rate(s):
+    """Operations per second of a large matrix product on this device, in the run's precision: what no model can surpass."""
+    n, dtype = (8192, torch.bfloat16 if s.dtype == "bfloat16" else torch.float32) if s.device != "cpu" else (1536, torch.float32)
+    a = torch.randn(n, n, dtype=dtype, device=s.device)
+    best = math.inf
+    for _ in range(5):
+        wait_for(s.device)
+        began = time.time()
+        a @ a
+        wait_for(s.device)
+        best = min(best, time.time() - began)
+    return 2 * n ** 3 / best
+
+
+def bench(s):
+    """Steps per second of this run's training stage, beside the transformers library and the floor. Learning rate constant."""
+    s = resolve(s)
+    if world() > 1:
+        raise UserError("--bench measures one process: start it without torchrun")
+    source = make_source(s.data, "train", s.seed, s.block_size, s.tokenizer)
+    stage = Stage("train", sum(BENCH_STEPS), s.batch_size, s.lr, "constant", 0, s.lr, s.weight_decay, s.dropout, 1, 1, None)
+    found = {"nanowarm": [], "transformers": []}
+    for _ in range(2):  # by turns, on a machine that others may use too: the best of two
+        for name, function in (("nanowarm", bench_ours), ("transformers", bench_theirs)):
+            model = new_model(s, source, s.tied, s.dropout, s.seed).to(s.device)
+            model.recompute = s.recompute
+            if (result := function(s, stage, source, model)) is not None:
+                found[name].append(result)
+    tokens, config = s.batch_size * source.block_size, model.config
+    flops = tokens * (6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size)
+    say(f"{s.data}, {s.size}, {s.batch_size} x {source.block_size} tokens a step; {s.device}, {s.dtype}{', compiled' * bool(s.compile)}, "
+        f"{torch.get_num_threads()} threads")
+    seconds = {name: min(result[0] for result in results) for name, results in found.items() if results}
+    for name, each in seconds.items():
+        say(f"{name:13} {1 / each:8.2f} steps/s {tokens / each:12,.0f} tokens/s, pads counted")
+    if "transformers" in seconds:
+        far = max(abs(a - b) for a, b in zip(found["nanowarm"][0][1], found["transformers"][0][1]))
+        say(f"ratio         {seconds['transformers'] / seconds['nanowarm']:8.2f} (their model and Trainer, on the same batches from the same "
+            f"weights; losses of {stage.steps} steps differ by at most {far:.1g})")
+    else:
+        say("              to measure beside transformers: pip install transformers accelerate")
+    rate = matrix_rate(s)
+    say(f"floor         {rate / flops:8.2f} steps/s: {flops:.3g} operations at the {rate / 1e9:,.0f} GFLOP/s of a large matrix product here; "
+        f"reached {flops / rate / seconds['nanowarm']:.0%}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run, from start to end
+
+
 def run(s):
     """Runs what the settings say, in s.out. Returns the content of result.json. Raises UserError and Stopped."""
     asked_block_size, s = s.block_size, resolve(s)
@@ -957,6 +1090,8 @@ def main():
     try:
         if s.plan:
             return print_plan(resolve(s))
+        if s.bench:
+            return bench(s)
         try:
             result = run(s)
         except (torch.OutOfMemoryError, RuntimeError) as error:

@@ -769,3 +769,21 @@ def test_sources_are_reached_by_every_process_in_disjoint_shares(monkeypatch):
             for x, _, place in script.step_batches(source, 7, stage, Settings(grad_accum=accumulated, device="cpu")):
                 rows[place] = x
         assert torch.equal(torch.cat([rows[place] for place in sorted(rows)]), torch.from_numpy(whole))
+
+
+def test_bench_measures_the_step_and_compares_with_the_transformers_library_where_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(script, "BENCH_STEPS", (1, 2))
+    monkeypatch.setattr(script, "matrix_rate", lambda s: 1e10)
+    for flags in (["--data", "haystack:pairs=4", "--batch_size", "64"], ["--size", "1_2_16", "--block_size", "16", "--data", "math"]):
+        monkeypatch.setattr("sys.argv", ["train.py", *flags, "--bench"])
+        script.main()
+        printed = capsys.readouterr().out
+        assert re.search(r"nanowarm +\d+\.\d+ steps/s", printed) and "floor" in printed
+        far = re.search(r"losses of 3 steps differ by at most (\S+)\)", printed)
+        assert "pip install" in printed if not far else float(far[1]) < 1e-4
+
+
+def test_bench_is_for_one_process(monkeypatch, refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "without torchrun" in refused(script, "--data", "haystack", "--bench")
