@@ -213,6 +213,39 @@ class GPT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The same model for many seeds at once: every weight has one more dimension in front
+
+
+def ensemble_losses(weights, config, idx, places, targets):
+    """GPT.forward of several models with their own rows, as one program: a tiny model leaves a GPU idle, ten do less so.
+
+    weights: {name: (seeds, ...)}, named as GPT names them; idx (seeds, B, T); places (seeds, B, K): where the head reads;
+    targets (seeds, B, K): what should follow there, or -1 -> summed cross-entropy of each seed, (seeds,). No dropout."""
+    (seeds, B, T), heads = idx.shape, config.n_head
+
+    def linear(x, name):  # (seeds, B, T, C) -> (seeds, B, T, C')
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return torch.baddbmm(bias[:, None], x.flatten(1, 2), weight.transpose(1, 2)).view(*x.shape[:3], -1)
+
+    def norm(x, name):
+        weight, bias = (weights[f"{name}.{kind}"][:, None, None] for kind in ("weight", "bias"))
+        return F.layer_norm(x, x.shape[-1:]) * weight + bias
+
+    rows = torch.arange(seeds, device=idx.device)[:, None, None] * config.vocab_size  # where each seed's embeddings begin
+    x = F.embedding(idx + rows, weights["wte.weight"].flatten(0, 1)) + weights["wpe.weight"][:, None, :T]
+    for i in range(config.n_layer):
+        q, k, v = (z.view(seeds * B, T, heads, -1).transpose(1, 2) for z in
+                   linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(y.transpose(1, 2).reshape(x.shape), f"h.{i}.attn.c_proj")
+        y = F.gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"), approximate="tanh")
+        x = x + linear(y, f"h.{i}.mlp.c_proj")
+    read = torch.take_along_dim(norm(x, "ln_f"), places[..., None], 2).flatten(1, 2)
+    logits = read @ weights.get("lm_head.weight", weights["wte.weight"]).transpose(1, 2)
+    return F.cross_entropy(logits.transpose(1, 2).float(), targets.flatten(1), ignore_index=-1, reduction="none").sum(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Parts and transfer
 
 

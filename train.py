@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import (CHARACTERS, PUBLISHED, Parser, UserError, default_tokenizer, kind_of, load_tokenizer, make_source, parse_count,
                   parse_member, parse_rules, read_meta, run_main, RULES, TASKS)
 from eval import evaluate, find_device, known_tokenizer, perplexity
-from model import (GPT, GPTConfig, MOST_LOGITS, TRANSPOSED, load, parse_parts, parse_size, read_checkpoint, save, transfer,
+from model import (GPT, GPTConfig, MOST_LOGITS, TRANSPOSED, ensemble_losses, load, parse_parts, parse_size, read_checkpoint, save, transfer,
                    write_atomically)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,6 +99,8 @@ class Settings:
     sharpen: float = flag(0.0, "in place of a warm-up: so many times the attention's mean entropy is added to the loss")
 
     seed: int = flag(0, "of weights, data order and held-out examples", "run")
+    seeds: str | None = flag(None, "several: 10 for ten from --seed on, or a list such as 0,3,7; each has a folder of its own; on a "
+                             "GPU they are trained as one program. In --init, SEED stands for the seed")
     device: str | None = flag(None, "cuda, mps or cpu (default: what is there)")
     dtype: str | None = flag(None, "float32 or bfloat16 (autocast; default bfloat16 on a GPU that has it)")
     compile: bool | None = flag(None, "torch.compile (default on CUDA)")
@@ -117,7 +119,7 @@ class Settings:
 
 # What may differ between a run and its resumption; everything else defines the run.
 OPERATIONAL = ("device", "compile", "recompute", "zero", "eval_every", "save_every", "log_every", "grad_accum", "out",
-               "resume", "plan", "bench", "tflops")
+               "resume", "plan", "bench", "tflops", "seeds")
 
 # The published semantic runs (paper, "Semantic pretraining"). What is None in the settings is taken from here.
 PRESETS = {
@@ -810,6 +812,153 @@ def print_plan(s):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A stage of several runs that differ in the seed alone, as one program
+
+
+def can_go_together(requests, together=None):
+    s, stage = requests[0][:2]
+    if together is None:
+        together = s.device.startswith("cuda")
+    return together and world() == 1 and not (stage.dropout or s.recompute or s.zero or s.sharpen and stage.name == "train" or
+                                              s.warmup_curriculum and stage.name == "warmup")
+
+
+def batches_together(sources, first, stage, s):
+    """Yields for each step a list of parts (x, places, wanted), each (seeds, rows, ...), see ensemble_losses; made in a
+    thread, one step ahead. Every seed has the rows that it has alone, those of like length together on a CPU."""
+    def make(step):
+        x, y = (np.stack(a) for a in zip(*(source.batch(step, stage.batch_size) for source in sources)))
+        lengths = x.shape[2] - (y[:, :, ::-1] != -1).argmax(axis=2)
+        order = lengths.argsort(axis=1, kind="stable") if s.device == "cpu" else np.arange(x.shape[1])[None].repeat(len(x), 0)
+        parts = s.grad_accum if s.device != "cpu" else max(s.grad_accum, min(x[0].size // LIKE_ROWS[0], LIKE_ROWS[1]))
+        made = []
+        for rows in np.array_split(order, parts, axis=1):
+            longest = np.take_along_axis(lengths, rows, 1).max()
+            tokens, wanted = (np.take_along_axis(a, rows[..., None], 1)[..., :longest] for a in (x, y))
+            places = np.argsort(wanted == -1, axis=2, kind="stable")[..., :(wanted != -1).sum(axis=2).max()]
+            part = (torch.from_numpy(a) for a in (tokens, places, np.take_along_axis(wanted, places, 2)))
+            made.append([a.pin_memory() if s.device.startswith("cuda") else a for a in part])
+        return made, torch.from_numpy((y != -1).sum(axis=(1, 2)))
+
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(make, first)
+        for step in range(first, stage.steps):
+            batch = ready.result()
+            ready = pool.submit(make, step + 1)
+            yield batch
+
+
+def train_together(requests):
+    """`train` for runs that differ in the seed alone: the same as one after another, but for rounding. Each seed has its
+    own data, clipping, log and checkpoints. requests: the arguments of `train` of each. Returns what it returns of each."""
+    (s, stage, model, *_), n = requests[0], len(requests)
+    models, logs, states = [r[2].to(s.device) for r in requests], [r[4] for r in requests], [r[5] for r in requests]
+    autocast, label = autocast_for(s), f"{'1/2 warm-up' if stage.name == 'warmup' else '2/2 train'}, {n} seeds"
+    files = [r[1].file for r in requests]
+    sources, vals = ([r[3](split, None) for r in requests] for split in ("train", "val"))
+    alone = [make_optimizer(model, stage, r[0]) for model, r in zip(models, requests)]  # as their checkpoints hold them
+    for optimizer, state in zip(alone, states):
+        if state:
+            load_optimizer(optimizer, state["optimizer"])
+    weights = {name: torch.stack([dict(m.named_parameters())[name].detach() for m in models]).requires_grad_()
+               for name, _ in model.named_parameters()}
+    flat = {name: p.dim() < 2 for name, p in model.named_parameters()}
+    together = torch.optim.AdamW([{"params": [w for name, w in weights.items() if flat[name] == spared],
+                                   "weight_decay": 0.0 if spared else stage.weight_decay} for spared in (False, True)],
+                                 lr=stage.lr, betas=(s.beta1, s.beta2), fused=s.device != "mps")
+    first = states[0]["step"] if states[0] else 0
+    if first:
+        for name, w in weights.items():
+            each = [optimizer.state[dict(m.named_parameters())[name]] for optimizer, m in zip(alone, models)]
+            together.state[w] = {"step": each[0]["step"], **{key: torch.stack([entry[key] for entry in each])
+                                                             for key in ("exp_avg", "exp_avg_sq")}}
+    results = [state["evaluation"] if state else None for state in states]
+    started_at = [state["first_evaluation"] if state else None for state in states]
+    before, began = [state["seconds"] if state else 0.0 for state in states], time.time()
+    tokens_per_step = stage.batch_size * sources[0].block_size
+
+    @torch.no_grad()
+    def hand_out():
+        """The stacked weights and moments, back to each seed's own model and optimiser."""
+        for j, (model, optimizer) in enumerate(zip(models, alone)):
+            for name, p in model.named_parameters():
+                p.copy_(weights[name][j])
+                if entry := together.state.get(weights[name]):
+                    optimizer.state[p] = {key: value.clone() if key == "step" else value[j].clone() for key, value in entry.items()}
+            for group, shared in zip(optimizer.param_groups, together.param_groups):
+                group["lr"] = shared["lr"]
+
+    def checkpoint(step):
+        hand_out()
+        for j in range(n):
+            save(files[j], models[j], optimizer=alone[j].state_dict(), stage=stage.name, step=step, length=None,
+                 tokens=step * tokens_per_step, seconds=before[j] + (time.time() - began) / n, evaluation=results[j],
+                 first_evaluation=started_at[j], **requests[j][6])
+
+    def measure():
+        hand_out()
+        return [evaluate(m, val, stage.batch_size // s.grad_accum, s.eval_batches * s.grad_accum, s.device, autocast)
+                for m, val in zip(models, vals)]
+
+    def mean(key):
+        return sum(result[key] for result in results) / n
+
+    if not states[0]:
+        results = started_at = measure()
+        for log, result in zip(logs, results):
+            log.add(stage=stage.name, step=0, tokens=0, val_loss=result["loss"], val_accuracy=result["accuracy"])
+        say(f"[{label}] before: held-out loss {mean('loss'):.3f}, accuracy {mean('accuracy'):.1%}, on average")
+    batches = batches_together(sources, first, stage, s)
+    for step in range(first, stage.steps):
+        for group in together.param_groups:
+            group["lr"] = stage.lr_at(step)
+        parts, counted = next(batches)
+        if SIGNALS:
+            checkpoint(step)
+            raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}, {n} seeds")
+        loss, counted = 0.0, counted.clamp_min(1).to(s.device, non_blocking=True)
+        for part in parts:
+            with autocast():
+                share = ensemble_losses(weights, model.config, *(a.to(s.device, non_blocking=True) for a in part)) / counted
+            share.sum().backward()
+            loss = loss + share.detach()
+        # Each seed's gradient is clipped by its own norm, as clip_grad_norm_ does it.
+        norms = torch.stack([w.grad.flatten(1).norm(dim=1) for w in weights.values()]).norm(dim=0)
+        if s.grad_clip:
+            scale = (s.grad_clip / (norms + 1e-6)).clamp(max=1.0)
+            for w in weights.values():
+                w.grad.mul_(scale.view(-1, *[1] * (w.dim() - 1)))
+        done = step + 1
+        logging = done % s.log_every == 0 or done in (1, stage.steps)
+        saving = done % stage.save_every == 0 or done == stage.steps
+        if (logging or saving or s.device == "cpu") and not norms.isfinite().all():
+            seed = requests[int((~norms.isfinite()).int().argmax())][0].seed
+            raise UserError(f"the loss or its gradient is not finite at {stage.name} step {done} of seed {seed}: a lower learning "
+                            "rate may help; the last checkpoints are good")
+        together.step()
+        together.zero_grad(set_to_none=True)
+        entries = [{} for _ in requests]
+        if logging:
+            rate = (done - first) * tokens_per_step * n / (time.time() - began)
+            for entry, value in zip(entries, loss.tolist()):
+                entry |= {"loss": value, "lr": stage.lr_at(step), "tokens_per_second": round(rate / n)}
+            say(f"[{label}] step {done:,}/{stage.steps:,} | mean loss {loss.mean().item():.3f} | {rate:,.0f} tokens/s | "
+                f"{clock((time.time() - began) / (done - first) * (stage.steps - done))} left")
+        if done % stage.eval_every == 0 or done == stage.steps:
+            results = measure()
+            for entry, result in zip(entries, results):
+                entry |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
+            say(f"[{label}] step {done:,}: held-out loss {mean('loss'):.3f}, accuracy {mean('accuracy'):.1%}, on average")
+        for log, entry in zip(logs, entries):
+            if entry:
+                log.add(stage=stage.name, step=done, tokens=done * tokens_per_step, **entry)
+        if saving:
+            checkpoint(done)
+    hand_out()
+    return [(result, start, earlier + (time.time() - began) / n) for result, start, earlier in zip(results, started_at, before)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # How fast is it?
 
 BENCH_STEPS = 5, 25  # not timed (compilation, first touches of memory), timed
@@ -939,8 +1088,9 @@ def bench(s):
 # The run, from start to end
 
 
-def run(s):
-    """Runs what the settings say, in s.out. Returns the content of result.json. Raises UserError and Stopped."""
+def stages_of(s):
+    """What the settings say, in s.out. A generator: it yields the arguments of `train` for a stage and is sent what that
+    returns, so that several runs can go side by side. Returns the content of result.json. Raises UserError."""
     asked_block_size, s = s.block_size, resolve(s)
     if world() > 1 and not dist.is_initialized():  # gloo carries what the log and the signals need, past the GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl" if s.device.startswith("cuda") else "gloo",
@@ -1017,7 +1167,7 @@ def run(s):
             f"{warmup_source.block_size} tokens")
         warm = model or new_model(s, warmup_source, True, s.warmup_dropout, s.seed + 2 ** 32)
         origin = {"spec": s.data if s.warmup == "text" else s.warmup, "tokenizer": s.tokenizer, "seed": s.seed}
-        result, start, seconds = train(s, stages[0], warm, warmup_data, log, state, {"source": origin, **facts_of_data})
+        result, start, seconds = yield s, stages[0], warm, warmup_data, log, state, {"source": origin, **facts_of_data}
         facts = {"loss": result["loss"], "accuracy": result["accuracy"], "first_loss": start["loss"],
                  "first_accuracy": start["accuracy"], "seconds": seconds,
                  "tokens": s.warmup_steps * s.warmup_batch_size * warmup_source.block_size}
@@ -1030,8 +1180,7 @@ def run(s):
     say(f"[2/2 train] {s.data}: {s.steps:,} steps of {s.batch_size} x {target.config.block_size} tokens"
         + f", {passes:.1f} passes over it" * (passes > 1))
     origin = {"spec": s.data, "tokenizer": s.tokenizer, "seed": s.seed}
-    result, _, seconds = train(s, stages[1], target, data, log, state,
-                               {"source": origin, "warmup": facts, **facts_of_data})
+    result, _, seconds = yield s, stages[1], target, data, log, state, {"source": origin, "warmup": facts, **facts_of_data}
 
     semantic = s.steps * s.batch_size * target.config.block_size
     settings = {k: v for k, v in dataclasses.asdict(s).items() if k not in OPERATIONAL}
@@ -1046,6 +1195,69 @@ def run(s):
     return result
 
 
+def run(s, seeds=None, together=None):
+    """Runs what the settings say, in s.out; with `seeds`, once for each, in folders of their own. Returns the content of
+    result.json, or a list of them. Raises UserError and Stopped.
+
+    together: stages of several seeds that are equally far go as one program; by default on a GPU, which one tiny model
+    leaves idle (a CPU is as busy with one, so there they come one after another)."""
+    runs = [stages_of(s)] if seeds is None else [stages_of(with_seed(s, seed)) for seed in seeds]
+    results, waiting = [None] * len(runs), {}  # {place among the runs: the arguments of `train` that it waits for}
+
+    def go_on(i, value):
+        try:
+            waiting[i] = runs[i].send(value)
+        except StopIteration as end:
+            results[i] = end.value
+
+    def how_far(i):
+        s, stage, *_, state, _ = waiting[i]
+        return stage.name == "train", state["step"] if state else 0
+
+    for i in range(len(runs)):
+        go_on(i, None)
+        while waiting and not can_go_together([waiting[i]], together):
+            go_on(i, train(*waiting.pop(i)))
+    while waiting:
+        group = [i for i in waiting if how_far(i) == min(map(how_far, waiting))]
+        requests = [waiting.pop(i) for i in group]
+        for i, found in zip(group, train_together(requests) if len(group) > 1 else [train(*requests[0])]):
+            go_on(i, found)
+    return results if seeds is not None else results[0]
+
+
+def parse_seeds(s):
+    """--seeds as a list of numbers. Raises UserError."""
+    try:
+        seeds = [int(word) for word in s.seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds {s.seeds} is not accepted: a number of seeds, or a list of them such as 0,3,7") from None
+    if len(seeds) == 1:
+        seeds = list(range(s.seed, s.seed + seeds[0]))
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {s.seeds} is not accepted: at least one seed, each once, from 0")
+    return seeds
+
+
+def with_seed(s, seed):
+    """The settings for one of several seeds: a folder of its own, and a warm-up of its own if its name has the seed in it."""
+    out = f"{s.out}-s{seed}" if s.out else None
+    return dataclasses.replace(s, seed=seed, seeds=None, out=out, **{key: value.replace("SEED", str(seed)) for key in ("init", "attn_from", "mlp_from")
+                                                         if (value := getattr(s, key))})
+
+
+def summarise_seeds(results):
+    """One line for each seed, and their mean."""
+    say("\n" + "-" * 100 + f"\n{'seed':>5} {'warm-up loss':>13} {'held-out loss':>14} {'accuracy':>9}  after a warm-up on "
+        f"{results[0]['settings']['warmup']}, {results[0]['settings']['data']}")
+    for r in results:
+        say(f"{r['settings']['seed']:5} {'' if r['warmup_loss'] is None else format(r['warmup_loss'], '.4f'):>13} "
+            f"{r['val_loss']:14.4f} {r['val_accuracy']:9.2%}")
+    loss, accuracy = (np.array([r[key] for r in results]) for key in ("val_loss", "val_accuracy"))
+    say(f"{'mean':>5} {'':13} {loss.mean():14.4f} {accuracy.mean():9.2%}\n{'sd':>5} {'':13} {loss.std(ddof=min(1, len(loss) - 1)):14.4f} "
+        f"{accuracy.std(ddof=min(1, len(loss) - 1)):9.2%}\nnext  python analyze.py curves with the folders of these and of other runs")
+
+
 def summarise(result, s, given):
     """What a newcomer wants to know at the end of a run."""
     s = resolve(s)
@@ -1058,6 +1270,8 @@ def summarise(result, s, given):
             return say(f"next       python train.py --init {shlex.quote(s.out)}/warmup.pt --data {s.data}")
     elif s.warmup == "none":
         say("warm-up    none" if not s.init else f"warm-up    taken from {s.init}")
+    if not s.steps:
+        return say(f"tokens     {spent['procedural']:,} of warm-up, none of {s.data}: it was measured as it is")
     if spent["procedural"]:
         say(f"tokens     {spent['procedural']:,} of warm-up, then {spent['semantic']:,} of {s.data}: "
             f"{spent['procedural'] / spent['semantic']:.3g} for one (paper: 0.001 to 0.003, in far longer runs)")
@@ -1093,13 +1307,13 @@ def main():
         if s.bench:
             return bench(s)
         try:
-            result = run(s)
+            result = run(s, parse_seeds(s) if s.seeds else None)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
                 raise
             raise UserError("not enough memory: a smaller --batch_size, --size or --block_size needs less, and so do a "
                             "larger --grad_accum, --recompute and --zero") from None
-        summarise(result, s, given)
+        summarise_seeds(result) if s.seeds else summarise(result, s, given)
     except UserError as error:
         if rank() and dist.is_initialized() and not error.everywhere:  # run_main speaks for process 0 alone
             print(f"error (process {rank()}): {error}", file=sys.stderr)

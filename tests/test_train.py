@@ -787,3 +787,65 @@ def test_bench_is_for_one_process(monkeypatch, refused):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert "without torchrun" in refused(script, "--data", "haystack", "--bench")
+
+
+def small_task(tmp_path, name, **more):
+    return Settings(**{**dict(data="haystack:pairs=4", warmup="set:length=2-4,vocab=10", warmup_steps=6, warmup_batch_size=8, steps=8,
+                              batch_size=16, size="2_2_16", eval_batches=2, lr_ramp=2, lr=1e-3, out=str(tmp_path / name),
+                              device="cpu", save_every=3), **more})
+
+
+@pytest.mark.parametrize("more", [dict(), dict(data="addition:digits=2", grad_accum=2, transfer="attn"), dict(warmup="none", tied=True),
+                                  dict(data="math", block_size=16, warmup="eca:width=4,length=16")])
+def test_seeds_trained_together_do_what_each_does_alone(tmp_path, more):
+    together = run(small_task(tmp_path, "all", **more), seeds=[0, 3], together=True)
+    for result, seed in zip(together, (0, 3)):
+        alone = run(small_task(tmp_path, f"alone{seed}", seed=seed, **more))
+        assert result["settings"] == alone["settings"]
+        for key in ("val_loss", "val_accuracy", "warmup_loss"):
+            assert result[key] == (None if alone[key] is None else pytest.approx(alone[key], abs=1e-4))
+        for file in ("warmup.pt", "ckpt.pt"):
+            a, b = (tmp_path / name / file for name in (f"all-s{seed}", f"alone{seed}"))
+            if a.exists() or b.exists():
+                a, b = (torch.load(path, weights_only=True) for path in (a, b))
+                assert a.keys() == b.keys() and a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+                assert all((p - b["model"][key]).abs().mean() < 1e-3 for key, p in a["model"].items())
+        log = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+               for name in (f"all-s{seed}", f"alone{seed}")]
+        assert [(e["stage"], e["step"]) for e in log[0]] == [(e["stage"], e["step"]) for e in log[1]]
+    assert together[0]["val_loss"] != together[1]["val_loss"]
+
+
+def test_seeds_stopped_together_go_on_together_or_alone(tmp_path, monkeypatch):
+    whole = run(small_task(tmp_path, "whole"), seeds=[0, 1], together=True)
+    steps = iter(range(100))
+    counted = script.ensemble_losses
+
+    def stop_at_the_tenth(*args):
+        if next(steps) == 9:
+            script.SIGNALS.append(signal.SIGTERM)
+        return counted(*args)
+    monkeypatch.setattr(script, "ensemble_losses", stop_at_the_tenth)
+    with pytest.raises(script.Stopped):
+        run(small_task(tmp_path, "stopped"), seeds=[0, 1], together=True)
+    script.SIGNALS.clear()
+    monkeypatch.setattr(script, "ensemble_losses", counted)
+    first = run(small_task(tmp_path, "stopped-s0", resume=True))  # one of them alone
+    assert first["val_loss"] == pytest.approx(whole[0]["val_loss"], abs=1e-4)
+    (tmp_path / "stopped-s0" / "result.json").unlink()
+    both = run(small_task(tmp_path, "stopped", resume=True), seeds=[0, 1], together=True)
+    assert both[1]["val_loss"] == whole[1]["val_loss"], "the same bits"
+
+
+def test_several_seeds_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--data", "haystack:pairs=4", "--warmup", "none", "--steps", "2", "--batch_size", "4", "--size",
+                                     "1_1_4", "--eval_batches", "1", "--seeds", "2", "--seed", "5", "--out", str(tmp_path / "r")])
+    script.main()
+    printed = capsys.readouterr().out
+    assert (tmp_path / "r-s5" / "result.json").exists() and (tmp_path / "r-s6" / "result.json").exists()
+    assert "    5 " in printed and "    6 " in printed and " mean " in printed
+
+
+def test_seeds_that_make_no_sense_are_refused(refused):
+    for seeds in ("0", "a", "1,1", "-1,2"):
+        assert "--seeds" in refused(script, "--data", "haystack", f"--seeds={seeds}", "--warmup", "none")
