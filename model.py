@@ -116,19 +116,36 @@ class Block(nn.Module):
 MOST_LOGITS = 2 ** 27  # more than this (half a GB in float32), and the loss is made in chunks (ours)
 
 
-def chunked_cross_entropy(x, weight, targets):
-    """Summed cross-entropy of the output head, never holding all logits: x (n, n_embd), weight (vocab_size, n_embd),
-    targets (n,) with -1 where it does not count -> scalar. In float32 torch's own F.linear_cross_entropy does it, where
-    it can; given bfloat16 it would round the loss itself to bfloat16, given float32 ignore autocast."""
-    if hasattr(nn, "LinearCrossEntropyOptions") and not torch.is_autocast_enabled(x.device.type):  # torch 2.13
-        return F.linear_cross_entropy(x, weight, targets, reduction="sum", ignore_index=-1,
-                                      options=nn.LinearCrossEntropyOptions())
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of the output head, some rows at a time: x (n, n_embd), weight (vocab_size, n_embd), targets (n,)
+    with -1 where it does not count -> scalar in float32. The gradient is made together with the loss, so no logits are
+    kept, and none are made twice. Products are in autocast's type, the softmax and the sums in float32 (torch 2.13's own
+    F.linear_cross_entropy rounds the loss itself to bfloat16, or ignores autocast)."""
 
-    def part(x, targets):
-        return F.cross_entropy((x @ weight.T).float(), targets, reduction="sum", ignore_index=-1)
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        device, low = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            low = torch.get_autocast_dtype(device)
+        loss, grad_x, grad_weight = x.new_zeros((), dtype=torch.float32), torch.empty_like(x), torch.zeros_like(weight)
+        # Tensor cores want rows of whole 128 bytes, and GPT-2 has 50,257 tokens: some that never come fill it up.
+        head, rows = F.pad(weight.to(low), (0, 0, 0, -len(weight) % 64)), max(1, MOST_LOGITS // len(weight))
+        for part, part_grad, wanted in zip(x.split(rows), grad_x.split(rows), targets.split(rows)):
+            part, counts, wanted = part.to(low), (wanted != -1)[:, None], wanted.clamp_min(0)[:, None]
+            logits = (part @ head.t()).float()
+            logits[:, len(weight):] = -math.inf
+            logits -= logits.logsumexp(1, keepdim=True)  # log probabilities
+            loss -= (logits.gather(1, wanted) * counts).sum()
+            slope = logits.exp_().scatter_add_(1, wanted, logits.new_full(wanted.shape, -1.0)).mul_(counts).to(low)
+            part_grad.copy_(slope @ head)
+            grad_weight += (slope.t() @ part)[:len(weight)]
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss
 
-    rows = max(1, MOST_LOGITS // len(weight))
-    return sum(checkpoint(part, *pair, use_reentrant=False) for pair in zip(x.split(rows), targets.split(rows)))
+    @staticmethod
+    def backward(ctx, slope):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * slope, grad_weight * slope, None
 
 
 class GPT(nn.Module):
@@ -180,8 +197,11 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.trunk(idx))
         if targets.numel() * self.config.vocab_size > MOST_LOGITS:
-            loss = chunked_cross_entropy(self.trunk(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
+            loss = ChunkedCrossEntropy.apply(self.trunk(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
             return loss / (targets != -1).sum() if reduction == "mean" else loss
+        if idx.device.type != "cpu":  # choosing positions would make the device wait
+            logits = self.lm_head(self.trunk(idx)).flatten(0, 1)
+            return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-1, reduction=reduction)
         where = targets != -1  # the output head is paid for where it is needed
         logits = self.lm_head(self.states(idx, where))
         return F.cross_entropy(logits.float(), targets[where], reduction=reduction)
