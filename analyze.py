@@ -171,10 +171,10 @@ DOMAINS = {"quick": ("code", "docs", "math"), "paper": ("codeparrot", "c4", "dee
 PAPER_WARMUPS = ("dyck", "dyck_shuffle", "identity", "reverse", "sort", "set", "union", "delete", "stack", "eca")
 # Quick (ours): two CPU cores, a minute or two a run. The warm-ups are of the kind that small models learn, for long enough,
 # and in contexts as long as what follows, so that trained position embeddings move over.
-SPECS = {"task": {"dyck": ("dyck:k=16,length=36", 4000), "identity": ("identity:length=2-17", 8000), "eca": ("eca:width=8,length=36", 2000),
-                  "set": ("set:length=2-17", 10_000), "union": ("union:length=2-17", 10_000)},
-         "text": {"dyck": ("dyck:k=8,length=64", 2000), "identity": ("identity:length=2-31", 3000), "eca": ("eca:width=8,length=64", 1000),
-                  "set": ("set:length=2-31", 5000), "union": ("union:length=2-31", 5000)}}  # and for how many steps
+SPECS = {"task": {"dyck": ("dyck:k=16,length=36", 4000), "identity": ("identity:length=2-17", 8000),  # and for how many steps
+                  "set": ("set:length=2-17", 10_000), "union": ("union:length=2-17", 10_000), "eca": ("eca:width=8,length=36", 2000)},
+         "text": {"dyck": ("dyck:k=8,length=64", 2000), "identity": ("identity:length=2-31", 3000),
+                  "set": ("set:length=2-31", 5000), "union": ("union:length=2-31", 5000), "eca": ("eca:width=8,length=64", 1000)}}
 LEARN = dict(warmup_lr=5e-3, warmup_lr_schedule="cosine", warmup_lr_ramp=200)
 TASK = {"quick": dict(size="2_4_16", steps=1500, batch_size=250, lr=2e-3, lr_ramp=150, warmup_steps=10_000,
                       warmup_batch_size=128, warmup_block_size=36, **LEARN), "paper": {}}
@@ -203,8 +203,12 @@ def on(column, budget, warmup="none", **more):
 def table(budget):
     """Which warm-up helps which task, moved over as a whole or its attention alone."""
     warmups = ("dyck", "identity", "set", "eca") if budget == "quick" else PAPER_WARMUPS
-    return [cell for task in TASKS[budget] for cell in (Cell("none", task, on(task, budget)), *(
-        Cell(f"{warmup}, {parts}", task, on(task, budget, warmup, transfer=parts)) for warmup in warmups for parts in ("full", "attn")))]
+    cells = []
+    for task in TASKS[budget]:
+        cells += [Cell("none", task, on(task, budget))]
+        cells += [Cell(f"{warmup}, {parts}", task, on(task, budget, warmup, transfer=parts))
+                  for warmup in warmups for parts in ("full", "attn")]
+    return cells
 
 
 def transfer(budget):
@@ -212,7 +216,9 @@ def transfer(budget):
     cells = []
     for column in (TASKS[budget][0], "reversed_addition", *DOMAINS[budget]):
         cells.append(Cell("none", column, on(column, budget)))
-        for warmup in ("identity", "set", "stack")[:2 if budget == "quick" else 3] if column in TASKS[budget] else ("set", "dyck"):
+        warmups = ("set", "dyck") if column in DOMAINS[budget] else ("identity", "set") if budget == "quick" else (
+            "identity", "set", "stack")
+        for warmup in warmups:
             cells += [Cell(f"{warmup}, {parts}", column, on(column, budget, warmup, transfer=parts))
                       for parts in ("full", "attn", "mlp", "norm")]
     return cells
@@ -224,7 +230,8 @@ def controls(budget):
     for column in (TASKS[budget][0], *DOMAINS[budget]):
         parts = dict(transfer="attn") if column in TASKS[budget] else {}  # what works best there
         cells += [Cell("none", column, on(column, budget), times=2)]
-        cells += [Cell(row, column, on(column, budget, row, **parts)) for row in ("dyck", "shuffled:dyck", "identity", "shuffled:identity")]
+        cells += [Cell(row, column, on(column, budget, row, **parts))
+                  for row in ("dyck", "shuffled:dyck", "identity", "shuffled:identity")]
         steps = on(column, budget).get("steps", 10_000)
         cells += [Cell(f"none, ramp of {share}", column, on(column, budget, lr_ramp=round(steps * share)))
                   for share in (0.05, 0.2)]
@@ -271,8 +278,8 @@ def length(budget):
     for column in DOMAINS[budget]:
         cells.append(Cell("none", column, on(column, budget)))
         for warmup in ("dyck", "set"):
-            cells += [Cell(f"{warmup}, {n} steps", column, on(column, budget, warmup, warmup_steps=n, warmup_lr_schedule="constant"),
-                           line=warmup, x=n) for n in steps]
+            cells += [Cell(f"{warmup}, {n} steps", column, line=warmup, x=n, settings=on(
+                column, budget, warmup, warmup_steps=n, warmup_lr_schedule="constant")) for n in steps]
     return cells
 
 
@@ -283,7 +290,8 @@ def mix(budget):
         cells.append(Cell("none", column, on(column, budget)))
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             spec = f"{share}*set+{1 - share}*union" if 0 < share < 1 else "set" if share else "union"
-            cells.append(Cell(f"{share:g} set, {1 - share:g} union", column, on(column, budget, spec + ending), line="mixture", x=share))
+            cells.append(Cell(f"{share:g} set, {1 - share:g} union", column, on(column, budget, spec + ending), line="mixture",
+                              x=share))
     for column in (*TASKS[budget], DOMAINS[budget][0]):
         plain = on(column, budget)
         if column in TASKS[budget]:
@@ -303,8 +311,8 @@ def efficiency(budget):
     for column in DOMAINS[budget]:
         steps = train_steps(column, budget)
         for warmup in ("none", "set", "union", "dyck"):
-            cells += [Cell(f"{warmup}, {share:.0%} of the text", column, on(column, budget, warmup, steps=round(steps * share)),
-                           line=warmup, x=share) for share in (1.0, 0.85, 0.7, 0.55)]
+            cells += [Cell(f"{warmup}, {share:.0%} of the text", column, line=warmup, x=share, settings=on(
+                column, budget, warmup, steps=round(steps * share))) for share in (1.0, 0.85, 0.7, 0.55)]
     return cells
 
 
@@ -312,16 +320,17 @@ def grid(budget):
     """Learning rate by weight decay by ramp, for none and for a warm-up: is the gain more than a mistuned baseline?"""
     rates, column = (1e-3, 2e-3, 4e-3, 8e-3) if budget == "quick" else (2.5e-4, 5e-4, 1e-3, 2e-3), DOMAINS[budget][1]
     ramp = train_steps(column, budget) // 20
-    cells = [Cell(f"{warmup}, lr {lr:g}, weight decay {decay:g}, ramp {steps}", column,
-                  on(column, budget, warmup, lr=lr, weight_decay=decay, lr_ramp=steps), line=f"{warmup}, {decay:g}, ramp {steps}", x=lr)
-             for warmup in ("none", "set") for decay in (0.0, 0.1) for steps in (0, ramp) for lr in rates]
-    return cells
+    return [Cell(f"{warmup}, lr {lr:g}, weight decay {decay:g}, ramp {steps}", column,
+                 on(column, budget, warmup, lr=lr, weight_decay=decay, lr_ramp=steps),
+                 line=f"{warmup}, {decay:g}, ramp {steps}", x=lr)
+            for warmup in ("none", "set") for decay in (0.0, 0.1) for steps in (0, ramp) for lr in rates]
 
 
 def scale(budget):
     """The gain over model sizes: one column for each."""
-    sizes, column = (("2_4_32", "2_4_64", "4_4_128") if budget == "quick" else ("gpt2", "24_16_1024", "1.3b")), DOMAINS[budget][1]
-    return [Cell(warmup, size, on(column, budget, warmup, size=size)) for size in sizes for warmup in ("none", "dyck", "set", "union")]
+    sizes = ("2_4_32", "2_4_64", "4_4_128") if budget == "quick" else ("gpt2", "24_16_1024", "1.3b")
+    return [Cell(warmup, size, on(DOMAINS[budget][1], budget, warmup, size=size))
+            for size in sizes for warmup in ("none", "dyck", "set", "union")]
 
 
 def train_steps(column, budget):
@@ -443,7 +452,7 @@ def locked(folder, wait):
             yield False
             return
         except OSError as error:
-            raise UserError(f"{folder.parent} does not let files be locked ({error.strerror}): results need another disk") from None
+            raise UserError(f"{folder.parent} does not let files be locked ({error.strerror}): choose another disk") from None
         yield True
 
 
@@ -717,8 +726,9 @@ def verdict_lines(name, entries):
             lines += best_against_best(here)
         elif name == "controls" and len(here[0]["values"]) > 1:
             lucky = (max if here[0]["metric"] == "accuracy" else min)(here[0]["values"].values())
+            means = [f"{show(e, e['mean'])} ({e['row']})" for e in here if e["n"] and not e["row"].startswith("none")]
             lines.append(f"{column}: the best of {here[0]['n']} seeds of no warm-up has {show(here[0], lucky)}; the means are "
-                         + ", ".join(f"{show(e, e['mean'])} ({e['row']})" for e in here if e["n"] and not e["row"].startswith("none")))
+                         + ", ".join(means))
         elif name == "efficiency":
             for line in list(dict.fromkeys(e["line"] for e in here))[1:]:
                 found = [shares(here, line)[seed] for seed in sorted(shares(here, line))]
@@ -740,8 +750,8 @@ def best_against_best(entries):
         return []
     gains = [none["values"][seed] - warm["values"][seed] for seed in sorted(set(none["values"]) & set(warm["values"]))]
     mean, half = interval(gains)
-    return [f"{none['column']}: the best of no warm-up ({none['row']}: {none['mean']:.4f}) against the best with one ({warm['row']}: "
-            f"{warm['mean']:.4f}): gain {mean:.4f} ± {half:.4f}, paired by seed, n = {len(gains)}, "
+    return [f"{none['column']}: the best of no warm-up ({none['row']}: {none['mean']:.4f}) against the best with one "
+            f"({warm['row']}: {warm['mean']:.4f}): gain {mean:.4f} ± {half:.4f}, paired by seed, n = {len(gains)}, "
             f"warm-ups learned: {gate(warm) or 'no gate'}"]
 
 
@@ -815,8 +825,8 @@ def draw_comparison(name, entries, path):
         plt.close(figure)
 
 
-CAPTION = ("Mean ± 95 % interval (Student's t) over n seeds; gain over the first row of the column, paired by seed; p of the paired "
-           "t test after Holm's correction over the table; learned: warm-ups that passed the gate of eval.py --probe learned; "
+CAPTION = ("Mean ± 95 % interval (Student's t) over n seeds; gain over the first row of the column, paired by seed; p of the "
+           "paired t test after Holm's correction over the table; learned: warm-ups that passed the gate of eval.py --probe learned; "
            "warm-up: its tokens for one of training (paper: 0.001 to 0.003).")
 
 
@@ -930,7 +940,8 @@ def stand_in(entries, pattern):
     rows = [e for e in entries if re.fullmatch(pattern, e["row"]) and counted(e)]
     most = max((len(counted(e)) for e in rows), default=0)
     rows = [e for e in rows if len(counted(e)) == most]
-    return max(rows, key=lambda e: np.mean(list(counted(e).values())) * (1 if e["metric"] == "accuracy" else -1), default=None), len(rows)
+    mean = lambda e: np.mean(list(counted(e).values())) * (1 if e["metric"] == "accuracy" else -1)
+    return max(rows, key=mean, default=None), len(rows)
 
 
 def judge(claim, entries, budget):
@@ -958,8 +969,9 @@ def judge(claim, entries, budget):
         gains = [(b[seed] - a[seed]) * sign for seed in pairs]
         if not pairs:
             return {**nothing, "why": "no seed in common"}
-        tests.append({"n": len(pairs), "gain": float(np.mean(gains)), "p": float(np.minimum(1.0, paired_p(gains, [0.0] * len(gains)) * candidates)),
-                      "why": "one seed" if len(pairs) == 1 else "", "shown": [np.mean([e[s] for s in pairs]) for e in (a, b)]})
+        p = float(np.minimum(1.0, paired_p(gains, [0.0] * len(gains)) * candidates))
+        tests.append({"n": len(pairs), "gain": float(np.mean(gains)), "p": p, "why": "one seed" if len(pairs) == 1 else "",
+                      "shown": [np.mean([e[seed] for seed in pairs]) for e in (a, b)]})
     # All comparisons have to hold: the weakest of those that do not, or of those that do, speaks for them.
     losing = [test for test in tests if not test["gain"] > 0]
     test = min(losing, key=lambda t: math.inf if math.isnan(t["p"]) else t["p"]) if losing else max(
@@ -998,10 +1010,10 @@ def claims_lines(rows):
     lines = ["| claim | published | measured here | n | budget | p (Holm) | verdict |", "|---|---|---|---|---|---|---|"]
     lines += [f"| {row['claim'].text} | {row['claim'].published} | {row['measured']} | {row['n']} | {row['budget']} | "
               f"{show_p(row['p_holm'])} | {row['verdict']} |" for row in rows]
-    return lines + ["", "Measured: accuracy on tasks, held-out loss in nats per token on text. The paired t test over seeds, Holm's "
-                    "correction over all claims. Runs whose warm-up was not learned do not count. Quick runs are far smaller than the "
-                    "published ones: tiny models, and on text more tokens of warm-up than of text, where the paper has 0.001 to 0.003 "
-                    "for one."]
+    return lines + ["", "Measured: accuracy on tasks, held-out loss in nats per token on text. The paired t test over seeds, "
+                    "Holm's correction over all claims. Runs whose warm-up was not learned do not count. Quick runs are far "
+                    "smaller than the published ones: tiny models, and on text more tokens of warm-up than of text, where the "
+                    "paper has 0.001 to 0.003 for one."]
 
 
 def seeds_in(found):
@@ -1027,8 +1039,8 @@ def print_claims(args):
     rows = claims(found, args.seeds or seeds_in(found))
     if not rows:
         args.seeds = args.seeds or 3
-        print(f"There are no results in {args.results} yet. To run, in this order (quick budget, {args.seeds} seeds; minutes with one "
-              "job on one core, all warm-ups new):")
+        print(f"There are no results in {args.results} yet. To run, in this order (quick budget, {args.seeds} seeds; minutes with "
+              "one job on one core, all warm-ups new):")
         for name in EXPERIMENTS:
             runs, time_needed = minutes(name, args.seeds)
             print(f"  python analyze.py {name} --seeds {args.seeds} --jobs 2   {runs:4} runs, {time_needed:4.0f} minutes: "
@@ -1059,7 +1071,7 @@ def report(args):
 def main():
     parser = Parser(description="What many runs say.")
     commands = parser.add_subparsers(dest="command", required=True)
-    drawer = commands.add_parser("curves", help="held-out loss or accuracy against tokens, one line for runs that differ in the seed alone")
+    drawer = commands.add_parser("curves", help="held-out loss or accuracy against tokens; the seeds of a setting are one line")
     drawer.add_argument("runs", nargs="+", help="folders that train.py wrote")
     drawer.add_argument("--picture", default="curves.png", help="where to draw (default curves.png)")
     drawer.add_argument("--metric", choices=("loss", "accuracy"), help="default: accuracy for tasks, loss for text")

@@ -1541,7 +1541,8 @@ def bench(specs, consumer):
         source.batch(0, size)
         floor = seconds_of(lambda i: (np.full(shape, i), np.full(shape, -1)), 0.1)
         rate = size * source.block_size / (needed := seconds_of(lambda i: source.batch(i, size)))
-        print(f"{spec:32} {f'{size} x {source.block_size}':>12} {rate / 1e6:11.1f} {floor / needed:13.0%} {consumer / rate:16.1%}", flush=True)
+        print(f"{spec:32} {f'{size} x {source.block_size}':>12} {rate / 1e6:11.1f} {floor / needed:13.0%} {consumer / rate:16.1%}",
+              flush=True)
 
 
 def main():

@@ -40,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 from data import (CHARACTERS, PUBLISHED, Parser, UserError, default_tokenizer, kind_of, load_tokenizer, make_source, parse_count,
                   parse_member, parse_rules, read_meta, run_main, RULES, TASKS)
 from eval import evaluate, find_device, known_tokenizer, perplexity
-from model import (GPT, GPTConfig, MOST_LOGITS, TRANSPOSED, ensemble_losses, load, parse_parts, parse_size, read_checkpoint, save, transfer,
-                   write_atomically)
+from model import (GPT, GPTConfig, MOST_LOGITS, TRANSPOSED, ensemble_losses, load, parse_parts, parse_size, read_checkpoint,
+                   save, transfer, write_atomically)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings: every field is a flag. None means: it depends on the data and the device, see `resolve`.
@@ -99,8 +99,8 @@ class Settings:
     sharpen: float = flag(0.0, "in place of a warm-up: so many times the attention's mean entropy is added to the loss")
 
     seed: int = flag(0, "of weights, data order and held-out examples", "run")
-    seeds: str | None = flag(None, "several: 10 for ten from --seed on, or a list such as 0,3,7; each has a folder of its own; on a "
-                             "GPU they are trained as one program. In --init, SEED stands for the seed")
+    seeds: str | None = flag(None, "several: 10 for ten from --seed on, or a list such as 0,3,7; each has a folder of its "
+                             "own; on a GPU they are trained as one program. In --init, SEED stands for the seed")
     device: str | None = flag(None, "cuda, mps or cpu (default: what is there)")
     dtype: str | None = flag(None, "float32 or bfloat16 (autocast; default bfloat16 on a GPU that has it)")
     compile: bool | None = flag(None, "torch.compile (default on CUDA)")
@@ -138,7 +138,8 @@ PRESETS["c4-1.3b"]["steps"] = 160_000  # 10.5 billion tokens, the paper's larges
 AT_LEAST = {
     1: ("warmup_steps", "warmup_tokens", "warmup_batch_size", "warmup_block_size", "block_size", "tokens", "batch_size",
         "grad_accum", "log_every", "eval_every", "eval_batches", "save_every"),
-    0: ("steps", "sharpen", "warmup_lr", "warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr", "lr_ramp", "min_lr",
+    0: ("steps", "sharpen", "warmup_lr", "warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr", "lr_ramp",
+        "min_lr",
         "weight_decay", "beta1", "beta2", "grad_clip", "seed")}
 CHOICES = {"warmup_lr_schedule": ("cosine", "linear", "constant"), "lr_schedule": ("cosine", "linear", "constant"),
            "embeddings": ("random", "mean", "keep"), "dtype": ("float32", "bfloat16")}
@@ -884,7 +885,7 @@ def train_together(requests):
             for name, p in model.named_parameters():
                 p.copy_(weights[name][j])
                 if entry := together.state.get(weights[name]):
-                    optimizer.state[p] = {key: value.clone() if key == "step" else value[j].clone() for key, value in entry.items()}
+                    optimizer.state[p] = {key: (value if key == "step" else value[j]).clone() for key, value in entry.items()}
             for group, shared in zip(optimizer.param_groups, together.param_groups):
                 group["lr"] = shared["lr"]
 
@@ -933,8 +934,8 @@ def train_together(requests):
         saving = done % stage.save_every == 0 or done == stage.steps
         if (logging or saving or s.device == "cpu") and not norms.isfinite().all():
             seed = requests[int((~norms.isfinite()).int().argmax())][0].seed
-            raise UserError(f"the loss or its gradient is not finite at {stage.name} step {done} of seed {seed}: a lower learning "
-                            "rate may help; the last checkpoints are good")
+            raise UserError(f"the loss or its gradient is not finite at {stage.name} step {done} of seed {seed}: a lower "
+                            "learning rate may help; the last checkpoints are good")
         together.step()
         together.zero_grad(set_to_none=True)
         entries = [{} for _ in requests]
@@ -992,7 +993,8 @@ def bench_ours(s, stage, source, model):
 
 
 def bench_theirs(s, stage, source, model):
-    """The same of GPT2LMHeadModel trained by transformers' Trainer, from the same weights on the same batches; None without it."""
+    """The same of GPT2LMHeadModel trained by transformers' Trainer, from the same weights on the same batches. None if that
+    library is not there."""
     try:
         import transformers
         import accelerate  # noqa: F401: the Trainer wants it
@@ -1001,10 +1003,11 @@ def bench_theirs(s, stage, source, model):
     transformers.logging.set_verbosity_error()
     c = model.config
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, use_cache=False,
-        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tied, bos_token_id=0, eos_token_id=0))
-    theirs.load_state_dict({name if name == "lm_head.weight" else f"transformer.{name}": tensor.t() if TRANSPOSED.search(name) else tensor
-                            for name, tensor in model.state_dict().items()}, strict=False)
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=c.tied, use_cache=False,
+        bos_token_id=0, eos_token_id=0))
+    theirs.load_state_dict({name if name == "lm_head.weight" else f"transformer.{name}":
+                            tensor.t() if TRANSPOSED.search(name) else tensor for name, tensor in model.state_dict().items()})
 
     class Batches(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -1028,10 +1031,10 @@ def bench_theirs(s, stage, source, model):
     times = Times()
     with tempfile.TemporaryDirectory() as folder:
         trainer = transformers.Trainer(theirs, transformers.TrainingArguments(
-            folder, max_steps=stage.steps, learning_rate=stage.lr, lr_scheduler_type="constant", weight_decay=stage.weight_decay,
-            adam_beta1=s.beta1, adam_beta2=s.beta2, max_grad_norm=s.grad_clip, per_device_train_batch_size=1, logging_steps=1,
-            remove_unused_columns=False, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=s.device == "cpu", bf16=s.dtype == "bfloat16", seed=s.seed,
-            torch_compile=bool(s.compile)), train_dataset=Batches(), data_collator=lambda rows: rows[0],
+            folder, max_steps=stage.steps, learning_rate=stage.lr, lr_scheduler_type="constant", adam_beta1=s.beta1,
+            adam_beta2=s.beta2, weight_decay=stage.weight_decay, max_grad_norm=s.grad_clip, per_device_train_batch_size=1,
+            logging_steps=1, remove_unused_columns=False, save_strategy="no", report_to="none", disable_tqdm=True, seed=s.seed,
+            use_cpu=s.device == "cpu", bf16=s.dtype == "bfloat16", torch_compile=bool(s.compile)), train_dataset=Batches(), data_collator=lambda rows: rows[0],
             callbacks=[times])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
@@ -1040,8 +1043,8 @@ def bench_theirs(s, stage, source, model):
 
 def matrix_rate(s):
     """Operations per second of a large matrix product on this device, in the run's precision: what no model can surpass."""
-    n, dtype = (8192, torch.bfloat16 if s.dtype == "bfloat16" else torch.float32) if s.device != "cpu" else (1536, torch.float32)
-    a = torch.randn(n, n, dtype=dtype, device=s.device)
+    n = 1536 if s.device == "cpu" else 8192
+    a = torch.randn(n, n, dtype=torch.bfloat16 if s.dtype == "bfloat16" else torch.float32, device=s.device)
     best = math.inf
     for _ in range(5):
         wait_for(s.device)
@@ -1068,20 +1071,20 @@ def bench(s):
                 found[name].append(result)
     tokens, config = s.batch_size * source.block_size, model.config
     flops = tokens * (6 * count_parameters(config)[1] + 12 * config.n_layer * config.n_embd * config.block_size)
-    say(f"{s.data}, {s.size}, {s.batch_size} x {source.block_size} tokens a step; {s.device}, {s.dtype}{', compiled' * bool(s.compile)}, "
-        f"{torch.get_num_threads()} threads")
+    say(f"{s.data}, {s.size}, {s.batch_size} x {source.block_size} tokens a step; {s.device}, {s.dtype}"
+        f"{', compiled' * bool(s.compile)}, {torch.get_num_threads()} threads")
     seconds = {name: min(result[0] for result in results) for name, results in found.items() if results}
     for name, each in seconds.items():
         say(f"{name:13} {1 / each:8.2f} steps/s {tokens / each:12,.0f} tokens/s, pads counted")
     if "transformers" in seconds:
         far = max(abs(a - b) for a, b in zip(found["nanowarm"][0][1], found["transformers"][0][1]))
-        say(f"ratio         {seconds['transformers'] / seconds['nanowarm']:8.2f} (their model and Trainer, on the same batches from the same "
-            f"weights; losses of {stage.steps} steps differ by at most {far:.1g})")
+        say(f"ratio         {seconds['transformers'] / seconds['nanowarm']:8.2f} (their model and Trainer, on the same batches from "
+            f"the same weights; losses of {stage.steps} steps differ by at most {far:.1g})")
     else:
         say("              to measure beside transformers: pip install transformers accelerate")
     rate = matrix_rate(s)
-    say(f"floor         {rate / flops:8.2f} steps/s: {flops:.3g} operations at the {rate / 1e9:,.0f} GFLOP/s of a large matrix product here; "
-        f"reached {flops / rate / seconds['nanowarm']:.0%}")
+    say(f"floor         {rate / flops:8.2f} steps/s: {flops:.3g} operations at the {rate / 1e9:,.0f} GFLOP/s of a large matrix "
+        f"product here; reached {flops / rate / seconds['nanowarm']:.0%}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1241,9 +1244,8 @@ def parse_seeds(s):
 
 def with_seed(s, seed):
     """The settings for one of several seeds: a folder of its own, and a warm-up of its own if its name has the seed in it."""
-    out = f"{s.out}-s{seed}" if s.out else None
-    return dataclasses.replace(s, seed=seed, seeds=None, out=out, **{key: value.replace("SEED", str(seed)) for key in ("init", "attn_from", "mlp_from")
-                                                         if (value := getattr(s, key))})
+    paths = {key: path.replace("SEED", str(seed)) for key in ("init", "attn_from", "mlp_from") if (path := getattr(s, key))}
+    return dataclasses.replace(s, seed=seed, seeds=None, out=f"{s.out}-s{seed}" if s.out else None, **paths)
 
 
 def summarise_seeds(results):
@@ -1254,8 +1256,10 @@ def summarise_seeds(results):
         say(f"{r['settings']['seed']:5} {'' if r['warmup_loss'] is None else format(r['warmup_loss'], '.4f'):>13} "
             f"{r['val_loss']:14.4f} {r['val_accuracy']:9.2%}")
     loss, accuracy = (np.array([r[key] for r in results]) for key in ("val_loss", "val_accuracy"))
-    say(f"{'mean':>5} {'':13} {loss.mean():14.4f} {accuracy.mean():9.2%}\n{'sd':>5} {'':13} {loss.std(ddof=min(1, len(loss) - 1)):14.4f} "
-        f"{accuracy.std(ddof=min(1, len(loss) - 1)):9.2%}\nnext  python analyze.py curves with the folders of these and of other runs")
+    few = min(1, len(loss) - 1)  # one seed has no spread
+    say(f"{'mean':>5} {'':13} {loss.mean():14.4f} {accuracy.mean():9.2%}\n"
+        f"{'sd':>5} {'':13} {loss.std(ddof=few):14.4f} {accuracy.std(ddof=few):9.2%}\n"
+        "next  python analyze.py curves with the folders of these and of other runs")
 
 
 def summarise(result, s, given):

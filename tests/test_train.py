@@ -629,7 +629,7 @@ def test_help_lists_every_setting_with_its_meaning(script):
 
 @pytest.mark.parametrize("bad", [
     dict(warmup="dyke"), dict(warmup="dyck:k=0"), dict(warmup="eca:rule=256"), dict(warmup="haystack"), dict(data="haystak"),
-    dict(data="set"), dict(size="huge"), dict(transfer="heads"), dict(embeddings="none"), dict(steps=0), dict(lr=-1),
+    dict(data="set"), dict(size="huge"), dict(transfer="heads"), dict(embeddings="none"), dict(steps=-1), dict(lr=-1),
     dict(lr="nan"), dict(lr="fast"), dict(dtype="int8"), dict(lr_schedule="step"), dict(dropout=1), dict(device="tpu"),
     dict(seed=-1), dict(seed=2 ** 32), dict(batch_size=9, grad_accum=2), dict(warmup_batch_size=9, grad_accum=2), dict(warmup="set:length=40"),
     dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
@@ -768,7 +768,7 @@ def test_sources_are_reached_by_every_process_in_disjoint_shares(monkeypatch):
             monkeypatch.setenv("RANK", str(r))
             for x, _, place in script.step_batches(source, 7, stage, Settings(grad_accum=accumulated, device="cpu")):
                 rows[place] = x
-        assert torch.equal(torch.cat([rows[place] for place in sorted(rows)]), torch.from_numpy(whole))
+        assert torch.equal(torch.cat([rows[place] for place in sorted(rows)]), torch.from_numpy(whole)[:, :-1])  # nothing reads the last token
 
 
 def test_bench_measures_the_step_and_compares_with_the_transformers_library_where_it_is(monkeypatch, capsys):
