@@ -34,7 +34,7 @@ import torch
 from data import Parser, UserError, kind_of, run_main
 from eval import Opened, entropy_score, probe_learned
 from model import GPT, load, part_of, save, write_atomically
-from train import OPERATIONAL, PRESETS, Settings, clock, read_json, resolve, run_name, write_json
+from train import OPERATIONAL, PRESETS, Settings, clock, read_json, resolve, run_name, warmup_block_size, write_json
 
 
 def read_run(folder):
@@ -425,7 +425,9 @@ def warmup_of(settings, seed):
     warm = {key: getattr(s, key) for key in (*WARMUP_FLAGS, "size", "beta1", "beta2", "grad_clip", "recompute")
             if getattr(s, key) is not None}
     warm |= dict(data="haystack", tied=s.tied)  # with no step of training, any data will do: a task is there at once
-    if s.warmup == "text":
+    if s.warmup != "text":
+        warm["warmup_block_size"] = warmup_block_size(s)
+    else:
         warm |= {key: getattr(s, key) for key in ("data", "tokenizer", "block_size")}
     name = re.sub(r"[^\w.=+*,-]+", "_", f"warmup-{s.warmup}-{s.size}-s{seed}")
     return (f"{name[:120]}-{zlib.crc32(json.dumps(warm, sort_keys=True).encode()):08x}", {**warm, "steps": 0, "seed": seed},

@@ -59,8 +59,8 @@ class Settings:
     warmup_tokens: int | None = flag(None, "the same in tokens: 4M", parse=parse_count)
     warmup_batch_size: int | None = flag(None, "sequences per warm-up step, over all processes")
     warmup_lr: float | None = flag(None, "learning rate of the warm-up")
-    warmup_lr_schedule: str = flag("constant", "cosine, linear or constant")
-    warmup_lr_ramp: int = flag(0, "steps of linear ramp of the warm-up's learning rate")
+    warmup_lr_schedule: str | None = flag(None, "cosine, linear or constant (default: cosine before tasks, else constant)")
+    warmup_lr_ramp: int | None = flag(None, "steps of linear ramp of the warm-up's learning rate")
     warmup_weight_decay: float = flag(0.1, "weight decay of the warm-up")
     warmup_dropout: float | None = flag(None, "dropout of the warm-up (default 0; in presets 0.1)")
     warmup_block_size: int | None = flag(None, "context of the warm-up model (default: as long as its sequences)")
@@ -260,9 +260,10 @@ def resolve(s):
             setattr(s, name, value)
 
     if task == "multiplication":  # paper, "Algorithmic tasks"
-        default = dict(size="4_8_512", batch_size=64)
-    elif task:
-        default = dict(size="2_4_16", batch_size=1000)
+        default = dict(size="4_8_512", batch_size=64, warmup_steps=2500, warmup_batch_size=64, warmup_lr=5e-4)
+    elif task:  # the warm-up is ours: a model this small learns a rule in no less, and what was not learned does not help
+        default = dict(size="2_4_16", batch_size=1000, warmup_steps=10_000, warmup_batch_size=128, warmup_lr=5e-3,
+                       warmup_lr_schedule="cosine", warmup_lr_ramp=200)
     elif cuda:  # text on a GPU: GPT-2 small (published rate; steps: ours, for corpora of about 10 MB)
         default = dict(size="gpt2", batch_size=32, block_size=1024, steps=2000, lr=5e-4, lr_ramp=100, warmup_steps=500,
                        warmup_batch_size=32, warmup_lr=5e-4)
@@ -271,11 +272,11 @@ def resolve(s):
                        warmup_batch_size=16, warmup_lr=2e-3)
     if task:
         default |= dict(steps=10000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3, tied=False, embeddings="mean",
-                        eval_batches=-(-4000 // (s.batch_size or default["batch_size"])), warmup_steps=2500,
-                        warmup_batch_size=64, warmup_lr=5e-4)
+                        eval_batches=-(-4000 // (s.batch_size or default["batch_size"])))
     else:
         default |= dict(min_lr=(default["lr"] if s.lr is None else s.lr) / 10, weight_decay=0.1, tied=True,
                         embeddings="keep" if s.warmup == "text" else "random", eval_batches=20)
+    default = dict(warmup_lr_schedule="constant", warmup_lr_ramp=0) | default
     default |= dict(dtype="bfloat16" if cuda and (s.plan or torch.cuda.is_bf16_supported()) else "float32",
                     compile=cuda and not s.sharpen,
                     dropout=0.0, warmup_dropout=0.0, recompute=False, tokenizer=default_tokenizer(s.data))
@@ -284,8 +285,13 @@ def resolve(s):
     for name, value in default.items():
         if getattr(s, name) is None:
             setattr(s, name, value)
-    if not task and s.warmup in ("dyck", "dyck_shuffle", "eca"):  # as long as the context, so that positions move over
-        s.warmup += f":length={max(2, s.block_size - s.block_size % 2)}"
+    # Warm-up sequences as long as what follows, of whatever length up to that, so that trained positions move over (ours).
+    if s.warmup in ("dyck", "dyck_shuffle", "eca"):
+        s.warmup += f":length={max(2, block_size(s) + block_size(s) % 2 if task else s.block_size - s.block_size % 2)}"
+    elif task and s.warmup in RULES:
+        s.warmup += f":length=2-{max(2, block_size(s) // 2)}"
+    if task and s.warmup != "none" and not s.warmup_block_size:
+        s.warmup_block_size = max(warmup_block_size(s), block_size(s))
     if s.init or s.attn_from or s.mlp_from or s.warmup == "none":
         s.warmup_steps = 0
     elif s.warmup_tokens:

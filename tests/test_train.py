@@ -790,7 +790,7 @@ def test_bench_is_for_one_process(monkeypatch, refused):
 
 
 def small_task(tmp_path, name, **more):
-    return Settings(**{**dict(data="haystack:pairs=4", warmup="set:length=2-4,vocab=10", warmup_steps=6, warmup_batch_size=8, steps=8,
+    return Settings(**{**dict(data="haystack:pairs=4", warmup="set:length=2-4,vocab=10", warmup_steps=6, warmup_lr=1e-3, warmup_batch_size=8, steps=8,
                               batch_size=16, size="2_2_16", eval_batches=2, lr_ramp=2, lr=1e-3, out=str(tmp_path / name),
                               device="cpu", save_every=3), **more})
 
