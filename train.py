@@ -855,6 +855,32 @@ def batches_together(sources, first, stage, s):
             yield batch
 
 
+def stack_models(models, stage, s):
+    """{name: (seeds, ...)} of the models' weights, and an AdamW over them that treats each as make_optimizer does."""
+    named = [dict(model.named_parameters()) for model in models]
+    weights = {name: torch.stack([each[name].detach() for each in named]).requires_grad_() for name in named[0]}
+    groups = [{"params": [w for name, w in weights.items() if (named[0][name].dim() < 2) == spared],
+               "weight_decay": 0.0 if spared else stage.weight_decay} for spared in (False, True)]
+    return weights, torch.optim.AdamW(groups, lr=stage.lr, betas=(s.beta1, s.beta2), fused=s.device != "mps")
+
+
+def gradients_together(weights, config, parts, counted, s, autocast):
+    """Backward through each part, and clipping -> (each seed's loss, each seed's gradient norm), both (seeds,)."""
+    loss, counted = 0.0, counted.clamp_min(1).to(s.device, non_blocking=True)
+    for part in parts:
+        with autocast():
+            share = ensemble_losses(weights, config, *(a.to(s.device, non_blocking=True) for a in part)) / counted
+        share.sum().backward()
+        loss = loss + share.detach()
+    # Each seed's gradient is clipped by its own norm, as clip_grad_norm_ does it.
+    norms = torch.stack([w.grad.flatten(1).norm(dim=1) for w in weights.values()]).norm(dim=0)
+    if s.grad_clip:
+        scale = (s.grad_clip / (norms + 1e-6)).clamp(max=1.0)
+        for w in weights.values():
+            w.grad.mul_(scale.view(-1, *[1] * (w.dim() - 1)))
+    return loss, norms
+
+
 def train_together(requests):
     """`train` for runs that differ in the seed alone: the same as one after another, but for rounding. Each seed has its
     own data, clipping, log and checkpoints. requests: the arguments of `train` of each. Returns what it returns of each."""
@@ -867,12 +893,7 @@ def train_together(requests):
     for optimizer, state in zip(alone, states):
         if state:
             load_optimizer(optimizer, state["optimizer"])
-    weights = {name: torch.stack([dict(m.named_parameters())[name].detach() for m in models]).requires_grad_()
-               for name, _ in model.named_parameters()}
-    flat = {name: p.dim() < 2 for name, p in model.named_parameters()}
-    together = torch.optim.AdamW([{"params": [w for name, w in weights.items() if flat[name] == spared],
-                                   "weight_decay": 0.0 if spared else stage.weight_decay} for spared in (False, True)],
-                                 lr=stage.lr, betas=(s.beta1, s.beta2), fused=s.device != "mps")
+    weights, together = stack_models(models, stage, s)
     first = states[0]["step"] if states[0] else 0
     if first:
         for name, w in weights.items():
@@ -923,18 +944,7 @@ def train_together(requests):
         if SIGNALS:
             checkpoint(step)
             raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}, {n} seeds")
-        loss, counted = 0.0, counted.clamp_min(1).to(s.device, non_blocking=True)
-        for part in parts:
-            with autocast():
-                share = ensemble_losses(weights, model.config, *(a.to(s.device, non_blocking=True) for a in part)) / counted
-            share.sum().backward()
-            loss = loss + share.detach()
-        # Each seed's gradient is clipped by its own norm, as clip_grad_norm_ does it.
-        norms = torch.stack([w.grad.flatten(1).norm(dim=1) for w in weights.values()]).norm(dim=0)
-        if s.grad_clip:
-            scale = (s.grad_clip / (norms + 1e-6)).clamp(max=1.0)
-            for w in weights.values():
-                w.grad.mul_(scale.view(-1, *[1] * (w.dim() - 1)))
+        loss, norms = gradients_together(weights, model.config, parts, counted, s, autocast)
         done = step + 1
         logging = done % s.log_every == 0 or done in (1, stage.steps)
         saving = done % stage.save_every == 0 or done == stage.steps
@@ -996,6 +1006,21 @@ def bench_ours(s, stage, source, model):
         optimizer.zero_grad(set_to_none=True)
     wait_for(s.device)
     return (time.time() - began) / BENCH_STEPS[1], torch.stack(losses).tolist()
+
+
+def bench_together(s, stage, sources, models):
+    """(seconds per step, losses) of several seeds as one program."""
+    (weights, optimizer), losses = stack_models(models, stage, s), []
+    batches = batches_together(sources, 0, stage, s)
+    for step in range(stage.steps):
+        if step == BENCH_STEPS[0]:
+            wait_for(s.device)
+            began = time.time()
+        losses.append(gradients_together(weights, models[0].config, *next(batches), s, autocast_for(s))[0])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    wait_for(s.device)
+    return (time.time() - began) / BENCH_STEPS[1], torch.stack(losses).mean(1).tolist()
 
 
 def bench_theirs(s, stage, source, model):
@@ -1068,8 +1093,13 @@ def bench(s):
         raise UserError("--bench measures one process: start it without torchrun")
     source = make_source(s.data, "train", s.seed, s.block_size, s.tokenizer)
     stage = Stage("train", sum(BENCH_STEPS), s.batch_size, s.lr, "constant", 0, s.lr, s.weight_decay, s.dropout, 1, 1, None)
-    found = {"nanowarm": [], "transformers": []}
+    seeds = parse_seeds(s) if s.seeds else []
+    found = {"nanowarm": [], "transformers": [], f"{len(seeds)} seeds": []}
     for _ in range(2):  # by turns, on a machine that others may use too: the best of two
+        if seeds:
+            sources = [make_source(s.data, "train", seed, s.block_size, s.tokenizer) for seed in seeds]
+            models = [new_model(s, source, s.tied, s.dropout, seed).to(s.device) for seed in seeds]
+            found[f"{len(seeds)} seeds"].append(bench_together(s, stage, sources, models))
         for name, function in (("nanowarm", bench_ours), ("transformers", bench_theirs)):
             model = new_model(s, source, s.tied, s.dropout, s.seed).to(s.device)
             model.recompute = s.recompute
@@ -1081,7 +1111,9 @@ def bench(s):
         f"{', compiled' * bool(s.compile)}, {torch.get_num_threads()} threads")
     seconds = {name: min(result[0] for result in results) for name, results in found.items() if results}
     for name, each in seconds.items():
-        say(f"{name:13} {1 / each:8.2f} steps/s {tokens / each:12,.0f} tokens/s, pads counted")
+        times = len(seeds) if name.endswith("seeds") else 1
+        say(f"{name:13} {1 / each:8.2f} steps/s {times * tokens / each:12,.0f} tokens/s, pads counted"
+            + f": {each / seconds['nanowarm']:.2f} times as long as one" * (times > 1))
     if "transformers" in seconds:
         far = max(abs(a - b) for a, b in zip(found["nanowarm"][0][1], found["transformers"][0][1]))
         say(f"ratio         {seconds['transformers'] / seconds['nanowarm']:8.2f} (their model and Trainer, on the same batches from "

@@ -774,11 +774,12 @@ def test_sources_are_reached_by_every_process_in_disjoint_shares(monkeypatch):
 def test_bench_measures_the_step_and_compares_with_the_transformers_library_where_it_is(monkeypatch, capsys):
     monkeypatch.setattr(script, "BENCH_STEPS", (1, 2))
     monkeypatch.setattr(script, "matrix_rate", lambda s: 1e10)
-    for flags in (["--data", "haystack:pairs=4", "--batch_size", "64"], ["--size", "1_2_16", "--block_size", "16", "--data", "math"]):
+    for flags in (["--data", "haystack:pairs=4", "--batch_size", "64", "--seeds", "2"], ["--size", "1_2_16", "--block_size", "16", "--data", "math"]):
         monkeypatch.setattr("sys.argv", ["train.py", *flags, "--bench"])
         script.main()
         printed = capsys.readouterr().out
         assert re.search(r"nanowarm +\d+\.\d+ steps/s", printed) and "floor" in printed
+        assert ("2 seeds" in printed and "times as long as one" in printed) == ("--seeds" in flags)
         far = re.search(r"losses of 3 steps differ by at most (\S+)\)", printed)
         assert "pip install" in printed if not far else float(far[1]) < 1e-4
 
