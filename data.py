@@ -589,6 +589,7 @@ def rule_source(spec, seed, split, block_size=None, longest=None):
 
     source = Generated(spec, "rule", generate, content if bare else pad + 1, block_size, rule_writer(members, content),
                        seed, split, pad=0 if bare else pad)
+    source.chunk_rows = max(1, min(source.chunk_rows, 2 ** 27 // content))  # some rules keep a table of all symbols per row
     source.longest = max(np.max(params["length"]) for _, _, params in parse_rules(spec)[1])
     return source
 

@@ -846,3 +846,9 @@ def test_long_rows_come_in_chunks_of_many_and_are_the_same_in_any_batch():
     assert source.chunk_rows == 2048 and source.batch(0, 1)[0].dtype == np.int64
     four = make_source("dyck:k=4,length=2048").batch(512, 4)  # the first rows of the second chunk
     assert np.array_equal(four[0][:1], source.batch(2048, 1)[0]) and np.array_equal(four[1][3:], source.batch(2051, 1)[1])
+
+
+@pytest.mark.parametrize("spec", ["stack:length=4,vocab=50000", "dyck_shuffle:k=20000,length=4", "set:length=4,vocab=50000", "dyck:k=20000,length=4"])
+def test_large_vocabularies_fit_into_the_symbols_and_the_memory(spec):
+    x, y = make_source(spec).batch(0, 500)
+    assert x.min() >= 0 and 30_000 < x.max() < make_source(spec).vocab_size
