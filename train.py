@@ -822,8 +822,7 @@ def print_plan(s):
 # A stage of several runs that differ in the seed alone, as one program
 
 
-def can_go_together(requests, together=None):
-    s, stage = requests[0][:2]
+def can_go_together(s, stage, together=None):
     if together is None:
         together = s.device.startswith("cuda")
     return together and world() == 1 and not (stage.dropout or s.recompute or s.zero or s.sharpen and stage.name == "train" or
@@ -1257,13 +1256,17 @@ def run(s, seeds=None, together=None):
 
     for i in range(len(runs)):
         go_on(i, None)
-        while waiting and not can_go_together([waiting[i]], together):
+        while i in waiting and not can_go_together(*waiting[i][:2], together):
             go_on(i, train(*waiting.pop(i)))
     while waiting:
         group = [i for i in waiting if how_far(i) == min(map(how_far, waiting))]
         requests = [waiting.pop(i) for i in group]
-        for i, found in zip(group, train_together(requests) if len(group) > 1 else [train(*requests[0])]):
-            go_on(i, found)
+        if len(group) > 1 and can_go_together(*requests[0][:2], together):
+            found = train_together(requests)
+        else:
+            found = [train(*request) for request in requests]
+        for i, result in zip(group, found):
+            go_on(i, result)
     return results if seeds is not None else results[0]
 
 

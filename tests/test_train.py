@@ -850,3 +850,17 @@ def test_several_seeds_on_the_command_line(tmp_path, monkeypatch, capsys):
 def test_seeds_that_make_no_sense_are_refused(refused):
     for seeds in ("0", "a", "1,1", "-1,2"):
         assert "--seeds" in refused(script, "--data", "haystack", f"--seeds={seeds}", "--warmup", "none")
+
+
+def test_seeds_of_which_one_is_finished_or_a_stage_has_dropout(tmp_path, monkeypatch):
+    together, calls = script.train_together, []
+    monkeypatch.setattr(script, "train_together", lambda requests: calls.append((requests[0][1].name, len(requests))) or together(requests))
+    first = run(small_task(tmp_path, "a-s1", seed=1))
+    found = run(small_task(tmp_path, "a"), seeds=[0, 1, 2], together=True)
+    assert found[1]["val_loss"] == first["val_loss"] and calls == [("warmup", 2), ("train", 2)]
+    calls.clear()
+    run(small_task(tmp_path, "b", warmup_dropout=0.1), seeds=[0, 1], together=True)
+    assert calls == [("train", 2)]
+    calls.clear()
+    run(small_task(tmp_path, "c", dropout=0.1), seeds=[0, 1], together=True)
+    assert calls == [("warmup", 2)]
