@@ -809,7 +809,8 @@ def draw_comparison(name, entries, path):
                 axis.set(xlabel=XLABELS[name], ylabel=label)
                 if name in ("length", "grid"):
                     axis.set_xscale("log")
-                axis.legend(fontsize=7)
+                if axis.get_legend_handles_labels()[0]:
+                    axis.legend(fontsize=7)
             else:
                 axis.errorbar([e["mean"] for e in here], [rows.index(e["row"]) for e in here], xerr=half(here), fmt="o",
                               color="black", capsize=3)
