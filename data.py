@@ -436,7 +436,7 @@ def parse_rules(spec):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sources whose sequences are generated: rules, mixtures, tasks, and the mathematics corpus
+# Sources whose sequences are generated: rules, mixtures and tasks
 
 
 class Generated:
@@ -445,7 +445,7 @@ class Generated:
     Rows are made in chunks; chunk c of a split is drawn from a generator seeded by (seed, split, c). With `holdout`,
     one example in 16 (by a hash of its tokens and the seed) belongs to validation and is never seen in training."""
 
-    token_bytes = None  # bytes of text per token id, where the tokens are text
+    token_bytes = None  # symbols are not text
 
     def __init__(self, name, kind, generate, vocab_size, block_size, write, seed, split, pad=0, holdout=False,
                  rows=None):
@@ -481,7 +481,7 @@ class Generated:
     def chunk(self, c):
         """Rows c * chunk_rows and on: their tokens, and which of them count, both (rows, block_size)."""
         if c not in self.chunks:
-            rng = np.random.default_rng((self.seed, ("train", "val", "warmup").index(self.split), c))
+            rng = np.random.default_rng((self.seed, ("train", "val").index(self.split), c))
             n = self.chunk_rows if self.rows is None else min(self.chunk_rows, self.rows - c * self.chunk_rows)
             if len(self.chunks) == 2:
                 del self.chunks[min(self.chunks)]
@@ -754,12 +754,17 @@ def tokenise_files(spec, tokenizer_name):
     n_train = min(max(n_train, 1), len(coded) - 1)
     meta = {"source": str(spec), "tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab,
             "dtype": np.dtype(dtype).name, "documents": len(documents)}
+    return keep_tokens(folder, meta, np.concatenate(coded[:n_train]), np.concatenate(coded[n_train:]))
+
+
+def keep_tokens(folder, meta, train, val):
+    """Writes a tokenised corpus into the cache, whole or not at all; returns its folder. Raises UserError."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix="tmp-", dir=folder.parent))
         try:
-            for part, arrays in (("train.bin", coded[:n_train]), ("val.bin", coded[n_train:])):
-                np.concatenate(arrays).tofile(scratch / part)
+            train.tofile(scratch / "train.bin")
+            val.tofile(scratch / "val.bin")
             (scratch / "meta.json").write_text(json.dumps(meta))
             scratch.rename(folder)  # atomic: a folder that is there is whole
         except OSError:
@@ -1342,7 +1347,7 @@ class Problems(Corpus):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# School mathematics in words, made on the fly (after DeepMind-Math; sentences and modules: ours)
+# School mathematics in words (after DeepMind-Math; sentences and modules: ours)
 
 
 def polynomial(coefficients):
@@ -1408,31 +1413,32 @@ def math_question(rand):
     return (f"Expand ({polynomial([q, p])})*({polynomial([s, r])}).", polynomial([q * s, p * s + q * r, p * r]))
 
 
-def math_source(seed, split, block_size, tokenizer_name):
-    """Lines of question and answer, packed one after another. One question in 16 is kept for validation."""
-    tokenizer = load_tokenizer(tokenizer_name)
+def math_lines(split, size):
+    """At least `size` characters of questions and answers, a line each. One question in 16, by a hash, is for validation."""
+    rng, lines, made = np.random.default_rng((8, split == "val")), [], 0
+    while made < size:
+        numbers = iter(rng.random(1 << 16).tolist())
+        with contextlib.suppress(StopIteration):  # a Python loop per question, but once: the tokens are kept
+            while made < size:
+                question, answer = math_question(lambda low, high: low + int(next(numbers) * (high - low + 1)))
+                if (zlib.crc32(question.encode()) % 16 == 0) == (split == "val"):
+                    lines.append(f"{question}\n{answer}\n")
+                    made += len(lines[-1])
+    return "".join(lines)
 
-    def generate(rng, n):
-        stream = []
-        # A Python loop per question: about 1 million byte tokens a second on one core, made ahead in a thread.
-        while len(stream) < n * block_size:
-            numbers = iter(rng.random(1 << 16).tolist())
-            lines = []
-            try:
-                while True:
-                    question, answer = math_question(lambda low, high: low + int(next(numbers) * (high - low + 1)))
-                    if (zlib.crc32(question.encode()) % 16 == 0) == (split == "val"):
-                        lines.append(f"{question}\n{answer}\n")
-            except StopIteration:
-                stream += tokenizer.encode_ordinary("".join(lines))
-        tokens = np.array(stream[:n * block_size], np.int64).reshape(n, block_size)
-        return tokens, np.ones(tokens.shape, bool)
 
-    source = Generated("math", "text", generate, tokenizer.n_vocab, block_size,
-                       lambda tokens, counted: tokenizer.decode([int(t) for t in tokens]), seed, split)
-    source.token_bytes = bytes_per_token(tokenizer)
-    source.chunk_rows = max(1, 2 ** 16 // block_size)  # validation throws 15 questions in 16 away: not too many at once
-    return source
+def tokenise_math(tokenizer_name):
+    """The mathematics corpus, 16 M characters and a sixteenth of that for validation: made and tokenised once, into the
+    cache; returns the folder."""
+    folder = cache_folder() / f"math-1-{tokenizer_name}"  # another number for other questions
+    if not (folder / "meta.json").exists():
+        tokenizer = load_tokenizer(tokenizer_name)
+        print(f"making and tokenising math into {folder}, once", flush=True)
+        dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
+        meta = {"source": "math", "tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab, "dtype": np.dtype(dtype).name}
+        keep_tokens(folder, meta, *(np.array(tokenizer.encode_ordinary(math_lines(split, size)), dtype)
+                                    for split, size in (("train", 2 ** 24), ("val", 2 ** 20))))
+    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1440,7 +1446,7 @@ def math_source(seed, split, block_size, tokenizer_name):
 
 CORPORA = {"code": "the Python source of the standard library of this interpreter",
            "docs": "English: the docstrings of the standard library, torch, numpy, tiktoken and matplotlib",
-           "math": "school mathematics as question and answer in words, made on the fly",
+           "math": "school mathematics as question and answer in words, made here",
            **{name: corpus["what"] + f": python data.py prepare {name}" for name, corpus in PUBLISHED.items()}}
 
 
@@ -1474,8 +1480,6 @@ def make_source(spec, split="train", seed=0, block_size=None, tokenizer=None, lo
         return rule_source(spec, seed, split, block_size, longest)
     if kind == "task":
         return task_source(spec, seed, split, block_size)
-    if spec == "math":
-        return math_source(seed, split, block_size or 256, tokenizer)
     if spec in PUBLISHED:
         folder = prepared_folder(spec, tokenizer)
         if not (folder / "meta.json").exists():
@@ -1484,7 +1488,9 @@ def make_source(spec, split="train", seed=0, block_size=None, tokenizer=None, lo
         kind = Problems if tokenizer == "characters" else Corpus
         return kind(spec, folder, block_size or 256, seed, split)
     folder = Path(spec)
-    if not (folder / "train.bin").exists() or not (folder / "val.bin").exists():
+    if spec == "math":
+        folder = tokenise_math(tokenizer)
+    elif not (folder / "train.bin").exists() or not (folder / "val.bin").exists():
         folder = tokenise_files(spec, tokenizer)
     return Corpus(spec, folder, block_size or 256, seed, split)
 
