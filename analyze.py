@@ -847,8 +847,22 @@ def write_comparison(name, budget, entries, folder):
     print(f"table: {folder / name}-{budget}.csv, figure: {folder / name}-{budget}.png")
 
 
+def chosen(cells, pattern):
+    """The cells whose "column | row" a pattern is found in, and what they are compared with: the first of their column."""
+    try:
+        columns = {cell.column for cell in cells if re.search(pattern, f"{cell.column} | {cell.row}")}
+    except re.error as error:
+        raise UserError(f"--only {pattern} is not a regular expression: {error}") from None
+    if not columns:
+        raise UserError(f"--only {pattern} matches none of {', '.join(dict.fromkeys(c.column for c in cells))}, or of their rows "
+                        + ", ".join(dict.fromkeys(cell.row for cell in cells)))
+    first = {cell.column: cell for cell in reversed(cells)}
+    return [cell for cell in cells if cell.column in columns and (
+        cell is first[cell.column] or re.search(pattern, f"{cell.column} | {cell.row}"))]
+
+
 def experiment(name, args):
-    cells, results = EXPERIMENTS[name](args.budget), Path(args.results)
+    cells, results = chosen(EXPERIMENTS[name](args.budget), args.only), Path(args.results)
     if not args.show:
         make_folder(results)
         STOPPING.clear()
@@ -1089,6 +1103,8 @@ def main():
         runner = commands.add_parser(name, help=function.__doc__.splitlines()[0])
         runner.add_argument("--budget", choices=("quick", "paper"), default="quick", help="quick: small and honest, for two "
                             "CPU cores; paper: the published settings (default quick)")
+        runner.add_argument("--only", default="", metavar="PATTERN", help="the part whose \"column | row\" it is found in, such as "
+                            "'haystack.*set' (a regular expression), and what that is compared with")
         runner.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
         runner.add_argument("--show", action="store_true", help="run nothing: the table of what is finished")
         runner.add_argument("--device", help="cuda, mps or cpu (default: what is there)")

@@ -246,6 +246,16 @@ def test_every_experiment_has_a_table_and_a_figure_even_when_half_of_it_is_missi
     script.verdict_lines(name, entries)
 
 
+def test_a_part_of_an_experiment_keeps_what_it_is_compared_with():
+    cells = script.table("quick")
+    assert script.chosen(cells, "") == cells
+    some = script.chosen(cells, "haystack.*set")
+    assert [c.row for c in some] == ["none", "set, full", "set, attn"] and {c.column for c in some} == {cells[0].column}
+    for pattern, word in (("nothing", "haystack"), ("(", "regular expression")):
+        with pytest.raises(UserError, match=word):
+            script.chosen(cells, pattern)
+
+
 def test_the_share_of_the_text_is_interpolated_between_runs():
     cells = [c for c in script.efficiency("quick") if c.column == "docs" and c.line in ("none", "set", "union")]
     losses = {("none", 1.0): 2.0, ("set", 1.0): 1.9, ("set", 0.85): 1.98, ("set", 0.7): 2.02, ("set", 0.55): 2.1,
