@@ -231,8 +231,8 @@ def controls(budget):
     for column in (TASKS[budget][0], *DOMAINS[budget]):
         parts = dict(transfer="attn") if column in TASKS[budget] else {}  # what works best there
         cells += [Cell("none", column, on(column, budget), times=2)]
-        cells += [Cell(row, column, on(column, budget, row, **parts))
-                  for row in ("dyck", "shuffled:dyck", "identity", "shuffled:identity")]
+        cells += [Cell(shuffled + row, column, on(column, budget, shuffled + row, **parts))
+                  for row in ("dyck", "identity", *["set"] * (column in TASKS[budget])) for shuffled in ("", "shuffled:")]
         steps = on(column, budget).get("steps", 10_000)
         cells += [Cell(f"none, ramp of {share}", column, on(column, budget, lr_ramp=round(steps * share)))
                   for share in (0.05, 0.2)]
@@ -252,11 +252,11 @@ def heads(budget):
 
 
 def operated(budget, operations):
-    """Cells: none, a warm-up as it is, and the same warm-up after each operation. On code, attention and MLPs of set move
-    over; on recall, the attention of identity."""
+    """Cells: none, a set warm-up as it is, and the same warm-up after each operation. On code, its attention and MLPs move
+    over; on recall, its attention."""
     cells = []
-    for column, warmup, parts in ((DOMAINS[budget][0], "set", "attn,mlp"), (TASKS[budget][0], "identity", "attn")):
-        settings = on(column, budget, warmup, transfer=parts)
+    for column, parts in ((DOMAINS[budget][0], "attn,mlp"), (TASKS[budget][0], "attn")):
+        settings = on(column, budget, "set", transfer=parts)
         cells += [Cell("none", column, on(column, budget)), Cell("as it is", column, settings),
                   *(Cell(operation, column, settings, operation) for operation in operations)]
     return cells
@@ -266,7 +266,7 @@ def sharpen(budget):
     """No warm-up, but a penalty on the attention's entropy in its place, over a range of strengths."""
     cells = []
     for column in (DOMAINS[budget][0], TASKS[budget][0]):
-        warm = on(column, budget, "set") if column in DOMAINS[budget] else on(column, budget, "identity", transfer="attn")
+        warm = on(column, budget, "set", transfer="full" if column in DOMAINS[budget] else "attn")
         cells += [Cell("none", column, on(column, budget), line="penalty", x=0), Cell("warm-up", column, warm)]
         cells += [Cell(f"none, penalty {strength:g}", column, on(column, budget, sharpen=strength), line="penalty", x=strength)
                   for strength in (0.01, 0.03, 0.1, 0.3, 1.0)]
@@ -916,6 +916,7 @@ CLAIMS = [
     Claim("Dyck helps recall, and more than shuffled Dyck", "10.3 -> 96.9 %", "controls", "haystack", "dyck", "shuffled:dyck", "none"),
     Claim("identity helps recall, and more than shuffled identity", "gain gone", "controls", "haystack", "identity",
           "shuffled:identity", "none"),
+    Claim("set helps recall, and more than shuffled set", "gain gone", "controls", "haystack", "set", "shuffled:set", "none"),
     Claim("Dyck helps language, and more than shuffled Dyck", "gain gone", "controls", 1, "dyck", "shuffled:dyck", "none"),
     Claim("attention of set with MLPs of rule 110 helps recall", "11.3 -> 94.4 %", "mix", "haystack",
           "attention of set, MLPs of eca", "none"),
@@ -936,8 +937,8 @@ CLAIMS = [
     Claim("a warm-up beats the same tokens of text (critics: no)", "worse, Pythia-410M", "controls", 1, "dyck", "text"),
     Claim("a warm-up beats none with a learning-rate ramp", "open", "controls", 1, "dyck", "none, ramp of .*", "none"),
     Claim("set helps code, and more than its weights shuffled", "gain gone", "weights", 0, "as it is", "shuffled", "none"),
-    Claim("identity helps recall, and more than its weights shuffled", "gain gone", "weights", "haystack", "as it is", "shuffled", "none"),
-    Claim("identity helps recall more than a penalty on entropy", "not reproduced by it", "sharpen", "haystack", "warm-up",
+    Claim("set's attention helps recall, and more than its weights shuffled", "gain gone", "weights", "haystack", "as it is", "shuffled", "none"),
+    Claim("set's attention helps recall more than a penalty on entropy", "not reproduced by it", "sharpen", "haystack", "warm-up",
           "none, penalty .*", "none"),
     Claim("the sharpest heads help recall, and more than the most blurred", "low entropy", "heads", "haystack", "only sharp",
           "only blurred", "none"),
@@ -978,7 +979,9 @@ def judge(claim, entries, budget):
     else:
         column = next((column for column in columns if column.partition(":")[0] == claim.column), None)
     here = [e for e in entries if e["column"] == column]
-    nothing = {"measured": "", "n": 0, "p": math.nan, "gain": math.nan, "unlearned": False}
+    if not all(any(re.fullmatch(p, e["row"]) for e in here) for p in (claim.better, claim.worse, claim.than) if p):
+        column = None  # this budget does not have it
+    nothing = {"measured": "", "n": 0, "p": math.nan, "gain": math.nan, "unlearned": False, "column": column}
     for counted in (learned, lambda entry: entry["values"]):
         (better, candidates), *others = [stand_in(here, p, counted) for p in (claim.better, claim.worse, claim.than) if p]
         others = [other for other, _ in others]
@@ -995,21 +998,21 @@ def judge(claim, entries, budget):
         if not pairs:
             return {**nothing, "why": "no seed in common"}
         p = float(np.minimum(1.0, paired_p(gains, [0.0] * len(gains)) * candidates))
-        tests.append({"n": len(pairs), "gain": float(np.mean(gains)), "p": p,
+        tests.append({"n": len(pairs), "gain": float(np.mean(gains)), "half": interval(gains)[1], "p": p,
                       "why": "one seed" if len(pairs) == 1 else "warm-up not learned" * unlearned, "shown": [np.mean([e[seed] for seed in pairs]) for e in (a, b)]})
     # All comparisons have to hold: the weakest of those that do not, or of those that do, speaks for them.
     losing = [test for test in tests if not test["gain"] > 0]
     test = min(losing, key=lambda t: math.inf if math.isnan(t["p"]) else t["p"]) if losing else max(
         tests, key=lambda t: math.inf if math.isnan(t["p"]) else t["p"])
     a, b = tests[0]["shown"] if claim.better != "none" else tests[0]["shown"][::-1]  # as published: from none to the warm-up
-    measured = f"{show(better, a)} -> {show(better, b)}"
+    measured = f"{show(better, a)} -> {show(better, b)}, gain {show(better, test['gain'])} ± {show(better, test['half'])}"
     named = [e["row"] for e, pattern in zip((better, *others), (claim.better, claim.worse, claim.than)) if e["row"] != pattern]
     measured += f" ({'; '.join(named)})" * bool(named)
     if claim.experiment == "efficiency" and (found := shares(here, better["line"])):
         reached = [share for share in found.values() if share < math.inf]
         measured += f"; {np.mean(reached):.0%} are enough" if reached else "; all is not enough"
         measured += f" in {len(reached) or len(found)} of {len(found)} seeds"
-    return {"measured": measured, "n": test["n"], "p": test["p"], "gain": test["gain"], "why": test["why"], "unlearned": unlearned}
+    return {**nothing, "measured": measured, "unlearned": unlearned, **{key: test[key] for key in ("n", "p", "gain", "why")}}
 
 
 def claims(found, seeds, budgets=("quick", "paper")):
@@ -1031,10 +1034,15 @@ def claims(found, seeds, budgets=("quick", "paper")):
 
 
 def claims_lines(rows):
-    lines = ["| claim | published | measured here | n | budget | p (Holm) | verdict |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {row['claim'].text} | {row['claim'].published} | {row['measured']} | {row['n']} | {row['budget']} | "
-              f"{show_p(row['p_holm'])} | {row['verdict']} |" for row in rows]
-    return lines + ["", "Measured: accuracy on tasks, held-out loss in nats per token on text. The paired t test over seeds, "
+    lines = ["| claim | published | measured here | n | p (Holm) | verdict | python analyze.py |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        column = row["column"] or str(row["claim"].column)  # the quick budget does not have everything
+        command = row["claim"].experiment + " --budget paper" * (row["budget"] == "paper" or not row["column"])
+        command += f" --only {column.partition(':')[0]}"
+        lines.append(f"| {row['claim'].text} | {row['claim'].published} | {row['measured']} | {row['n']} | "
+                     f"{show_p(row['p_holm'])} | {row['verdict']} | `{command}` |")
+    return lines + ["", "Measured: accuracy on tasks, held-out loss in nats per token on text; gain: the mean of the pairs with "
+                    "its 95 % interval, of the weaker comparison where there are two. The paired t test over seeds, "
                     "Holm's correction over all claims. Runs whose warm-up was not learned do not count, unless none was: "
                     "that can support a claim, but not contradict it. Quick runs are far smaller than the published ones: "
                     "tiny models, and on text more tokens of warm-up than of text, where the paper has 0.001 to 0.003 for one."]
