@@ -173,14 +173,14 @@ PAPER_WARMUPS = ("dyck", "dyck_shuffle", "identity", "reverse", "sort", "set", "
 # and in contexts as long as what follows, so that trained position embeddings move over.
 SPECS = {"task": {"dyck": ("dyck:k=16,length=36", 4000), "identity": ("identity:length=2-17", 8000),  # and for how many steps
                   "set": ("set:length=2-17", 10_000), "union": ("union:length=2-17", 10_000), "eca": ("eca:width=8,length=36", 2000)},
-         "text": {"dyck": ("dyck:k=8,length=64", 2000), "identity": ("identity:length=2-31", 3000),
-                  "set": ("set:length=2-31", 5000), "union": ("union:length=2-31", 5000), "sort": ("sort:length=2-31", 5000),
-                  "dyck_shuffle": ("dyck_shuffle:k=8,length=64", 2000), "eca": ("eca:width=8,length=64", 1000)}}
+         "text": {"dyck": ("dyck:k=8,length=64", 3000), "identity": ("identity:length=2-31", 3000),
+                  "set": ("set:length=2-15", 8000), "union": ("union:length=2-15", 8000), "sort": ("sort:length=2-15", 8000),
+                  "dyck_shuffle": ("dyck_shuffle:k=8,length=64", 3000), "eca": ("eca:width=8,length=64", 1000)}}
 LEARN = dict(warmup_lr=5e-3, warmup_lr_schedule="cosine", warmup_lr_ramp=200)
 TASK = {"quick": dict(size="2_4_16", steps=1500, batch_size=250, lr=2e-3, lr_ramp=150, warmup_steps=10_000,
                       warmup_batch_size=128, warmup_block_size=36, **LEARN), "paper": {}}
 TEXT = {"quick": dict(size="2_4_64", block_size=64, steps=1000, batch_size=32, lr=2e-3, lr_ramp=0, warmup_steps=5000,
-                      warmup_batch_size=32, warmup_block_size=64, **LEARN), "paper": {}}
+                      warmup_batch_size=32, warmup_block_size=64, **LEARN | dict(warmup_lr=3e-3)), "paper": {}}
 
 
 def on(column, budget, warmup="none", **more):

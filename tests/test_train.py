@@ -171,7 +171,7 @@ def test_two_processes_and_accumulation_end_with_the_loss_of_one(script, prose, 
 
 @pytest.mark.parametrize("before,after", [((2, True), (1, False))])
 def test_a_run_is_stopped_and_resumed_by_other_processes_with_and_without_a_sharded_optimiser(before, after, prose, tmp_path):
-    settings, out = {**LONG, "save_every": 10 ** 6, "steps": 1000}, tmp_path / "run"
+    settings, out = {**LONG, "save_every": 10 ** 6, "steps": 1000, "lr": 3e-4}, tmp_path / "run"  # rounding grows with the rate
 
     def command(processes, zero, *more):
         launcher = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
@@ -608,7 +608,7 @@ def test_the_commands_of_the_readme_as_a_person_types_them(script, prose, tmp_pa
     done = script("train.py", "--warmup", "dyck", *quick, cwd=tmp_path,
                   launcher=(os.path.join(os.path.dirname(sys.executable), "torchrun"),))
     assert done.returncode == 0, done.stderr
-    for words in ("dyck:length=32", "left", "bits per byte", "for one", "out/code-dyck-s0", "--warmup none"):
+    for words in ("dyck:k=8,length=32", "left", "bits per byte", "for one", "out/code-dyck-s0", "--warmup none"):
         assert words in done.stdout
     follow = re.search(r"next +python (train.py .*)", done.stdout)[1].split()
     compare = re.search(r"python (analyze.py curves .*)", done.stdout)[1].split()
@@ -635,7 +635,7 @@ def test_help_lists_every_setting_with_its_meaning(script):
     dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
     dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True), dict(warmup="eca", warmup_curriculum=True),
     dict(embeddings="keep"), dict(preset="c5"), dict(preset="c4", data="haystack"), dict(tokens=5), dict(warmup_tokens=5),
-    dict(transfer="all"), dict(block_size=1, data="math", warmup="none"), dict(tflops=0), dict(warmup_tokens="many", warmup_steps=None), dict(data="c4")])
+    dict(transfer="all"), dict(tflops=0), dict(warmup_tokens="many", warmup_steps=None), dict(data="c4")])
 def test_bad_settings_are_refused_and_nothing_is_written(bad, refused, prose, tmp_path):
     settings = {**SMALL, "data": prose, "out": tmp_path / "run", **bad}
     if "init" in bad:
