@@ -110,7 +110,7 @@ class Settings:
     eval_every: int | None = flag(None, "steps between evaluations (default: a fifth of the stage)")
     eval_batches: int | None = flag(None, "batches of each evaluation")
     save_every: int | None = flag(None, "steps between checkpoints (default: a tenth of the stage)")
-    log_every: int = flag(20, "steps between log lines")
+    log_every: int = flag(50, "steps between log lines")
     out: str | None = flag(None, "folder of this run (default out/DATA-WARMUP-sSEED)")
     resume: bool = flag(False, "go on with the run in --out where it stopped")
     plan: bool = flag(False, "train nothing: print parameters, tokens, FLOPs, memory and time")
@@ -532,7 +532,7 @@ def rows_of_like_length(x, y):
     lengths = x.shape[1] - (y[:, ::-1] != -1).argmax(axis=1)
     if lengths.min() == lengths.max():
         return [(x[:, :lengths[0]], y[:, :lengths[0]])]
-    parts = np.array_split(lengths.argsort(kind="stable"), np.clip(x.size // LIKE_ROWS[0], 1, LIKE_ROWS[1]))
+    parts = np.array_split(lengths.argsort(kind="stable"), np.clip(x.size // LIKE_ROWS[0], 1, min(LIKE_ROWS[1], len(x))))
     return [(x[rows, :lengths[rows].max()], y[rows, :lengths[rows].max()]) for rows in parts]
 
 
@@ -838,7 +838,7 @@ def batches_together(sources, first, stage, s):
         x, y = (np.stack(a) for a in zip(*(source.batch(step, stage.batch_size) for source in sources)))
         lengths = x.shape[2] - (y[:, :, ::-1] != -1).argmax(axis=2)
         order = lengths.argsort(axis=1, kind="stable") if s.device == "cpu" else np.arange(x.shape[1])[None].repeat(len(x), 0)
-        parts = s.grad_accum if s.device != "cpu" else max(s.grad_accum, min(x[0].size // LIKE_ROWS[0], LIKE_ROWS[1]))
+        parts = s.grad_accum if s.device != "cpu" else max(s.grad_accum, min(x[0].size // LIKE_ROWS[0], LIKE_ROWS[1], len(x[0])))
         made = []
         for rows in np.array_split(order, parts, axis=1):
             longest = np.take_along_axis(lengths, rows, 1).max()

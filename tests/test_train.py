@@ -751,6 +751,12 @@ def test_rows_of_like_length_are_the_same_rows_without_what_follows_the_last_cou
     torch.testing.assert_close([p.grad for p in model.parameters()], gradients, rtol=1e-3, atol=1e-3)
 
 
+def test_few_long_rows_of_like_length():
+    x, y = make_source("set:length=2-1200").batch(0, 3)
+    parts = script.rows_of_like_length(x, y)
+    assert [part.shape[0] for part, _ in parts] == [1, 1, 1] and sum(int((y != -1).sum()) for _, y in parts) == (y != -1).sum()
+
+
 def test_rows_of_one_length_and_rows_in_which_nothing_counts_stay_together():
     x, y = make_source("identity:length=4").batch(0, 1000)
     (pair,) = script.rows_of_like_length(x, y)
