@@ -645,12 +645,13 @@ def compare(cells, seeds, found):
     entries, first = [], {}
     for cell in cells:
         task = "preset" not in cell.settings and kind_of(cell.settings["data"]) == "task"
-        metric, values, failed, spent = "accuracy" if task else "loss", {}, [], []
+        metric, values, failed, spent, early = "accuracy" if task else "loss", {}, [], [], []
         for seed in range(seeds * cell.times):
             record = found.get(name_of(cell, seed), {})
             if "result" in record:
                 values[seed] = record["result"]["val_accuracy" if task else "val_loss"]
                 spent.append(record["result"]["tokens"]["procedural"] / max(1, record["result"]["tokens"]["semantic"]))
+                early += [point[f"val_{metric}"] for point in record.get("log", ())[1:2]]
             elif "failed" in record:
                 failed.append((seed, record["failed"]))
         base = first.setdefault(cell.column, values)
@@ -659,7 +660,7 @@ def compare(cells, seeds, found):
         entries.append({"row": cell.row, "column": cell.column, "metric": metric, "n": len(values), "mean": mean, "half": half,
                         "pairs": len(gains), "gain": gain, "gain_half": gain_half,
                         "p": paired_p(list(gains.values()), [0.0] * len(gains)), "line": cell.line, "x": cell.x,
-                        "procedural": float(np.mean(spent)) if spent else math.nan,
+                        "procedural": float(np.mean(spent)) if spent else math.nan, "early": float(np.mean(early or [math.nan])),
                         "learned": {seed: was_learned(cell, seed, found) for seed in values}, "values": values, "failed": failed})
     for entry, p in zip(entries, holm([entry["p"] for entry in entries])):
         entry["p_holm"] = float(p)
@@ -734,6 +735,9 @@ def verdict_lines(name, entries):
             lines.append(f"{column}: the best of {here[0]['n']} seeds of no warm-up has {show(here[0], lucky)}; the means are "
                          + ", ".join(means))
         elif name == "efficiency":
+            if here[0]["n"]:
+                lines.append(f"{column}: at the first evaluation, after a fifth of the text, the loss is " + ", ".join(
+                    f"{e['early']:.3f} ({e['line']})" for e in here if e["x"] == 1 and e["n"]))
             for line in list(dict.fromkeys(e["line"] for e in here))[1:]:
                 found = [shares(here, line)[seed] for seed in sorted(shares(here, line))]
                 reached, (mean, half) = [s for s in found if s < math.inf], interval([s for s in found if s < math.inf])
