@@ -52,18 +52,34 @@ def read_run(folder):
     return read_json(folder / "config.json", "settings")["settings"], points
 
 
-def curves(folders, picture, metric=None):
+def regular(pattern):
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{pattern} is not a regular expression: {error}") from None
+
+
+def curves(folders, picture, metric=None, results=None):
     """Held-out loss or accuracy against the training stage's tokens. Runs that differ in the seed alone are one line, the
-    mean, in a band from the lowest to the highest. Prints the last values of every run too."""
+    mean, among a thin one for each. Prints the last values of every run too. With `results` (see read_results), the folders
+    are patterns of names of runs in there."""
     plt = pyplot()
-    runs = [(folder, *read_run(folder)) for folder in folders]
+    if results is None:
+        runs = [(folder, *read_run(folder)) for folder in folders]
+    else:
+        patterns = [regular(pattern) for pattern in folders]
+        runs = [(name, record["result"]["settings"], record["log"]) for name, record in read_results(results).items()
+                if record.get("log") and record["result"]["settings"]["steps"] and any(p.search(name) for p in patterns)]
+        if not runs:
+            raise UserError(f"no run in {results} has a name with {' or '.join(folders)}")
     if len(data := {settings["data"] for _, settings, _ in runs}) > 1:
         raise UserError(f"these runs are on different data, so they do not compare: {', '.join(sorted(data))}")
     name, groups = data.pop(), {}
     metric = metric or ("accuracy" if Path(name).parts and kind_of(name) == "task" else "loss")
     print(f"{'run':32} {'warm-up':24} {'seed':>4} {'tokens':>14} {'held-out loss':>13} {'accuracy':>9}")
     for folder, settings, points in runs:
-        taken = [str(Path(settings[key]).parent if settings[key].endswith(".pt") else settings[key])
+        taken = [re.sub(r"^warmup-|-s\d+-[0-9a-f]{8}$", "", str(Path(settings[key]).parent if settings[key].endswith(".pt")
+                                                                else settings[key]))
                  for key in ("init", "attn_from", "mlp_from") if settings.get(key)]
         last, warmup = points[-1], " + ".join(taken) or settings["warmup"]
         if settings.get("sharpen"):
@@ -72,11 +88,12 @@ def curves(folders, picture, metric=None):
             warmup += f" ({settings['transfer']})"
         print(f"{str(folder):32} {warmup:24} {settings['seed']:4} {last['tokens']:14,} {last['val_loss']:13.4f} "
               f"{last['val_accuracy']:9.2%}")
-        alike = {key: value for key, value in settings.items() if key not in (*OPERATIONAL, "seed")}
+        alike = {key: value for key, value in settings.items() if key not in (*OPERATIONAL, "seed") and (
+            settings["warmup_steps"] or not key.startswith("warmup_"))}  # without a warm-up of its own, what one would be is moot
         for key in ("init", "attn_from", "mlp_from"):  # each seed has a warm-up of its own
             alike[key] = re.sub(r"-s\d+(?=[-/.]|$)", "", alike.get(key) or "")
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append((warmup, settings["seed"], points))
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     for i, group in enumerate(groups.values()):
         # The untrained model's loss would flatten the picture, so the first evaluation is left out.
         values = [{p["tokens"]: p[f"val_{metric}"] for p in points if p["step"] or len(points) == 1} for _, _, points in group]
@@ -85,12 +102,12 @@ def curves(folders, picture, metric=None):
         seeds = f"seed {group[0][1]}" if len(group) == 1 else f"mean of {len(group)} seeds"
         line, = axes.plot(tokens, matrix.mean(0), marker="osv^D"[i % 5], linestyle=("-", "--", ":", "-.")[i % 4],
                           label=f"warm-up {group[0][0]}, {seeds}")
-        if len(group) > 1:
-            axes.fill_between(tokens, matrix.min(0), matrix.max(0), alpha=0.2, color=line.get_color())
+        for each in matrix if len(group) > 1 else ():
+            axes.plot(tokens, each, color=line.get_color(), alpha=0.3, linewidth=0.8)
     axes.set(xlabel="tokens of training after the warm-up", title=f"{name}: {len(runs)} run{'s' * (len(runs) > 1)}",
              ylabel="accuracy on held-out answers" if metric == "accuracy" else "held-out loss (nats per counted token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", fontsize=8)
     try:
         figure.savefig(picture, dpi=150)
     except (OSError, ValueError) as error:
@@ -686,6 +703,9 @@ def table_lines(name, entries):
     lines = []
     for column in dict.fromkeys(entry["column"] for entry in entries):
         here = [entry for entry in entries if entry["column"] == column]
+        if not any(e["n"] or e["failed"] for e in here):
+            lines += ["", f"{column}: not run yet"]
+            continue
         width = max(len(e["row"]) for e in [*here, {"row": column}])
         lines += ["", f"| {column:{width}} | {here[0]['metric']:17} | n | gain              | p (Holm) | learned | warm-up |",
                   f"|{'-' * (width + 2)}|-------------------|---|-------------------|----------|---------|---------|"]
@@ -853,16 +873,14 @@ def write_comparison(name, budget, entries, folder):
 
 def chosen(cells, pattern):
     """The cells whose "column | row" a pattern is found in, and what they are compared with: the first of their column."""
-    try:
-        columns = {cell.column for cell in cells if re.search(pattern, f"{cell.column} | {cell.row}")}
-    except re.error as error:
-        raise UserError(f"--only {pattern} is not a regular expression: {error}") from None
+    pattern = regular(pattern)
+    wanted = lambda cell: pattern.search(f"{cell.column} | {cell.row}")
+    columns = {cell.column for cell in cells if wanted(cell)}
     if not columns:
-        raise UserError(f"--only {pattern} matches none of {', '.join(dict.fromkeys(c.column for c in cells))}, or of their rows "
+        raise UserError(f"--only {pattern.pattern} matches none of {', '.join(dict.fromkeys(c.column for c in cells))}, or of their rows "
                         + ", ".join(dict.fromkeys(cell.row for cell in cells)))
     first = {cell.column: cell for cell in reversed(cells)}
-    return [cell for cell in cells if cell.column in columns and (
-        cell is first[cell.column] or re.search(pattern, f"{cell.column} | {cell.row}"))]
+    return [cell for cell in cells if cell.column in columns and (cell is first[cell.column] or wanted(cell))]
 
 
 def experiment(name, args):
@@ -1108,7 +1126,8 @@ def main():
     parser = Parser(description="What many runs say.")
     commands = parser.add_subparsers(dest="command", required=True)
     drawer = commands.add_parser("curves", help="held-out loss or accuracy against tokens; the seeds of a setting are one line")
-    drawer.add_argument("runs", nargs="+", help="folders that train.py wrote")
+    drawer.add_argument("runs", nargs="+", help="folders that train.py wrote, or with --results patterns of names of runs")
+    drawer.add_argument("--results", help="folder of many runs, or the file that pack made of one")
     drawer.add_argument("--picture", default="curves.png", help="where to draw (default curves.png)")
     drawer.add_argument("--metric", choices=("loss", "accuracy"), help="default: accuracy for tasks, loss for text")
     for name, function in EXPERIMENTS.items():
@@ -1135,7 +1154,7 @@ def main():
             command.add_argument("--to", help="folder for tables and figures (default: beside the results)")
     args = parser.parse_args()
     if args.command == "curves":
-        return curves(args.runs, args.picture, args.metric)
+        return curves(args.runs, args.picture, args.metric, args.results)
     if args.command == "pack":
         return pack(args.results, args.to)
     if min(1 if args.seeds is None else args.seeds, getattr(args, "jobs", 1)) < 1:

@@ -19,7 +19,7 @@ from model import GPT, GPTConfig, part_of
 
 def made_up_run(folder, warmup="dyck", data="code", losses=(5.0, 3.0, 2.5), seed=0):
     folder.mkdir()
-    settings = {"data": data, "warmup": warmup, "init": None, "seed": seed, "transfer": "attn"}
+    settings = {"data": data, "warmup": warmup, "init": None, "seed": seed, "transfer": "attn", "steps": 9, "warmup_steps": 9}
     (folder / "config.json").write_text(json.dumps({"settings": settings}))
     lines = [{"stage": "warmup", "step": 1, "tokens": 10, "loss": 9.0, "val_loss": 9.0, "val_accuracy": 0.0}]
     lines += [{"stage": "train", "step": i, "tokens": 100 * i, "val_loss": loss, "val_accuracy": 0.5} for i, loss in enumerate(losses)]
@@ -31,9 +31,17 @@ def test_runs_that_differ_in_the_seed_alone_are_one_line(tmp_path, monkeypatch, 
     runs = [made_up_run(tmp_path / f"a{seed}", "dyck", losses=(5.0, 3.0 + seed, 2.0), seed=seed) for seed in range(3)]
     labels = []
     monkeypatch.setattr(script.pyplot().Axes, "plot", spy := lambda self, *args, label=None, _plot=script.pyplot().Axes.plot, **kwargs: (
-        labels.append((label, list(args[1]))), _plot(self, *args, label=label, **kwargs))[1])
+        labels.append((label, list(args[1]))) if label else None, _plot(self, *args, label=label, **kwargs))[1])
     call(monkeypatch, "curves", *runs, made_up_run(tmp_path / "b", "none"), "--picture", tmp_path / "c.png")
-    assert labels == [("warm-up dyck (attn), mean of 3 seeds", [4.0, 2.0]), ("warm-up none, seed 0", [3.0, 2.5])]
+    wanted = [("warm-up dyck (attn), mean of 3 seeds", [4.0, 2.0]), ("warm-up none, seed 0", [3.0, 2.5])]
+    assert labels == wanted
+    for run in tmp_path.glob("*/"):  # the same from the file that `pack` makes of them
+        settings = json.loads((run / "config.json").read_text())["settings"]
+        (run / "result.json").write_text(json.dumps({"settings": settings, "val_loss": 2.0, "val_accuracy": 0.5, "tokens": {}}))
+    call(monkeypatch, "pack", tmp_path / "r.gz", "--results", tmp_path)
+    labels.clear()
+    call(monkeypatch, "curves", "^a", "b", "--results", tmp_path / "r.gz", "--picture", tmp_path / "c.png")
+    assert labels == wanted
 
 
 def test_curves_prints_a_table_and_draws_a_picture(tmp_path, monkeypatch, capsys):
@@ -49,6 +57,8 @@ def test_what_is_no_run_or_does_not_compare_is_refused(tmp_path, refused):
     assert "config.json" in refused(script, "curves", tmp_path)
     runs = [made_up_run(tmp_path / "a"), made_up_run(tmp_path / "b", data="docs")]
     assert "different data" in refused(script, "curves", *runs)
+    assert "no run in" in refused(script, "curves", "c4", "--results", tmp_path)
+    assert "regular expression" in refused(script, "curves", "(", "--results", tmp_path)
     assert "no evaluation" in refused(script, "curves", made_up_run(tmp_path / "c", losses=()))
     refused(script, "curves", runs[0], "--picture", tmp_path / "no" / "folder.png")
     refused(script, "draw")
