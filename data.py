@@ -479,7 +479,8 @@ class Generated:
         raise UserError(f"{self.name} has too few different examples to hold some of them out: make it larger")
 
     def chunk(self, c):
-        """Rows c * chunk_rows and on: their tokens, and which of them count, both (rows, block_size)."""
+        """Rows c * chunk_rows and on: their tokens, and which of them count, both (rows, width); width is at most
+        block_size."""
         if c not in self.chunks:
             rng = np.random.default_rng((self.seed, ("train", "val").index(self.split), c))
             n = self.chunk_rows if self.rows is None else min(self.chunk_rows, self.rows - c * self.chunk_rows)
@@ -1541,7 +1542,7 @@ def bench(specs, consumer):
     print(f"{'data':32} {'batch':>12} {'M tokens/s':>11} {'of the floor':>13} {f'core for {consumer / 1e6:g}M/s':>16}")
     for spec, size in ([(spec, 64) for spec in specs] or BENCH):
         text = kind_of(spec) == "text"
-        if text and spec in PUBLISHED and not (prepared_folder(spec, default_tokenizer(spec)) / "meta.json").exists():
+        if not specs and spec in PUBLISHED and not (prepared_folder(spec, default_tokenizer(spec)) / "meta.json").exists():
             continue
         source = make_source(spec, block_size=1024 if text else None)
         shape = size, source.block_size

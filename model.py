@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from data import Parser, UserError, run_main
@@ -143,6 +144,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, slope):
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * slope, grad_weight * slope, None

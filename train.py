@@ -796,7 +796,7 @@ def print_plan(s):
         peaks[name] = memory_plan(config, batch_size // share, s)
         say(f"{name:10} {steps:,} steps of {batch_size} x {config.block_size:,} = {batch_size * config.block_size:,} "
             f"tokens: {tokens[name]:,} in all")
-    if s.data in PUBLISHED and tokens["training"] < 100 * PUBLISHED[s.data]["tokens"]:
+    if s.data in PUBLISHED and s.steps and tokens["training"] < 100 * PUBLISHED[s.data]["tokens"]:
         say(f"data       python data.py prepare {s.data} --tokens {-(-tokens['training'] // 10 ** 6):,}M reads no text twice"
             .replace(",", "_"))
     if s.warmup_steps:
@@ -824,9 +824,11 @@ def print_plan(s):
 # A stage of several runs that differ in the seed alone, as one program
 
 
-def can_go_together(s, stage, together=None):
+def can_go_together(s, stage, model, together=None):
+    """Whether a stage of several seeds may go as one program: unless asked for, on a GPU with a model that leaves it idle."""
     if together is None:
-        together = s.device.startswith("cuda")
+        logits = stage.batch_size * model.config.block_size * model.config.vocab_size
+        together = s.device.startswith("cuda") and sum(p.numel() for p in model.parameters()) <= 2e7 and logits <= MOST_LOGITS
     return together and world() == 1 and not (stage.dropout or s.recompute or s.zero or s.sharpen and stage.name == "train" or
                                               s.warmup_curriculum and stage.name == "warmup")
 
@@ -952,7 +954,8 @@ def train_together(requests):
         if (logging or saving or s.device == "cpu") and not norms.isfinite().all():
             seed = requests[int((~norms.isfinite()).int().argmax())][0].seed
             raise UserError(f"the loss or its gradient is not finite at {stage.name} step {done} of seed {seed}: a lower "
-                            "learning rate may help; the last checkpoints are good")
+                            "learning rate may help, and without it in --seeds the others go on; "
+                            f"{'the last checkpoints are good' * files[0].exists()}")
         together.step()
         together.zero_grad(set_to_none=True)
         entries = [{} for _ in requests]
@@ -985,6 +988,8 @@ BENCH_STEPS = 5, 25  # not timed (compilation, first touches of memory), timed
 def wait_for(device):
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
 
 
 def bench_ours(s, stage, source, model):
@@ -1074,7 +1079,8 @@ def bench_theirs(s, stage, source, model):
 
 
 def matrix_rate(s):
-    """Operations per second of a large matrix product on this device, in the run's precision: what no model can surpass."""
+    """Operations per second of a large matrix product on this device, in the run's precision: what no model can surpass
+    that leaves nothing out."""
     n = 1536 if s.device == "cpu" else 8192
     a = torch.randn(n, n, dtype=torch.bfloat16 if s.dtype == "bfloat16" else torch.float32, device=s.device)
     best = math.inf
@@ -1092,10 +1098,16 @@ def bench(s):
     s = resolve(s)
     if world() > 1:
         raise UserError("--bench measures one process: start it without torchrun")
+    if s.batch_size % s.grad_accum:
+        raise UserError(f"--batch_size {s.batch_size} does not divide over --grad_accum {s.grad_accum}")
     source = make_source(s.data, "train", s.seed, s.block_size, s.tokenizer)
     stage = Stage("train", sum(BENCH_STEPS), s.batch_size, s.lr, "constant", 0, s.lr, s.weight_decay, s.dropout, 1, 1, None)
-    seeds = parse_seeds(s) if s.seeds else []
+    seeds = parse_seeds(s) if s.seeds is not None else []
     found = {"nanowarm": [], "transformers": [], f"{len(seeds)} seeds": []}
+    model = new_model(s, source, s.tied, s.dropout, s.seed)
+    if seeds and not can_go_together(s, stage, model, True):
+        raise UserError("--bench --seeds measures seeds as one program, and with --dropout, --recompute, --zero or --sharpen they "
+                        "go one after another")
     for _ in range(2):  # by turns, on a machine that others may use too: the best of two
         if seeds:
             sources = [make_source(s.data, "train", seed, s.block_size, s.tokenizer) for seed in seeds]
@@ -1122,8 +1134,8 @@ def bench(s):
     else:
         say("              to measure beside transformers: pip install transformers accelerate")
     rate = matrix_rate(s)
-    say(f"floor         {rate / flops:8.2f} steps/s: {flops:.3g} operations at the {rate / 1e9:,.0f} GFLOP/s of a large matrix "
-        f"product here; reached {flops / rate / seconds['nanowarm']:.0%}")
+    say(f"floor         {rate / flops:8.2f} steps/s: {flops:.3g} operations, pads counted, at the {rate / 1e9:,.0f} GFLOP/s of a "
+        f"large matrix product here; reached {flops / rate / seconds['nanowarm']:.0%}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1254,16 +1266,17 @@ def run(s, seeds=None, together=None):
 
     def how_far(i):
         s, stage, *_, state, _ = waiting[i]
-        return stage.name == "train", state["step"] if state else 0
+        return stage.name == "train", state["step"] if state else -1  # not measured yet
 
     for i in range(len(runs)):
         go_on(i, None)
-        while i in waiting and not can_go_together(*waiting[i][:2], together):
+        while i in waiting and not can_go_together(*waiting[i][:3], together):
             go_on(i, train(*waiting.pop(i)))
     while waiting:
-        group = [i for i in waiting if how_far(i) == min(map(how_far, waiting))]
+        first = min(waiting, key=how_far)
+        group = [i for i in waiting if (how_far(i), waiting[i][2].config) == (how_far(first), waiting[first][2].config)]
         requests = [waiting.pop(i) for i in group]
-        if len(group) > 1 and can_go_together(*requests[0][:2], together):
+        if len(group) > 1 and can_go_together(*requests[0][:3], together):
             found = train_together(requests)
         else:
             found = [train(*request) for request in requests]
@@ -1354,13 +1367,13 @@ def main():
         if s.bench:
             return bench(s)
         try:
-            result = run(s, parse_seeds(s) if s.seeds else None)
+            result = run(s, parse_seeds(s) if s.seeds is not None else None)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
                 raise
             raise UserError("not enough memory: a smaller --batch_size, --size or --block_size needs less, and so do a "
                             "larger --grad_accum, --recompute and --zero") from None
-        summarise_seeds(result) if s.seeds else summarise(result, s, given)
+        summarise_seeds(result) if s.seeds is not None else summarise(result, s, given)
     except UserError as error:
         if rank() and dist.is_initialized() and not error.everywhere:  # run_main speaks for process 0 alone
             print(f"error (process {rank()}): {error}", file=sys.stderr)

@@ -501,4 +501,4 @@ def test_a_warm_up_is_operated_on_and_taken_up(in_process, prose, tmp_path, monk
     losses = {row["row"]: float(row["mean"]) for row in csv.DictReader(open(tmp_path / "weights-quick.csv"))}
     assert losses["scaled 1"] == losses["as it is"] and len(set(losses.values())) == 4
     spent = {json.loads(p.read_text())["tokens"]["procedural"] for p in tmp_path.glob("*/result.json")}
-    assert spent == {0, 3 * 16 * 9}
+    assert spent == {0, 3 * 8 * 9}

@@ -796,6 +796,11 @@ def test_bench_is_for_one_process(monkeypatch, refused):
     assert "without torchrun" in refused(script, "--data", "haystack", "--bench")
 
 
+def test_bench_refuses_what_a_run_would_not_do(refused):
+    assert "does not divide" in refused(script, "--data", "haystack", "--bench", "--batch_size", 4, "--grad_accum", 8)
+    assert "one after another" in refused(script, "--data", "haystack", "--bench", "--seeds", 2, "--dropout", 0.1)
+
+
 def small_task(tmp_path, name, **more):
     return Settings(**{**dict(data="haystack:pairs=4", warmup="set:length=2-4,vocab=10", warmup_steps=6, warmup_lr=1e-3, warmup_batch_size=8, steps=8,
                               batch_size=16, size="2_2_16", eval_batches=2, lr_ramp=2, lr=1e-3, out=str(tmp_path / name),
@@ -844,6 +849,35 @@ def test_seeds_stopped_together_go_on_together_or_alone(tmp_path, monkeypatch):
     assert both[1]["val_loss"] == whole[1]["val_loss"], "the same bits"
 
 
+@pytest.mark.parametrize("seeds", [[0, 1, 2], [2, 0, 1]])
+def test_seeds_stopped_before_their_first_step_and_a_new_one(tmp_path, seeds):
+    script.SIGNALS.append(signal.SIGTERM)
+    with pytest.raises(script.Stopped):
+        run(small_task(tmp_path, "a"), seeds=[0, 1], together=True)
+    script.SIGNALS.clear()
+    found = run(small_task(tmp_path, "a", resume=True), seeds=seeds, together=True)
+    for seed, result in zip(seeds, found):
+        assert result["val_loss"] == pytest.approx(run(small_task(tmp_path, f"alone{seed}", seed=seed))["val_loss"], abs=1e-4)
+        lines = [json.loads(line) for line in (tmp_path / f"a-s{seed}" / "log.jsonl").read_text().splitlines()]
+        assert [e["stage"] for e in lines if e["step"] == 0] == ["warmup", "train"]
+
+
+def test_seeds_whose_models_differ_in_shape_do_not_go_together(tmp_path):
+    for seed, size in enumerate(("1_2_8", "1_2_16", "1_2_16")):
+        run(small_task(tmp_path, f"warm{seed}", steps=0, seed=seed, size=size))
+    settings = small_task(tmp_path, "a", warmup=None, size=None, init=str(tmp_path / "warmSEED" / "warmup.pt"))
+    found = run(settings, seeds=[0, 1, 2], together=True)
+    assert [r["settings"]["size"] for r in found] == ["1_2_8", "1_2_16", "1_2_16"] and all(r["val_loss"] for r in found)
+
+
+def test_on_a_gpu_small_models_alone_go_together():
+    stage = script.Stage("train", 1, 32, 1e-3, "constant", 0, 0.0, 0.0, 0.0, 1, 1, None)
+    model = lambda *shape: GPT(GPTConfig(*shape))
+    for device, wanted in (("cuda", True), ("cpu", False)):
+        assert script.can_go_together(Settings(device=device, recompute=False), stage, model(256, 63, 2, 4, 16)) == wanted
+    assert not script.can_go_together(Settings(device="cuda", recompute=False), stage, model(50257, 1024, 1, 4, 16))
+
+
 def test_several_seeds_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--data", "haystack:pairs=4", "--warmup", "none", "--steps", "2", "--batch_size", "4", "--size",
                                      "1_1_4", "--eval_batches", "1", "--seeds", "2", "--seed", "5", "--out", str(tmp_path / "r")])
@@ -854,7 +888,7 @@ def test_several_seeds_on_the_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_seeds_that_make_no_sense_are_refused(refused):
-    for seeds in ("0", "a", "1,1", "-1,2"):
+    for seeds in ("0", "a", "1,1", "-1,2", ""):
         assert "--seeds" in refused(script, "--data", "haystack", f"--seeds={seeds}", "--warmup", "none")
 
 
