@@ -704,16 +704,18 @@ def table_lines(name, entries):
     for column in dict.fromkeys(entry["column"] for entry in entries):
         here = [entry for entry in entries if entry["column"] == column]
         if not any(e["n"] or e["failed"] for e in here):
-            lines += ["", f"{column}: not run yet"]
+            lines += ["", f"{column}: no result yet"]
             continue
         width = max(len(e["row"]) for e in [*here, {"row": column}])
         lines += ["", f"| {column:{width}} | {here[0]['metric']:17} | n | gain              | p (Holm) | learned | warm-up |",
                   f"|{'-' * (width + 2)}|-------------------|---|-------------------|----------|---------|---------|"]
-        for e in here:
+        for e in (e for e in here if e["n"]):
             gain = f"{show(e, e['gain']):>7} ± {show(e, e['gain_half'])}" if e["pairs"] else ""
             share = f"{e['procedural']:.3g}" if e["procedural"] > 0 else ""
             lines.append(f"| {e['row']:{width}} | {show(e, e['mean']):>7} ± {show(e, e['half']):7} | {e['n']} | {gain:17} | "
                          f"{show_p(e['p_holm']):8} | {gate(e):7} | {share:7} |")
+        if missing := [e["row"] for e in here if not e["n"]]:  # not run yet, or failed
+            lines += ["", f"no result yet: {'; '.join(missing)}"]
     return lines + [f"failed: {e['row']} | {e['column']} | seed {seed}: {why}" for e in entries for seed, why in e["failed"]]
 
 

@@ -13,6 +13,7 @@ import torch
 
 import analyze as script
 import train
+from conftest import ROOT
 from data import UserError
 from model import GPT, GPTConfig, part_of
 
@@ -356,6 +357,12 @@ def test_a_claim_about_harm_is_shown_in_the_published_direction():
     cells = [c for c in script.table("quick") if c.column == "reversed_addition"]
     row = judged(cells, {"none": around(0.76, seed=1), "set, full": around(0.44, seed=2)})["set, whole model, hurts reversed addition"]
     assert re.match(r"7\d\.\d% -> 4\d\.\d%", row["measured"]) and row["verdict"] == "supported"
+
+
+def test_the_readme_shows_what_the_published_results_say():
+    found, readme = script.read_results(ROOT / "assets" / "results.jsonl.gz"), (ROOT / "README.md").read_text()
+    missing = [line for line in script.claims_lines(script.claims(found, script.seeds_in(found))) if line not in readme]
+    assert not missing, "the table of README.md is not that of assets/results.jsonl.gz"
 
 
 def test_holms_correction_is_over_all_rows_of_claims():
