@@ -763,7 +763,7 @@ def verdict_lines(name, entries):
             for line in list(dict.fromkeys(e["line"] for e in here))[1:]:
                 found = [shares(here, line)[seed] for seed in sorted(shares(here, line))]
                 reached, (mean, half) = [s for s in found if s < math.inf], interval([s for s in found if s < math.inf])
-                if found:
+                if found and sum(e["n"] > 0 for e in here if e["line"] == line) > 1:
                     lines.append(f"{column}: {line} reaches the loss of no warm-up with " + (
                         f"{mean:.0%} ± {half:.0%} of the text in {len(reached)} of {len(found)} seeds" if reached else
                         f"no less than all of the text in any of {len(found)} seeds"))
@@ -796,8 +796,9 @@ def pyplot():
 
 
 def draw_comparison(name, entries, path):
-    """The figure of an experiment: a heat map of `table`, lines where cells have an x, points with intervals elsewhere."""
+    """The figure of what an experiment has: a heat map of `table`, lines where cells differ in x, else points with intervals."""
     plt = pyplot()
+    entries = [e for e in entries if e["n"]]
     rows, columns = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("row", "column"))
     n = max(e["n"] for e in entries)
     if name == "table":
@@ -816,7 +817,7 @@ def draw_comparison(name, entries, path):
         figure.colorbar(image, label="gain over none (points)")
         axes.set_title(f"accuracy after each warm-up, mean of up to {n} seeds (*: p < 0.05 after Holm)", fontsize=10)
     else:
-        lines = name in XLABELS
+        lines = name in XLABELS and len({e["x"] for e in entries if e["line"]}) > 1
         figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns) + 1, 3.6) if lines else
                                     (2.6 + 2.8 * len(columns), 1.4 + 0.32 * len(rows)), squeeze=False, layout="constrained",
                                     sharey=not lines)
