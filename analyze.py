@@ -219,13 +219,16 @@ def on(column, budget, warmup="none", **more):
 
 
 def table(budget):
-    """Which warm-up helps which task, moved over as a whole or its attention alone."""
+    """Which warm-up helps which task, moved over as a whole or its attention alone. On recall also with fresh token
+    embeddings, where published runs start every row at the mean of the warm-up's."""
     warmups = ("dyck", "identity", "set", "eca") if budget == "quick" else PAPER_WARMUPS
     cells = []
     for task in TASKS[budget]:
         cells += [Cell("none", task, on(task, budget))]
         cells += [Cell(f"{warmup}, {parts}", task, on(task, budget, warmup, transfer=parts))
                   for warmup in warmups for parts in ("full", "attn")]
+    cells += [Cell(f"{warmup}, {parts}, fresh embeddings", TASKS[budget][0], on(TASKS[budget][0], budget, warmup, transfer=parts,
+              embeddings="random")) for warmup in warmups for parts in ("full", "attn")]
     return cells
 
 
@@ -889,15 +892,18 @@ def chosen(cells, pattern):
 def experiment(name, args):
     cells, results = chosen(EXPERIMENTS[name](args.budget), args.only), Path(args.results)
     if not args.show:
+        args.seeds = args.seeds or 3
         make_folder(results)
         STOPPING.clear()
         run_all(cells, args.seeds, results.resolve(), args.jobs, dict(device=args.device) if args.device else {})
-    entries = compare(cells, args.seeds, read_results(results))
+    found = read_results(results)
+    entries = compare(cells, args.seeds or seeds_in(found), found)
     if not any(entry["n"] for entry in entries):
         for line in table_lines(name, entries):
             print(line) if line.startswith("failed") else None
         raise UserError(f"no run of {name} is finished in {results}: leave --show out to run them")
-    write_comparison(name, args.budget, entries, make_folder(args.to or (results if results.is_dir() else results.parent)))
+    # beside a packed file lie the pictures of all of its results: those of a part go elsewhere
+    write_comparison(name, args.budget, entries, make_folder(args.to or (results if results.is_dir() else ".")))
 
 
 def make_folder(path):
@@ -1151,7 +1157,7 @@ def main():
             command.add_argument("--results", default="results", help="folder of the runs, or a packed file (default results)")
         if name not in ("curves", "pack"):
             fixed = name in EXPERIMENTS
-            command.add_argument("--seeds", type=int, default=3 if fixed else None, help="runs of each cell (default 3)" if fixed
+            command.add_argument("--seeds", type=int, help="runs of each cell (default 3; with --show all there are)" if fixed
                                  else "how many of the seeds count (default: all that were run)")
         if name not in ("curves", "pack", "claims"):
             command.add_argument("--to", help="folder for tables and figures (default: beside the results)")
