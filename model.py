@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import re
-import tempfile
+import secrets
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,8 +327,8 @@ def write_atomically(path, write):
     folder, name = os.path.split(os.path.abspath(path))
     scratch = None
     try:
-        handle, scratch = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-        with os.fdopen(handle, "wb") as file:
+        scratch = os.path.join(folder, f".{name}.{secrets.token_hex(4)}")
+        with open(scratch, "xb") as file:  # unlike tempfile's, as readable for others as any file here
             write(file)
             file.flush()
             os.fsync(file.fileno())

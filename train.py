@@ -70,10 +70,11 @@ class Settings:
     init: str | None = flag(None, "start from this saved warm-up and skip stage 1", "transfer")
     attn_from: str | None = flag(None, "weight mixture: take the attention from this checkpoint")
     mlp_from: str | None = flag(None, "weight mixture: take the MLPs from this checkpoint")
-    transfer: str = flag("full", "what moves over: full, or a list of attn, mlp, norm; all: the embeddings too, to go "
-                         "on from a model of the same vocabulary (its size, context and tokenizer are the default)")
+    transfer: str | None = flag(None, "what moves over: full, or a list of attn, mlp, norm (default attn before haystack, else "
+                                "full); all: the embeddings too, to go on from a model of the same vocabulary (its size, "
+                                "context and tokenizer are the default)")
     embeddings: str | None = flag(None, "token embeddings after transfer: random, mean (of the warm-up's rows), or "
-                                  "keep (same vocabulary; default mean on tasks, keep after text, else random)")
+                                  "keep (same vocabulary; default keep after text, else random)")
 
     preset: str | None = flag(None, "the settings of a published run: c4, codeparrot, deepmind_math, wikitext103, each "
                               "also with -350m and -1.3b; every other flag overrides", "data and model")
@@ -180,7 +181,8 @@ def check(s):
         raise UserError(f"--seed {s.seed} is not accepted: less than 2**32")
     if s.tflops is not None and not 0 < s.tflops < math.inf:
         raise UserError(f"--tflops {s.tflops} is not accepted: more than 0")
-    parse_parts(s.transfer)
+    if s.transfer:
+        parse_parts(s.transfer)
     if s.sharpen and (s.compile or s.recompute):
         raise UserError("--sharpen reads the attention's weights: it excludes --compile and --recompute")
     if s.transfer == "all" and not s.init:
@@ -271,13 +273,14 @@ def resolve(s):
     else:  # text on two CPU cores, in less than five minutes: the lowest loss of what was tried (ours)
         default = dict(size="tiny", batch_size=8, block_size=128, steps=3000, lr=2e-3, lr_ramp=100, warmup_steps=2000,
                        warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine", warmup_lr_ramp=200, eval_batches=40)
-    if task:
-        default |= dict(steps=10000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3, tied=False, embeddings="mean",
+    if task:  # published but for the embeddings: with every row at the mean, as published, few warm-ups help recall
+        default |= dict(steps=10000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3, tied=False, embeddings="random",
+                        transfer="attn" if task == "haystack" else "full",
                         eval_batches=-(-4000 // (s.batch_size or default["batch_size"])))
     else:
         default |= dict(min_lr=(default["lr"] if s.lr is None else s.lr) / 10, weight_decay=0.1, tied=True,
                         embeddings="keep" if s.warmup == "text" else "random")
-    default = dict(warmup_lr_schedule="constant", warmup_lr_ramp=0, eval_batches=20) | default
+    default = dict(warmup_lr_schedule="constant", warmup_lr_ramp=0, eval_batches=20, transfer="full") | default
     default |= dict(dtype="bfloat16" if cuda and (s.plan or torch.cuda.is_bf16_supported()) else "float32",
                     compile=cuda and not s.sharpen,
                     dropout=0.0, warmup_dropout=0.0, recompute=False, tokenizer=default_tokenizer(s.data))

@@ -58,7 +58,7 @@ def test_what_is_no_run_or_does_not_compare_is_refused(tmp_path, refused):
     assert "config.json" in refused(script, "curves", tmp_path)
     runs = [made_up_run(tmp_path / "a"), made_up_run(tmp_path / "b", data="docs")]
     assert "different data" in refused(script, "curves", *runs)
-    assert "no run in" in refused(script, "curves", "c4", "--results", tmp_path)
+    assert "no run there" in refused(script, "curves", "c4", "--results", tmp_path)
     assert "regular expression" in refused(script, "curves", "(", "--results", tmp_path)
     assert "no evaluation" in refused(script, "curves", made_up_run(tmp_path / "c", losses=()))
     refused(script, "curves", runs[0], "--picture", tmp_path / "no" / "folder.png")
@@ -295,7 +295,7 @@ def test_best_is_compared_with_best_and_with_the_luck_of_more_seeds():
 @pytest.mark.parametrize("none,dyck,learned,verdict", [
     ((0.10, 0.11, 0.12), (0.90, 0.95, 0.97), "learned", "supported"), ((0.9, 0.95, 0.97), (0.1, 0.12, 0.11), "learned", "contradicted"),
     ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), "learned", "undecided"), ((0.1, 0.11, 0.12), (0.9, 0.9, 0.9), "not learned", "supported (warm-up not learned)"),
-    ((0.9, 0.95, 0.97), (0.1, 0.12, 0.11), "not learned", "undecided (warm-up not learned)"),
+    ((0.9, 0.95, 0.97), (0.1, 0.12, 0.11), "not learned", "undecided: worse (warm-up not learned)"),
     ((0.1,), (0.9,), "learned", "undecided (one seed)"), ((0.1, 0.1), (), "learned", "undecided (not run)")])
 def test_verdicts_on_made_up_results_of_every_kind(none, dyck, learned, verdict):
     cells = [c for c in script.table("quick") if c.settings["data"].startswith("haystack")]
@@ -328,7 +328,7 @@ def test_a_claim_about_less_text_compares_less_with_all_and_names_the_share():
     assert row["verdict"] == "supported" and "are enough in 6 of 6 seeds" in row["measured"]
     values |= {c.row: around(5.0 - c.x, seed=i) for i, c in enumerate(cells) if c.line == "union"}
     row = judged(cells, values)["union with 85 % of the code beats none with all"]
-    assert row["verdict"] == "contradicted" and "all is not enough in 6 of 6 seeds" in row["measured"]
+    assert row["verdict"] == "contradicted" and "all of the text is not enough in 6 of 6 seeds" in row["measured"]
 
 
 @pytest.mark.parametrize("none,dyck,shuffled,verdict", [(0.1, 0.9, 0.1, "supported"), (0.3, 0.05, 0.01, "contradicted"),

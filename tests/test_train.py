@@ -371,12 +371,13 @@ def test_weight_mixtures_take_attention_and_mlps_from_two_checkpoints(settings, 
         assert torch.equal(mixed[name], {"attn": a, "mlp": b}.get(part_of(name), fresh)[name]), name
 
 
-def test_a_task_starts_with_mean_embeddings_and_published_settings(settings, tmp_path, monkeypatch):
+def test_a_task_has_published_settings_and_can_start_at_mean_embeddings(settings, tmp_path, monkeypatch):
     resolved = script.resolve(Settings(data="haystack", device="cpu"))
     assert (resolved.size, resolved.batch_size, resolved.steps, resolved.lr) == ("2_4_16", 1000, 10000, 1e-3)
-    assert (resolved.lr_ramp, resolved.weight_decay, resolved.tied, resolved.embeddings) == (500, 1e-3, False, "mean")
+    assert (resolved.lr_ramp, resolved.weight_decay, resolved.tied, resolved.embeddings) == (500, 1e-3, False, "random")
+    assert resolved.transfer == "attn" and script.resolve(Settings(data="sorting", device="cpu")).transfer == "full"
     assert script.resolve(Settings(data="multiplication", device="cpu")).size == "4_8_512"
-    start = first_weights(monkeypatch, settings(data="haystack:pairs=2", block_size=None))
+    start = first_weights(monkeypatch, settings(data="haystack:pairs=2", block_size=None, embeddings="mean"))
     mean = load(tmp_path / "run" / "warmup.pt")[0].wte.weight.mean(0)
     assert (start["wte.weight"] == mean).all() and (start["lm_head.weight"] == mean).all()
 
