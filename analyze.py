@@ -848,6 +848,7 @@ def draw_comparison(name, entries, path):
         axes.set_title(f"accuracy after each warm-up, mean of up to {n} seeds (*: p < 0.05 after Holm)", fontsize=10)
     else:
         lines = name in XLABELS and len({e["x"] for e in entries if e["line"]}) > 1
+        drawn = list(dict.fromkeys(e["line"] for e in entries if e["line"]))
         figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns) + 1, 3.6) if lines else
                                     (2.6 + 2.8 * len(columns), 1.4 + 0.32 * len(rows)), squeeze=False, layout="constrained",
                                     sharey=not lines)
@@ -858,10 +859,10 @@ def draw_comparison(name, entries, path):
             axis.set_title(column, fontsize=10)
             axis.grid(alpha=0.3)
             if lines:
-                for i, line in enumerate(dict.fromkeys(e["line"] for e in here if e["line"])):
-                    some = [e for e in here if e["line"] == line]
-                    axis.errorbar([e["x"] for e in some], [e["mean"] for e in some], yerr=half(some), marker="osv^D"[i % 5],
-                                  capsize=3, label=line)
+                for i, line in enumerate(drawn):  # a little beside each other, in the same colour everywhere
+                    if some := [e for e in here if e["line"] == line]:
+                        axis.errorbar([e["x"] * (1 + 0.006 * (i - len(drawn) / 2)) for e in some], [e["mean"] for e in some],
+                                      yerr=half(some), marker="osv^D"[i % 5], color=f"C{i}", capsize=3, label=line)
                 for e in here:
                     if not e["line"]:
                         axis.axhline(e["mean"], linestyle=":" if e["row"] == "none" else "-.", color="grey", label=e["row"])
