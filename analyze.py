@@ -97,11 +97,12 @@ def curves(runs, picture, metric=None, found=(), quiet=False):
         if settings.get("sharpen"):
             warmup += f", penalty {settings['sharpen']:g}"
         how = [settings["transfer"]] * (settings["transfer"] != "full") + ["mean embeddings"] * (settings.get("embeddings") == "mean")
+        how += [f"{key} {settings[key]}" for key in ("lm_head", "positions") if settings.get(key)]
         if warmup != "none" and how:
             warmup += f" ({', '.join(how)})"
         lines.append(f"{str(folder):32} {warmup:24} {settings['seed']:4} {last['tokens']:14,} {last['val_loss']:13.4f} "
                      f"{last['val_accuracy']:9.2%}")
-        alike = {key: value for key, value in settings.items() if key not in (*OPERATIONAL, "seed") and (
+        alike = {key: value for key, value in settings.items() if value is not None and key not in (*OPERATIONAL, "seed") and (
             settings["warmup_steps"] or not key.startswith("warmup_"))}  # without a warm-up of its own, what one would be is moot
         for key in ("init", "attn_from", "mlp_from"):  # each seed has a warm-up of its own
             path = re.sub(r"-[0-9a-f]{8}(-[^-]*\.init\.pt)$", r"\1", alike.get(key) or "")  # that hash is of the seed, too
@@ -238,7 +239,7 @@ def on(column, budget, warmup="none", **more):
     return settings | {"warmup": shuffled + spec, "transfer": "full"} | more
 
 
-EMBEDDINGS = ((dict(embeddings="mean"), ""), (dict(embeddings="random"), ", fresh embeddings"))  # of tasks
+EMBEDDINGS = ((dict(embeddings="mean"), ""), (dict(embeddings="random"), ", fresh embeddings"))  # of tasks; positions move
 
 
 def table(budget):
@@ -263,6 +264,21 @@ def transfer(budget):
         for warmup in warmups:
             cells += [Cell(f"{warmup}, {parts}", column, on(column, budget, warmup, transfer=parts))
                       for parts in ("full", "attn", "mlp", "norm")]
+    return cells
+
+
+def embeddings(budget):
+    """What stands in the way of a warm-up before recall: where token embeddings, output head and positions begin."""
+    column, cells = TASKS[budget][0], []
+    cells.append(Cell("none", column, on(column, budget)))
+    for warmup in ("dyck", "identity", "set"):
+        for parts in ("attn", "full"):
+            for words, start in (("all fresh but positions", dict(embeddings="random")),
+                                 ("input at the mean", dict(embeddings="mean", lm_head="random")),
+                                 ("head at the mean", dict(embeddings="random", lm_head="mean")),
+                                 ("both at the mean", dict(embeddings="mean")),
+                                 ("all fresh", dict(embeddings="random", positions="random"))):
+                cells.append(Cell(f"{warmup}, {parts}, {words}", column, on(column, budget, warmup, transfer=parts, **start)))
     return cells
 
 
@@ -383,7 +399,7 @@ def train_steps(column, budget):
     return TEXT["quick"]["steps"] if budget == "quick" else PRESETS[column]["steps"]
 
 
-EXPERIMENTS = {f.__name__: f for f in (table, transfer, controls, weights, heads, sharpen, length, mix, efficiency, grid, scale)}
+EXPERIMENTS = {f.__name__: f for f in (table, transfer, embeddings, controls, weights, heads, sharpen, length, mix, efficiency, grid, scale)}
 XLABELS = {"sharpen": "strength of the penalty", "length": "steps of warm-up", "mix": "share of set (the rest is union)",
            "efficiency": "share of the text", "grid": "learning rate"}
 
@@ -600,8 +616,10 @@ def runs_of(cells, seeds):
 
 def run_all(cells, seeds, results, jobs, more):
     """Every cell with every seed, `jobs` at a time; says after each how many are done and how long it may still take."""
-    runs = runs_of(cells, seeds)
-    left = [run for name, run in runs.items() if not finished(results / name)]
+    runs, packed = runs_of(cells, seeds), {}
+    for path in results.glob("*.jsonl.gz"):  # what was run elsewhere, or earlier
+        packed |= read_packed(path)
+    left = [run for name, run in runs.items() if "result" not in packed.get(name, {}) and not finished(results / name)]
     makers = {}  # of a seed's runs, first those of which each makes another warm-up: then none has to wait for one
     for cell, seed in left:
         for name in warmups_of(cell, seed):
@@ -635,19 +653,25 @@ def run_all(cells, seeds, results, jobs, more):
 # What they say
 
 
+def read_packed(path):
+    try:
+        with gzip.open(path, "rt") as file:
+            return {record.pop("name"): {**record} for record in map(json.loads, file)}
+    except (OSError, EOFError, zlib.error, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}; a file that analyze.py pack wrote is wanted") from None
+
+
 def read_results(where):
-    """{name: record} of all that is finished or failed in a folder of runs, or in the file that `pack` made of one.
+    """{name: record} of all that is finished or failed in a folder of runs and the packed files in it, or in one packed file.
 
     A record holds "result" (result.json), "log" (the evaluations), "learned" (of a warm-up), or "failed" (why)."""
     where, found = Path(where), {}
     if not where.exists() and where.name.endswith((".gz", ".jsonl")):
         raise UserError(f"there is no file {where}; a file that analyze.py pack wrote, or a folder of runs is wanted")
     if where.is_file():
-        try:
-            with gzip.open(where, "rt") as file:
-                return {record.pop("name"): {**record} for record in map(json.loads, file)}
-        except (OSError, EOFError, zlib.error, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {where}: {error}; a file that analyze.py pack wrote is wanted") from None
+        return read_packed(where)
+    for path in sorted(where.glob("*.jsonl.gz")):
+        found |= read_packed(path)
     for path in sorted(where.glob("*")):
         if path.name.endswith(".failed"):
             found.setdefault(path.name.removesuffix(".failed"), {"failed": path.read_text(errors="replace").strip()})

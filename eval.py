@@ -743,8 +743,8 @@ def add_to_json(c, findings):
 
 def known_tokenizer(config, state):
     """The tokenizer of a checkpoint; None if it does not say."""
-    if state.get("source"):
-        return state["source"]["tokenizer"]
+    if isinstance(state.get("source"), dict):
+        return state["source"].get("tokenizer")
     return "gpt2" if config.vocab_size in (50257, 50304) else None  # OpenAI's weights; nanoGPT pads them to 50304
 
 

@@ -290,13 +290,14 @@ def parse_parts(text):
 
 
 @torch.no_grad()
-def transfer(target, source, parts, embeddings="random"):
+def transfer(target, source, parts, embeddings="random", lm_head=None, positions=None):
     """Moves parts of one GPT into another of the same shape; what does not move stays as it is in `target`.
 
-    parts: a list of attn, mlp, norm. embeddings: what happens to the rows of wte and lm_head, whose vocabularies do not
-    match: "random" leaves them, "mean" starts each at the mean of the source's rows (paper, on algorithmic tasks),
-    "keep" copies them (same vocabulary; nanoGPT's may be padded to a multiple of 64). Position embeddings move where
-    the source's context is at least as long (paper). Raises UserError if the shapes differ."""
+    parts: a list of attn, mlp, norm. embeddings, lm_head (None: the same): what happens to the rows of wte and of the
+    output head, whose vocabularies do not match: "random" leaves them, "mean" starts each at the mean of the source's
+    rows, "keep" copies them (same vocabulary; nanoGPT's may be padded to a multiple of 64). positions: "moved" (or None) where
+    the source's context is at least as long, or "random". The published code has mean, mean and moved with the whole model,
+    random, random and random with parts of it (paper's implementation, on tasks). Raises UserError if the shapes differ."""
     a, b = target.config, source.config
     if (a.n_layer, a.n_embd, a.n_head) != (b.n_layer, b.n_embd, b.n_head):
         raise UserError(f"weights of a {b.n_layer}_{b.n_head}_{b.n_embd} model do not fit a "
@@ -305,16 +306,16 @@ def transfer(target, source, parts, embeddings="random"):
     for name, p in target.named_parameters():
         if part_of(name) in parts:
             p.copy_(theirs[name])
-    if b.block_size >= a.block_size:
+    if positions != "random" and b.block_size >= a.block_size:
         target.wpe.weight.copy_(source.wpe.weight[:a.block_size])
-    if embeddings == "mean":
-        target.wte.weight.copy_(source.wte.weight.mean(0).expand_as(target.wte.weight))
-        target.lm_head.weight.copy_(source.lm_head.weight.mean(0).expand_as(target.lm_head.weight))
-    elif embeddings == "keep":
-        if b.vocab_size not in (a.vocab_size, -(-a.vocab_size // 64) * 64):
-            raise UserError(f"a vocabulary of {b.vocab_size} tokens cannot be kept for one of {a.vocab_size}")
-        target.wte.weight.copy_(source.wte.weight[:a.vocab_size])
-        target.lm_head.weight.copy_(source.lm_head.weight[:a.vocab_size])
+    for rows, from_rows, start in ((target.wte.weight, source.wte.weight, embeddings),
+                                   (target.lm_head.weight, source.lm_head.weight, lm_head or embeddings)):
+        if start == "mean":
+            rows.copy_(from_rows.mean(0).expand_as(rows))
+        elif start == "keep":
+            if b.vocab_size not in (a.vocab_size, -(-a.vocab_size // 64) * 64):
+                raise UserError(f"a vocabulary of {b.vocab_size} tokens cannot be kept for one of {a.vocab_size}")
+            rows.copy_(from_rows[:a.vocab_size])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,9 @@ class Settings:
                                 "context and tokenizer are the default)")
     embeddings: str | None = flag(None, "token embeddings after transfer: random, mean (of the warm-up's rows), or "
                                   "keep (same vocabulary; default keep after text, else random)")
+    lm_head: str | None = flag(None, "the untied output head's rows after transfer, likewise (default: as --embeddings)")
+    positions: str | None = flag(None, "position embeddings after transfer: moved, where the warm-up's context is as long, "
+                                 "or random (default moved)")
 
     preset: str | None = flag(None, "the settings of a published run: c4, codeparrot, deepmind_math, wikitext103, each "
                               "also with -350m and -1.3b; every other flag overrides", "data and model")
@@ -144,7 +147,8 @@ AT_LEAST = {
     0: ("steps", "sharpen", "warmup_lr", "warmup_lr_ramp", "warmup_weight_decay", "warmup_dropout", "dropout", "lr", "lr_ramp",
         "min_lr", "weight_decay", "beta1", "beta2", "grad_clip", "seed")}
 CHOICES = {"warmup_lr_schedule": ("cosine", "linear", "constant"), "lr_schedule": ("cosine", "linear", "constant"),
-           "embeddings": ("random", "mean", "keep"), "dtype": ("float32", "bfloat16")}
+           "embeddings": ("random", "mean", "keep"), "lm_head": ("random", "mean", "keep"),
+           "positions": ("moved", "random"), "dtype": ("float32", "bfloat16")}
 
 
 def parse_arguments(argv):
@@ -728,9 +732,13 @@ def check_fit(s, source, val, warmup_source, longest):
     for name, a in (("data", source), ("data", val), ("warmup", warmup_source)):
         if a and not (a.batch(0, 64)[1] != -1).any():
             raise UserError(f"--{name} {a.name}: no token counts in rows of {a.block_size}: a longer --block_size is needed")
-    if warmup_source and s.embeddings == "keep" and warmup_source.vocab_size != source.vocab_size:
-        raise UserError(f"--embeddings keep needs one vocabulary: {s.warmup} has {warmup_source.vocab_size} tokens, "
-                        f"{s.data} has {source.vocab_size}")
+    for name in ("embeddings", "lm_head"):
+        if warmup_source and getattr(s, name) == "keep" and warmup_source.vocab_size != source.vocab_size:
+            raise UserError(f"--{name} keep needs one vocabulary: {s.warmup} has {warmup_source.vocab_size} tokens, "
+                            f"{s.data} has {source.vocab_size}")
+    if s.tied and s.lm_head not in (None, s.embeddings):
+        raise UserError(f"--lm_head {s.lm_head} is not accepted: the head shares its weight with the token embeddings "
+                        f"({s.embeddings}); --no-tied gives it its own")
     if warmup_source and longest and warmup_source.block_size > longest and not s.warmup_block_size:
         raise UserError(f"--warmup {s.warmup} makes sequences of {warmup_source.block_size} tokens, longer than "
                         f"--block_size {longest}: shorten them, or add --warmup_block_size {warmup_source.block_size}")
@@ -1180,7 +1188,7 @@ def stages_of(s):
                 if s.transfer == "all" and model.config.block_size < target.config.block_size:
                     raise UserError(f"{path} has positions for {model.config.block_size} tokens alone, and --block_size asks "
                                     f"for {target.config.block_size}: --transfer full starts them anew")
-                transfer(target, model, parts, s.embeddings)
+                transfer(target, model, parts, s.embeddings, s.lm_head, s.positions)
                 warmed = state if state.get("stage") == "warmup" else state.get("warmup", {})
                 facts["tokens"] += warmed.get("tokens", 0)
 
@@ -1229,7 +1237,7 @@ def stages_of(s):
                  "first_accuracy": start["accuracy"], "seconds": seconds,
                  "tokens": s.warmup_steps * s.warmup_batch_size * warmup_source.block_size}
         # Transfer
-        transfer(target, warm, parse_parts(s.transfer), s.embeddings)
+        transfer(target, warm, parse_parts(s.transfer), s.embeddings, s.lm_head, s.positions)
         warm, model, state = None, None, {}  # their memory is wanted now
 
     # Stage 2: continue (with --steps 0 the model is measured as it is)
@@ -1347,7 +1355,7 @@ def summarise(result, s, given):
                 f", {result['val_accuracy']:.2%} of answer tokens and {result['val_exact']:.2%} of answers right"))
     say(f"files      {s.out}: config.json, log.jsonl, ckpt.pt{', warmup.pt' * bool(s.warmup_steps)}, result.json "
         f"({clock(result['seconds'])})")
-    drop = ("out", "resume", "init", "transfer", "embeddings", "attn_from", "mlp_from")
+    drop = ("out", "resume", "init", "transfer", "embeddings", "lm_head", "positions", "attn_from", "mlp_from")
     other = {key: value for key, value in given.items() if key not in drop and not key.startswith("warmup")}
     other = {"warmup": "none" if spent["procedural"] else "dyck", **other}
     if s.transfer == "all":  # these came from the checkpoint

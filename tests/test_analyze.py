@@ -160,6 +160,12 @@ def test_a_sweep_runs_each_run_once_resumes_the_interrupted_and_shows_all(small,
     call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path / "all.jsonl.gz", "--show", "--to", tmp_path / "again")
     assert told.partition("\ntable: ")[0] in capsys.readouterr().out, "one file holds all that the tables need"
     assert (tmp_path / "again" / "table-quick.png").exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "all.jsonl.gz").rename(tmp_path / "elsewhere" / "earlier.jsonl.gz")
+    call(monkeypatch, *order[:-1], tmp_path / "elsewhere")
+    assert "2 done already, 0 to go" in capsys.readouterr().out, "a packed file in the folder is as good as its runs"
+    call(monkeypatch, "pack", tmp_path / "all.jsonl.gz", "--results", tmp_path / "elsewhere")
+    assert (tmp_path / "all.jsonl.gz").read_bytes() == (tmp_path / "elsewhere" / "earlier.jsonl.gz").read_bytes()
 
 
 def test_a_run_that_fails_is_listed_and_the_others_go_on(in_process, prose, tmp_path, monkeypatch, capsys):

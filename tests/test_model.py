@@ -144,6 +144,18 @@ def test_mean_embeddings_start_every_row_at_the_mean_of_the_sources():
     assert (target.wte.weight == mean).all() and (target.lm_head.weight == mean).all()
 
 
+def test_input_rows_the_heads_rows_and_positions_begin_each_as_told():
+    source, target = scrambled(1, vocab_size=30), scrambled(2, tied=False)
+    before, mean = {name: p.clone() for name, p in target.named_parameters()}, source.wte.weight.mean(0)
+    transfer(target, source, (), "mean", "random", "random")
+    assert (target.wte.weight == mean).all()
+    assert torch.equal(target.lm_head.weight, before["lm_head.weight"]) and torch.equal(target.wpe.weight, before["wpe.weight"])
+    target = scrambled(2, tied=False)
+    transfer(target, source, (), "random", "mean", "moved")
+    assert torch.equal(target.wte.weight, before["wte.weight"]) and (target.lm_head.weight == mean).all()
+    assert torch.equal(target.wpe.weight, source.wpe.weight)
+
+
 def test_kept_embeddings_need_the_same_vocabulary():
     source, target = scrambled(1), scrambled(2)
     transfer(target, source, ("attn", "mlp", "norm"), "keep")

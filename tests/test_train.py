@@ -380,6 +380,11 @@ def test_a_task_has_published_settings_and_can_start_at_mean_embeddings(settings
     start = first_weights(monkeypatch, settings(data="haystack:pairs=2", block_size=None, embeddings="mean"))
     mean = load(tmp_path / "run" / "warmup.pt")[0].wte.weight.mean(0)
     assert (start["wte.weight"] == mean).all() and (start["lm_head.weight"] == mean).all()
+    fresh = first_weights(monkeypatch, settings("none", data="haystack:pairs=2", block_size=None, warmup="none"))
+    start = first_weights(monkeypatch, settings("head", data="haystack:pairs=2", block_size=None, embeddings="mean",
+                                                lm_head="random", positions="random"))
+    assert torch.equal(start["lm_head.weight"], fresh["lm_head.weight"]) and torch.equal(start["wpe.weight"], fresh["wpe.weight"])
+    assert (start["wte.weight"] == load(tmp_path / "head" / "warmup.pt")[0].wte.weight.mean(0)).all()
 
 
 def test_the_text_warm_up_spends_as_many_tokens_on_the_same_corpus_and_keeps_its_embeddings(settings, tmp_path, monkeypatch):
@@ -635,7 +640,7 @@ def test_help_lists_every_setting_with_its_meaning(script):
     dict(seed=-1), dict(seed=2 ** 32), dict(batch_size=9, grad_accum=2), dict(warmup_batch_size=9, grad_accum=2), dict(warmup="set:length=40"),
     dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
     dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True), dict(warmup="eca", warmup_curriculum=True),
-    dict(embeddings="keep"), dict(preset="c5"), dict(preset="c4", data="haystack"), dict(tokens=5), dict(warmup_tokens=5),
+    dict(embeddings="keep"), dict(lm_head="mean"), dict(lm_head="zero"), dict(positions="keep"), dict(preset="c5"), dict(preset="c4", data="haystack"), dict(tokens=5), dict(warmup_tokens=5),
     dict(transfer="all"), dict(tflops=0), dict(warmup_tokens="many", warmup_steps=None), dict(data="c4")])
 def test_bad_settings_are_refused_and_nothing_is_written(bad, refused, prose, tmp_path):
     settings = {**SMALL, "data": prose, "out": tmp_path / "run", **bad}
