@@ -70,7 +70,7 @@ def runs_named(patterns, found):
 
 
 def taken_up(settings, found):
-    """Which warm-up a run takes up, in words: its spec, or the name of its folder, and what was done to it."""
+    """Which warm-up a run takes up, in words: its spec, or the name of its folder or file, and what was done to it."""
     words = []
     for path in (settings[key] for key in ("init", "attn_from", "mlp_from") if settings.get(key)):
         folder = Path(path).parent.name
@@ -79,44 +79,65 @@ def taken_up(settings, found):
         elif folder in found:
             words.append(found[folder]["result"]["settings"]["warmup"])
         else:
-            words.append(re.sub(r"^warmup-|-s\d+-[0-9a-f]{8}$", "", folder if path.endswith(".pt") else path))
+            words.append(re.sub(r"^warmup-|-s\d+-[0-9a-f]{8}$", "", folder) or Path(path).stem)
     return " + ".join(words) or settings["warmup"]
 
 
-def curves(runs, picture, metric=None, found=(), quiet=False):
-    """Held-out loss or accuracy against the training stage's tokens, for runs [(name, settings, points)]. Runs that differ
-    in the seed alone are one line, the mean, among a thin one for each. Prints the last values of every run too."""
-    plt = pyplot()
+HOW = ("transfer", "embeddings", "lm_head", "positions")  # how a warm-up is taken up: without one these are moot
+
+
+def warmed(settings):
+    """Whether a run has a warm-up, its own or another's."""
+    return settings["warmup"] != "none" or any(settings.get(key) for key in ("init", "attn_from", "mlp_from"))
+
+
+def label(settings, found):
+    """What a run differs from others by: its warm-up, how that was taken up, a penalty."""
+    how = [settings["transfer"]] * (settings["transfer"] != "full") + ["mean embeddings"] * (settings.get("embeddings") == "mean")
+    how += [f"{key} {settings[key]}" for key in ("lm_head", "positions") if settings.get(key)]
+    penalty = f", penalty {settings['sharpen']:g}" if settings.get("sharpen") else ""
+    return taken_up(settings, found) + penalty + f" ({', '.join(how)})" * bool(warmed(settings) and how)
+
+
+def same_but_seed(settings):
+    """A key that runs share which differ in the seed alone."""
+    moot = {*OPERATIONAL, "seed"} | set(() if warmed(settings) else HOW)
+    alike = {key: value for key, value in settings.items() if value is not None and key not in moot
+             and (settings["warmup_steps"] or not key.startswith("warmup_"))}
+    for key in ("init", "attn_from", "mlp_from"):  # each seed has a warm-up of its own
+        path = re.sub(r"-[0-9a-f]{8}(-[^-]*\.init\.pt)$", r"\1", alike.get(key, ""))  # that hash is of the seed, too
+        alike[key] = re.sub(r"-s\d+(?=[-/.]|$)", "", path)
+    return json.dumps(alike, sort_keys=True)
+
+
+def print_runs(runs, found=()):
+    """The last values of every run."""
+    print(f"{'run':32} {'warm-up':24} {'seed':>4} {'tokens':>14} {'held-out loss':>13} {'accuracy':>9}")
+    for folder, settings, points in runs:
+        last = points[-1]
+        print(f"{str(folder):32} {label(settings, found):24} {settings['seed']:4} {last['tokens']:14,} {last['val_loss']:13.4f} "
+              f"{last['val_accuracy']:9.2%}")
+
+
+def curves(runs, picture, metric=None, found=()):
+    """Draws held-out loss or accuracy against the training stage's tokens, for runs [(name, settings, points)]. Runs that
+    differ in the seed alone are one line, the mean, among a thin one for each."""
     if len(data := {settings["data"] for _, settings, _ in runs}) > 1:
         raise UserError(f"these runs are on different data, so they do not compare: {', '.join(sorted(data))}")
-    name, groups = data.pop(), {}
+    plt, name, groups = pyplot(), data.pop(), {}
     metric = metric or ("accuracy" if Path(name).parts and kind_of(name) == "task" else "loss")
-    lines = [f"{'run':32} {'warm-up':24} {'seed':>4} {'tokens':>14} {'held-out loss':>13} {'accuracy':>9}"]
-    for folder, settings, points in runs:
-        last, warmup = points[-1], taken_up(settings, found)
-        if settings.get("sharpen"):
-            warmup += f", penalty {settings['sharpen']:g}"
-        how = [settings["transfer"]] * (settings["transfer"] != "full") + ["mean embeddings"] * (settings.get("embeddings") == "mean")
-        how += [f"{key} {settings[key]}" for key in ("lm_head", "positions") if settings.get(key)]
-        if warmup != "none" and how:
-            warmup += f" ({', '.join(how)})"
-        lines.append(f"{str(folder):32} {warmup:24} {settings['seed']:4} {last['tokens']:14,} {last['val_loss']:13.4f} "
-                     f"{last['val_accuracy']:9.2%}")
-        alike = {key: value for key, value in settings.items() if value is not None and key not in (*OPERATIONAL, "seed") and (
-            settings["warmup_steps"] or not key.startswith("warmup_"))}  # without a warm-up of its own, what one would be is moot
-        for key in ("init", "attn_from", "mlp_from"):  # each seed has a warm-up of its own
-            path = re.sub(r"-[0-9a-f]{8}(-[^-]*\.init\.pt)$", r"\1", alike.get(key) or "")  # that hash is of the seed, too
-            alike[key] = re.sub(r"-s\d+(?=[-/.]|$)", "", path)
-        groups.setdefault(json.dumps(alike, sort_keys=True), []).append((warmup, settings["seed"], points))
+    for _, settings, points in runs:
+        groups.setdefault(same_but_seed(settings), []).append((settings, points))
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     for i, group in enumerate(groups.values()):
         # The untrained model's loss would flatten the picture, so the first evaluation is left out.
-        values = [{p["tokens"]: p[f"val_{metric}"] for p in points if p["step"] or len(points) == 1} for _, _, points in group]
+        values = [{p["tokens"]: p[f"val_{metric}"] for p in points if p["step"] or len(points) == 1} for _, points in group]
         tokens = sorted(set(values[0]).intersection(*values))
         matrix = np.array([[value[x] for x in tokens] for value in values])
-        seeds = f"seed {group[0][1]}" if len(group) == 1 else f"mean of {len(group)} seeds"
+        settings = group[0][0]
+        seeds = f"seed {settings['seed']}" if len(group) == 1 else f"mean of {len(group)} seeds"
         line, = axes.plot(tokens, matrix.mean(0), marker="osv^D"[i % 5], linestyle=("-", "--", ":", "-.")[i % 4],
-                          label=f"warm-up {group[0][0]}, {seeds}")
+                          label=f"warm-up {label(settings, found)}, {seeds}")
         for each in matrix if len(group) > 1 else ():
             axes.plot(tokens, each, color=line.get_color(), alpha=0.3, linewidth=0.8)
     axes.set(xlabel="tokens of training after the warm-up", title=f"{name}: {len(runs)} run{'s' * (len(runs) > 1)}",
@@ -124,14 +145,26 @@ def curves(runs, picture, metric=None, found=(), quiet=False):
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize=8)
+    keep_figure(figure, picture)
+
+
+def keep_figure(figure, path):
     try:
-        figure.savefig(picture, dpi=150)
+        figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {picture}: {error}") from None
+        raise UserError(f"cannot write {path}: {error}") from None
     finally:
-        plt.close(figure)
-    if not quiet:
-        print("\n".join([*lines, f"picture: {picture}"]))
+        pyplot().close(figure)
+
+
+def pyplot():
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        return plt
+    except ImportError as error:
+        raise UserError(f"a picture needs matplotlib: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,7 +272,7 @@ def on(column, budget, warmup="none", **more):
     return settings | {"warmup": shuffled + spec, "transfer": "full"} | more
 
 
-EMBEDDINGS = ((dict(embeddings="mean"), ""), (dict(embeddings="random"), ", fresh embeddings"))  # of tasks; positions move
+STARTS = ((dict(embeddings="mean"), ""), (dict(embeddings="random"), ", fresh embeddings"))  # of tasks; positions move
 
 
 def table(budget):
@@ -250,7 +283,7 @@ def table(budget):
     for task in TASKS[budget]:
         cells += [Cell("none", task, on(task, budget))]
         cells += [Cell(f"{warmup}, {parts}{ending}", task, on(task, budget, warmup, transfer=parts, **start))
-                  for start, ending in EMBEDDINGS for warmup in warmups for parts in ("full", "attn")]
+                  for start, ending in STARTS for warmup in warmups for parts in ("full", "attn")]
     return cells
 
 
@@ -269,8 +302,8 @@ def transfer(budget):
 
 def embeddings(budget):
     """What stands in the way of a warm-up before recall: where token embeddings, output head and positions begin."""
-    column, cells = TASKS[budget][0], []
-    cells.append(Cell("none", column, on(column, budget)))
+    column = TASKS[budget][0]
+    cells = [Cell("none", column, on(column, budget))]
     for warmup in ("dyck", "identity", "set"):
         for parts in ("attn", "full"):
             for words, start in (("all fresh but positions", dict(embeddings="random")),
@@ -294,7 +327,11 @@ def controls(budget):
         steps = on(column, budget).get("steps", 10_000)
         cells += [Cell(f"none, ramp of {share}", column, on(column, budget, lr_ramp=round(steps * share)))
                   for share in (0.05, 0.2)]
-        if not task:  # as many tokens as dyck has (what train.py has as default for the presets)
+        if task:
+            rate = TASK[budget].get("lr", 1e-3)
+            cells += [Cell(f"none, {times} times the rate", column, on(column, budget, lr=times * rate)) for times in (2, 4)]
+            cells += [Cell("none, 4 times the steps", column, on(column, budget, steps=4 * steps))]
+        else:  # as many tokens as dyck has (what train.py has as default for the presets)
             cells.append(Cell("text", column, on(column, budget, "text")))
     return cells
 
@@ -355,7 +392,7 @@ def mix(budget):
         plain = on(column, budget)
         if column in TASKS[budget]:
             cells.append(Cell("none", column, plain))
-        for start, ending in EMBEDDINGS if column in TASKS[budget] else [({}, "")]:
+        for start, ending in STARTS if column in TASKS[budget] else [({}, "")]:
             for warmup in ("set", "eca"):
                 for parts in ("full", "attn", "mlp"):
                     cells.append(Cell(f"{warmup}, {parts}{ending}", column, on(column, budget, warmup, transfer=parts, **start)))
@@ -366,15 +403,28 @@ def mix(budget):
     return cells
 
 
+TEXT_WARMUPS = ("none", "text", "set", "union", "sort", "dyck", "dyck_shuffle", "eca")
+
+
 def efficiency(budget):
     """How much less text does it take: the same steps (additive), and fewer steps until the baseline's loss (substitutive)."""
     cells = []
     for column in DOMAINS[budget]:
         steps = train_steps(column, budget)
-        for warmup in ("none", "text", "set", "union", "sort", "dyck", "dyck_shuffle", "eca"):
+        for warmup in TEXT_WARMUPS:
             shares = (1.0, 0.85, 0.7, 0.55) if warmup in ("set", "union") else (1.0,)
             cells += [Cell(f"{warmup}, {share:.0%} of the text", column, line=warmup, x=share, settings=on(
                 column, budget, warmup, steps=round(steps * share))) for share in shares]
+    return cells
+
+
+def tuned(budget):
+    """As efficiency, with all of the text, for a baseline that is well tuned: twice the learning rate, and a ramp to it."""
+    cells = []
+    for column in DOMAINS[budget]:
+        rate, steps = TEXT["quick"]["lr"] if budget == "quick" else PRESETS[column]["lr"], train_steps(column, budget)
+        cells += [Cell(warmup, column, on(column, budget, warmup, lr=2 * rate, weight_decay=0.1, lr_ramp=steps // 20))
+                  for warmup in TEXT_WARMUPS]
     return cells
 
 
@@ -399,7 +449,8 @@ def train_steps(column, budget):
     return TEXT["quick"]["steps"] if budget == "quick" else PRESETS[column]["steps"]
 
 
-EXPERIMENTS = {f.__name__: f for f in (table, transfer, embeddings, controls, weights, heads, sharpen, length, mix, efficiency, grid, scale)}
+EXPERIMENTS = {f.__name__: f for f in (table, transfer, embeddings, controls, weights, heads, sharpen, length, mix, efficiency,
+                                       tuned, grid, scale)}
 XLABELS = {"sharpen": "strength of the penalty", "length": "steps of warm-up", "mix": "share of set (the rest is union)",
            "efficiency": "share of the text", "grid": "learning rate"}
 
@@ -616,10 +667,8 @@ def runs_of(cells, seeds):
 
 def run_all(cells, seeds, results, jobs, more):
     """Every cell with every seed, `jobs` at a time; says after each how many are done and how long it may still take."""
-    runs, packed = runs_of(cells, seeds), {}
-    for path in results.glob("*.jsonl.gz"):  # what was run elsewhere, or earlier
-        packed |= read_packed(path)
-    left = [run for name, run in runs.items() if "result" not in packed.get(name, {}) and not finished(results / name)]
+    runs, found = runs_of(cells, seeds), read_results(results)
+    left = [run for name, run in runs.items() if "result" not in found.get(name, {}) and not finished(results / name)]
     makers = {}  # of a seed's runs, first those of which each makes another warm-up: then none has to wait for one
     for cell, seed in left:
         for name in warmups_of(cell, seed):
@@ -654,37 +703,53 @@ def run_all(cells, seeds, results, jobs, more):
 
 
 def read_packed(path):
+    """{name: record} of a file that `pack` made."""
     try:
         with gzip.open(path, "rt") as file:
-            return {record.pop("name"): {**record} for record in map(json.loads, file)}
+            found = {record.pop("name"): {**record} for record in map(json.loads, file)}
+        for record in found.values():  # what every reader asks for is there
+            if "failed" not in record:
+                record["result"]["settings"]["seed"], record["result"]["tokens"]["procedural"]
+            [(point["step"], point["tokens"], point["val_loss"], point["val_accuracy"]) for point in record.get("log", ())]
+        return found
     except (OSError, EOFError, zlib.error, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}; a file that analyze.py pack wrote is wanted") from None
+        raise UserError(f"cannot read {path}: {error!r}; a file that analyze.py pack wrote is wanted") from None
+
+
+def read_folder(path):
+    """The record of one run that has a result.json."""
+    try:
+        record = {"result": read_json(path / "result.json", "settings", "val_loss", "val_accuracy", "tokens")}
+    except UserError as error:
+        return {"failed": f"{error}; without that file the run is resumed"}
+    with contextlib.suppress(UserError):
+        record["log"] = read_run(path)[1]
+    with contextlib.suppress(OSError, ValueError):
+        record["learned"] = dict(json.loads((path / "learned.json").read_text()))
+    return record
 
 
 def read_results(where):
     """{name: record} of all that is finished or failed in a folder of runs and the packed files in it, or in one packed file.
 
-    A record holds "result" (result.json), "log" (the evaluations), "learned" (of a warm-up), or "failed" (why)."""
+    A record holds "result" (result.json), "log" (the evaluations), "learned" (of a warm-up), or "failed" (why). Of the same
+    run a result counts more than a failure, a folder's more than a packed one."""
     where, found = Path(where), {}
     if not where.exists() and where.name.endswith((".gz", ".jsonl")):
         raise UserError(f"there is no file {where}; a file that analyze.py pack wrote, or a folder of runs is wanted")
     if where.is_file():
         return read_packed(where)
-    for path in sorted(where.glob("*.jsonl.gz")):
-        found |= read_packed(path)
+    records = [pair for path in sorted(where.glob("*.jsonl.gz")) for pair in read_packed(path).items()]
     for path in sorted(where.glob("*")):
         if path.name.endswith(".failed"):
-            found.setdefault(path.name.removesuffix(".failed"), {"failed": path.read_text(errors="replace").strip()})
+            records.append((path.name.removesuffix(".failed"), {"failed": path.read_text(errors="replace").strip()}))
         elif (path / "result.json").exists():
-            try:
-                found[path.name] = {"result": read_json(path / "result.json", "settings", "val_loss", "val_accuracy", "tokens")}
-            except UserError as error:
-                found[path.name] = {"failed": f"{error}; without that file the run is resumed"}
-                continue
-            with contextlib.suppress(UserError):
-                found[path.name]["log"] = read_run(path)[1]
-            with contextlib.suppress(OSError, ValueError):
-                found[path.name]["learned"] = dict(json.loads((path / "learned.json").read_text()))
+            records.append((path.name, read_folder(path)))
+    for name, record in records:
+        if "result" in record:
+            found[name] = {key: value for key, value in {**found.get(name, {}), **record}.items() if key != "failed"}
+        else:
+            found.setdefault(name, record)
     return found
 
 
@@ -715,16 +780,19 @@ def compare(cells, seeds, found):
     entries, first = [], {}
     for cell in cells:
         task = "preset" not in cell.settings and kind_of(cell.settings["data"]) == "task"
-        metric, values, failed, spent, early = "accuracy" if task else "loss", {}, [], [], []
+        metric, values, measure, failed, spent, early = "accuracy" if task else "loss", {}, {}, [], [], []
         for seed in range(seeds * cell.times):
             record = found.get(name_of(cell, seed), {})
             if "result" in record:
                 values[seed] = record["result"]["val_accuracy" if task else "val_loss"]
+                measure[seed] = record["result"]["settings"].get("eval_batches")
                 spent.append(record["result"]["tokens"]["procedural"] / max(1, record["result"]["tokens"]["semantic"]))
                 early += [point[f"val_{metric}"] for point in record.get("log", ())[1:2]]
             elif "failed" in record:
                 failed.append((seed, record["failed"]))
-        base = first.setdefault(cell.column, values)
+        base, base_measure = first.setdefault(cell.column, (values, measure))
+        if base is not values:  # what was measured on other held-out rows does not compare
+            values = {s: value for s, value in values.items() if measure[s] == base_measure.get(s, measure[s])}
         gains = {} if base is values else {s: (values[s] - base[s]) * (1 if task else -1) for s in values if s in base}
         (mean, half), (gain, gain_half) = interval(list(values.values())), interval(list(gains.values()))
         entries.append({"row": cell.row, "column": cell.column, "metric": metric, "n": len(values), "mean": mean, "half": half,
@@ -838,80 +906,77 @@ def best_against_best(entries):
             f"warm-ups learned: {gate(warm) or 'no gate'}"]
 
 
-def pyplot():
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        return plt
-    except ImportError as error:
-        raise UserError(f"a picture needs matplotlib: {error}") from None
-
-
 def draw_comparison(name, entries, path):
     """The figure of what an experiment has: a heat map of `table`, lines where cells differ in x, else points with intervals."""
-    plt = pyplot()
     compared = {e["column"] for e in entries if e["pairs"]}  # a baseline alone is no picture
     entries = [e for e in entries if e["n"] and (e["column"] in compared or not compared)]
     rows, columns = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("row", "column"))
-    n = max(e["n"] for e in entries)
+    n, lines = max(e["n"] for e in entries), name in XLABELS and len({e["x"] for e in entries if e["line"]}) > 1
+    size = ((3 + 1.5 * len(columns), 1.5 + 0.42 * len(rows)) if name == "table" else (4 * len(columns) + 1, 3.6) if lines else
+            (2.6 + 2.8 * len(columns), 1.4 + 0.32 * len(rows)))
+    figure, axes = pyplot().subplots(1, 1 if name == "table" else len(columns), figsize=size, squeeze=False,
+                                     layout="constrained", sharey=not lines)
     if name == "table":
-        figure, axes = plt.subplots(figsize=(3 + 1.5 * len(columns), 1.5 + 0.42 * len(rows)), layout="constrained")
-        gains = np.array([[next((e["gain"] if e["pairs"] else 0.0 for e in entries if (e["row"], e["column"]) == (row, column)
-                                 and e["n"]), math.nan) for column in columns] for row in rows]) * 100
-        limit = np.nanmax(np.abs(gains)) or 1
-        image = axes.imshow(gains, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        for e in entries:
-            i, j = rows.index(e["row"]), columns.index(e["column"])
-            if e["n"]:
-                axes.text(j, i, f"{show(e, e['mean'])}" + "*" * bool(e["p_holm"] < 0.05), ha="center", va="center", fontsize=9,
-                          color="white" if abs(gains[i, j]) > 0.6 * limit else "black")
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_yticks(range(len(rows)), rows)
-        figure.colorbar(image, label="gain over none (points)")
-        axes.set_title(f"accuracy after each warm-up, mean of up to {n} seeds (*: p < 0.05 after Holm)", fontsize=10)
-    else:
-        lines = name in XLABELS and len({e["x"] for e in entries if e["line"]}) > 1
-        drawn = list(dict.fromkeys(e["line"] for e in entries if e["line"]))
-        figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns) + 1, 3.6) if lines else
-                                    (2.6 + 2.8 * len(columns), 1.4 + 0.32 * len(rows)), squeeze=False, layout="constrained",
-                                    sharey=not lines)
-        for axis, column in zip(axes[0], columns):
-            here = [e for e in entries if e["column"] == column and e["n"]]
-            label = "held-out loss (nats per token)" if any(e["metric"] == "loss" for e in here) else "accuracy"
-            half = lambda some: [0 if math.isnan(e["half"]) else e["half"] for e in some]
-            axis.set_title(column, fontsize=10)
-            axis.grid(alpha=0.3)
-            if lines:
-                for i, line in enumerate(drawn):  # a little beside each other, in the same colour everywhere
-                    if some := [e for e in here if e["line"] == line]:
-                        axis.errorbar([e["x"] * (1 + 0.006 * (i - len(drawn) / 2)) for e in some], [e["mean"] for e in some],
-                                      yerr=half(some), marker="osv^D"[i % 5], color=f"C{i}", capsize=3, label=line)
-                for e in here:
-                    if not e["line"]:
-                        axis.axhline(e["mean"], linestyle=":" if e["row"] == "none" else "-.", color="grey", label=e["row"])
-                axis.set(xlabel=XLABELS[name], ylabel=label)
-                if name in ("length", "grid"):
-                    axis.set_xscale("log")
-                if axis.get_legend_handles_labels()[0]:
-                    axis.legend(fontsize=7)
-            else:
-                axis.errorbar([e["mean"] for e in here], [rows.index(e["row"]) for e in here], xerr=half(here), fmt="o",
-                              color="black", capsize=3)
-                if here and here[0]["row"] == rows[0]:
-                    axis.axvline(here[0]["mean"], color="grey", linestyle=":")
-                axis.set(xlabel=label)
-                if here[0]["metric"] == "accuracy":
-                    axis.set_xlim(-0.03, 1.03)
-                axis.set_yticks(range(len(rows)), [row.removesuffix(f", {ALL}") for row in rows])
-                axis.set_ylim(len(rows) - 0.5, -0.5)
-        figure.supxlabel(f"{name}: mean and 95 % interval over up to {n} seeds" + "; dotted: none" * (not lines), fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-    finally:
-        plt.close(figure)
+        figure.colorbar(draw_heat_map(axes[0, 0], entries, rows, columns), label="gain over none (points)")
+        axes[0, 0].set_title(f"accuracy after each warm-up, mean of up to {n} seeds (*: p < 0.05 after Holm)", fontsize=10)
+        return keep_figure(figure, path)
+    drawn = list(dict.fromkeys(e["line"] for e in entries if e["line"]))
+    for axis, column in zip(axes[0], columns):
+        here = [e for e in entries if e["column"] == column]
+        value = "held-out loss (nats per token)" if here[0]["metric"] == "loss" else "accuracy"
+        axis.set_title(column, fontsize=10)
+        axis.grid(alpha=0.3)
+        if lines:
+            draw_lines(axis, here, drawn, log=name in ("length", "grid"))
+            axis.set(xlabel=XLABELS[name], ylabel=value)
+        else:
+            draw_points(axis, here, rows)
+            axis.set(xlabel=value)
+    figure.supxlabel(f"{name}: mean and 95 % interval over up to {n} seeds" + "; dotted: none" * (not lines), fontsize=8)
+    keep_figure(figure, path)
+
+
+def draw_heat_map(axis, entries, rows, columns):
+    gains = np.full((len(rows), len(columns)), math.nan)
+    for e in entries:
+        gains[rows.index(e["row"]), columns.index(e["column"])] = e["gain"] * 100 if e["pairs"] else 0.0
+    limit = np.nanmax(np.abs(gains)) or 1
+    for e in entries:
+        i, j = rows.index(e["row"]), columns.index(e["column"])
+        axis.text(j, i, show(e, e["mean"]) + "*" * bool(e["p_holm"] < 0.05), ha="center", va="center", fontsize=9,
+                  color="white" if abs(gains[i, j]) > 0.6 * limit else "black")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    return axis.imshow(gains, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+
+
+def half_widths(entries):
+    return [0 if math.isnan(e["half"]) else e["half"] for e in entries]
+
+
+def draw_lines(axis, entries, drawn, log):
+    if log:
+        axis.set_xscale("log")
+    for i, line in enumerate(drawn):  # a little beside each other, in the same colour everywhere
+        if some := [e for e in entries if e["line"] == line]:
+            shift = 0.006 * (i - (len(drawn) - 1) / 2)
+            axis.errorbar([e["x"] * (1 + shift) for e in some], [e["mean"] for e in some], yerr=half_widths(some),
+                          marker="osv^D"[i % 5], color=f"C{i}", capsize=3, label=line)
+    for e in entries:
+        if not e["line"]:
+            axis.axhline(e["mean"], linestyle=":" if e["row"] == "none" else "-.", color="grey", label=e["row"])
+    axis.legend(fontsize=7)
+
+
+def draw_points(axis, entries, rows):
+    axis.errorbar([e["mean"] for e in entries], [rows.index(e["row"]) for e in entries], xerr=half_widths(entries), fmt="o",
+                  color="black", capsize=3)
+    if entries[0]["row"] == rows[0]:
+        axis.axvline(entries[0]["mean"], color="grey", linestyle=":")
+    if entries[0]["metric"] == "accuracy":
+        axis.set_xlim(-0.03, 1.03)
+    axis.set_yticks(range(len(rows)), [row.removesuffix(f", {ALL}") for row in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
 
 
 CAPTION = ("Mean ± 95 % interval (Student's t) over n seeds; gain over the first row of the column, paired by seed; p of the "
@@ -996,12 +1061,20 @@ CLAIMS = [
     Claim("union helps multiplication", "42.7 -> 63.5 %", "table", "multiplication", "union, .*", "none"),
     Claim("identity's attention helps recall", "11.3 -> 99.0 %", "table", "haystack", "identity, attn.*", "none"),
     Claim("set's attention helps recall", "11.3 -> 88.9 %", "table", "haystack", "set, attn.*", "none"),
+    # As published: attention with fresh token embeddings, the whole model with mean ones. And both with fresh ones.
     Claim("identity's attention alone beats the whole model (recall)", "18.8 -> 99.0 %", "table", "haystack",
-          "identity, attn.*", "identity, full.*"),
-    Claim("set's attention alone beats the whole model (recall)", "18.9 -> 88.9 %", "table", "haystack", "set, attn.*", "set, full.*"),
+          "identity, attn, fresh embeddings", "identity, full"),
+    Claim("set's attention alone beats the whole model (recall)", "18.9 -> 88.9 %", "table", "haystack",
+          "set, attn, fresh embeddings", "set, full"),
+    Claim("the same for identity, both with fresh embeddings", "not published", "table", "haystack",
+          "identity, attn, fresh embeddings", "identity, full, fresh embeddings"),
+    Claim("the same for set, both with fresh embeddings", "not published", "table", "haystack",
+          "set, attn, fresh embeddings", "set, full, fresh embeddings"),
     Claim("set, whole model, hurts reversed addition", "76.4 -> 44.6 %", "table", "reversed_addition", "none", "set, full"),
     Claim("stack, whole model, hurts reversed addition", "76.4 -> 34.9 %", "table", "reversed_addition", "none", "stack, full"),
     Claim("Dyck helps recall, and more than shuffled Dyck", "10.3 -> 96.9 %", "controls", "haystack", "dyck", "shuffled:dyck", "none"),
+    Claim("Dyck helps recall more than other rates, ramps or four times the steps", "not published", "controls", "haystack",
+          "dyck", "none, .*", "none"),
     Claim("identity helps recall, and more than shuffled identity", "gain gone", "controls", "haystack", "identity",
           "shuffled:identity", "none"),
     Claim("set helps recall, and more than shuffled set", "gain gone", "controls", "haystack", "set", "shuffled:set", "none"),
@@ -1035,6 +1108,8 @@ CLAIMS = [
     Claim("code: attention helps, and more than MLPs", "attention", "transfer", 0, "set, attn", "set, mlp", "none"),
     Claim("language: MLPs help, and more than attention", "MLPs", "transfer", 1, "set, mlp", "set, attn", "none"),
     Claim("set and union mixed beat either alone (language)", "50.8, 52.0 -> 49.6", "mix", 1, "0.5 set, .*", "(0|1) set, .*", "none"),
+    *(Claim(f"a warm-up helps {domain}, whose baseline is well tuned", "not published", "tuned", i,
+            "(set|union|sort|dyck|dyck_shuffle|eca)", "none") for i, domain in enumerate(("code", "language", "mathematics"))),
     Claim("best against best, a warm-up wins (language)", "not published", "grid", 1, "set, lr.*", "none, lr.*"),
     Claim("union helps at the largest size too (language)", "40.3 -> 39.0, 28.8 -> 27.3", "scale", "largest", "union", "none")]
 
@@ -1057,7 +1132,7 @@ def judge(claim, entries, budget):
     Where no seed of a row has learned its warm-up, all seeds of all rows do, and "unlearned" says so: a gain is one all the
     same, but what was not learned cannot speak against the paper.
 
-    Where the best of several rows stands for `better`, p is multiplied by how many they were (Bonferroni)."""
+    Where one of several rows stands for `better`, p is multiplied by how many they were (Bonferroni)."""
     columns = list(dict.fromkeys(e["column"] for e in entries))
     if claim.column == "largest":
         column = columns[-1]
@@ -1078,25 +1153,26 @@ def judge(claim, entries, budget):
         return {**nothing, "why": "not run"}
     unlearned = counted is not learned
     tests, sign = [], 1 if better["metric"] == "accuracy" else -1
-    for other in others:
+    for other, pattern in zip(others, (claim.worse, claim.than)):
         a, b = counted(other), counted(better)
         pairs = sorted(set(a) & set(b))
-        gains = [(b[seed] - a[seed]) * sign for seed in pairs]
         if not pairs:
             return {**nothing, "why": "no seed in common"}
+        gains = [(b[seed] - a[seed]) * sign for seed in pairs]
         p = float(np.minimum(1.0, paired_p(gains, [0.0] * len(gains)) * candidates))
         tests.append({"n": len(pairs), "gain": float(np.mean(gains)), "half": interval(gains)[1], "p": p,
-                      "why": "one seed" if len(pairs) == 1 else "warm-up not learned" * unlearned, "shown": [np.mean([e[seed] for seed in pairs]) for e in (a, b)]})
+                      "a": np.mean([a[seed] for seed in pairs]), "b": np.mean([b[seed] for seed in pairs]),
+                      "why": "one seed" if len(pairs) == 1 else "warm-up not learned" * unlearned,
+                      "against": other["row"] if claim.than or other["row"] != pattern else ""})
     # All comparisons have to hold: the weakest of those that do not, or of those that do, speaks for them.
     losing = [test for test in tests if not test["gain"] > 0]
-    test = min(losing, key=lambda t: math.inf if math.isnan(t["p"]) else t["p"]) if losing else max(
-        tests, key=lambda t: math.inf if math.isnan(t["p"]) else t["p"])
-    a, b = tests[0]["shown"] if claim.better != "none" else tests[0]["shown"][::-1]  # as published: from none to the warm-up
-    gain = test["gain"] * (-1 if claim.better == "none" else 1)
+    p_of = lambda test: math.inf if math.isnan(test["p"]) else test["p"]
+    test = min(losing, key=p_of) if losing else max(tests, key=p_of)
+    harm = claim.better == "none"  # shown as published: from none to the warm-up
+    a, b, gain = (test["b"], test["a"], -test["gain"]) if harm else (test["a"], test["b"], test["gain"])
     measured = f"{show(better, a)} -> {show(better, b)}, gain {show(better, gain)} ± {show(better, test['half'])}"
-    named = [e["row"] for e, pattern in zip((better, *others), (claim.better, claim.worse, claim.than)) if e["row"] != pattern]
-    if named and candidates > 1:
-        named[0] = f"best of {candidates} rows: {named[0]}"
+    named = [f"chosen of {candidates} rows: {better['row']}"] if candidates > 1 else [better["row"]] * (better["row"] != claim.better)
+    named += [f"against {test['against']}"] if test["against"] else []
     measured += f" ({'; '.join(named)})" * bool(named)
     if claim.experiment == "efficiency" and (found := shares(here, better["line"])):
         reached = [share for share in found.values() if share < math.inf]
@@ -1109,7 +1185,7 @@ def claims(found, seeds, budgets=("quick", "paper")):
     """Every claim of PAPER.md against what there is: [{claim, budget, measured, n, gain, p, p_holm, verdict}].
 
     The paired t test over seeds, two-sided, with Holm's correction over all claims of a budget, run or not: supported or
-    contradicted below 0.05, by the sign; else undecided."""
+    contradicted below 0.05, by the sign; else undecided. See `judge` for what counts."""
     rows = []
     for budget in budgets:
         entries = {name: compare(make(budget), seeds, found) for name, make in EXPERIMENTS.items()}
@@ -1120,13 +1196,15 @@ def claims(found, seeds, budgets=("quick", "paper")):
                 row["verdict"] = "undecided" if not row["p_holm"] < 0.05 else "supported" if row["gain"] > 0 else (
                     "undecided: worse" if row["unlearned"] else "contradicted")
                 row["verdict"] += f" ({row['why']})" * bool(row["why"])
-            rows += sorted(here, key=lambda row: not row["n"])  # what was not run comes last
-    return rows
+            rows += here
+    return sorted(rows, key=lambda row: not row["n"])  # what was not run comes last
 
 
 def claims_lines(rows):
     verdicts = [row["verdict"].partition(" (")[0].partition(":")[0] for row in rows]
-    lines = [f"{len(rows)} claims: " + ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "contradicted", "undecided"))
+    budgets = {row["budget"] for row in rows}
+    lines = [f"{len(CLAIMS)} claims{' at two budgets' * (len(budgets) > 1)}: "
+             + ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "contradicted", "undecided"))
              + f" ({sum(not row['n'] for row in rows)} of these not run).", "",
              "| claim | published | measured here | n | p (Holm) | verdict | python analyze.py |", "|---|---|---|---|---|---|---|"]
     for row in rows:
@@ -1137,8 +1215,9 @@ def claims_lines(rows):
                      f"{show_p(row['p_holm'])} | {row['verdict']} | `{command}` |")
     return lines + ["", "Measured: accuracy on tasks, held-out loss in nats per token on text; gain: the mean of the pairs with "
                     "its 95 % interval, of the weaker comparison where there are two. The paired t test over seeds, "
-                    "Holm's correction over all claims. Runs whose warm-up was not learned do not count, unless none was: "
-                    "that can support a claim, but not contradict it. Quick runs are far smaller than the published ones: "
+                    "Holm's correction over all claims. Where several rows may speak for a claim, the one with most seeds does, "
+                    "then the best, and p is multiplied by their number. Runs whose warm-up was not learned do not count, "
+                    "unless none was: that can support a claim, but not contradict it. Quick runs are far smaller than the published ones: "
                     "tiny models, and on text more tokens of warm-up than of text, where the paper has 0.001 to 0.003 for one."]
 
 
@@ -1192,7 +1271,7 @@ def report(args):
         runs = [(name, found[name]["result"]["settings"], found[name]["log"]) for name in runs_of(cells, seeds)
                 if found.get(name, {}).get("log")]
         if len(runs) > 1:
-            curves(runs, folder / f"recall-{budget}.png", found=found, quiet=True)
+            curves(runs, folder / f"recall-{budget}.png", found=found)
             lines += ["", f"## recall by tokens of training ({budget})", "", f"![recall](recall-{budget}.png)"]
     if not names:
         raise UserError(f"there are no results in {args.results}: python analyze.py claims says what to run")
@@ -1229,12 +1308,15 @@ def main():
             command.add_argument("--seeds", type=int, help="runs of each cell (default 3; with --show all there are)" if fixed
                                  else "how many of the seeds count (default: all that were run)")
         if name not in ("curves", "pack", "claims"):
-            command.add_argument("--to", help="folder for tables and figures (default: beside the results)")
+            command.add_argument("--to", help="folder for tables and figures (default: among the runs; of a "
+                                 "packed file the current one, or for report the file's)")
     args = parser.parse_args()
     if args.command == "curves":
         found = read_results(args.results) if args.results else ()
-        return curves(runs_named(args.runs, found) if args.results else [(folder, *read_run(folder)) for folder in args.runs],
-                      args.picture, args.metric, found)
+        runs = runs_named(args.runs, found) if args.results else [(folder, *read_run(folder)) for folder in args.runs]
+        curves(runs, args.picture, args.metric, found)
+        print_runs(runs, found)
+        return print(f"picture: {args.picture}")
     if args.command == "pack":
         return pack(args.results, args.to)
     if min(1 if args.seeds is None else args.seeds, getattr(args, "jobs", 1)) < 1:

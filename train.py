@@ -736,6 +736,8 @@ def check_fit(s, source, val, warmup_source, longest):
         if warmup_source and getattr(s, name) == "keep" and warmup_source.vocab_size != source.vocab_size:
             raise UserError(f"--{name} keep needs one vocabulary: {s.warmup} has {warmup_source.vocab_size} tokens, "
                             f"{s.data} has {source.vocab_size}")
+    if (s.lm_head or s.positions) and not (warmup_source or s.init or s.attn_from or s.mlp_from):
+        raise UserError("--lm_head and --positions say how a warm-up is taken up, and there is none")
     if s.tied and s.lm_head not in (None, s.embeddings):
         raise UserError(f"--lm_head {s.lm_head} is not accepted: the head shares its weight with the token embeddings "
                         f"({s.embeddings}); --no-tied gives it its own")

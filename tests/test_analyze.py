@@ -38,11 +38,24 @@ def test_runs_that_differ_in_the_seed_alone_are_one_line(tmp_path, monkeypatch, 
     assert labels == wanted
     for run in tmp_path.glob("*/"):  # the same from the file that `pack` makes of them
         settings = json.loads((run / "config.json").read_text())["settings"]
-        (run / "result.json").write_text(json.dumps({"settings": settings, "val_loss": 2.0, "val_accuracy": 0.5, "tokens": {}}))
+        (run / "result.json").write_text(json.dumps({"settings": settings, "val_loss": 2.0, "val_accuracy": 0.5,
+                                                     "tokens": {"procedural": 10, "semantic": 200}}))
     call(monkeypatch, "pack", tmp_path / "r.gz", "--results", tmp_path)
     labels.clear()
     call(monkeypatch, "curves", "^a", "b", "--results", tmp_path / "r.gz", "--picture", tmp_path / "c.png")
     assert labels == wanted
+
+
+def test_a_run_is_named_by_the_warm_up_that_it_takes_up():
+    found = {"warmup-dyck_k=4-s0-0123abcd": {"result": {"settings": {"warmup": "dyck:k=4"}}}}
+    run = {"warmup": "none", "warmup_steps": 0, "transfer": "full", "embeddings": "random"}
+    for init, words in (("warmup-dyck_k=4-s0-0123abcd/warmup.pt", "dyck:k=4"), ("out/code-set-s0/warmup.pt", "code-set-s0"),
+                        ("gpt2.pt", "gpt2"), ("haystack-set-s0-0123abcd-noise_0.1.init.pt", "noise 0.1 weights"), (None, "none")):
+        assert script.label(run | {"init": init}, found) == words
+    assert script.label(run | dict(init="gpt2.pt", transfer="attn", embeddings="mean", positions="random"), found) == (
+        "gpt2 (attn, mean embeddings, positions random)")
+    assert script.same_but_seed(run | dict(seed=0, transfer="attn")) == script.same_but_seed(run | dict(seed=1)), "moot"
+    assert script.same_but_seed(run | dict(init="a.pt", transfer="attn")) != script.same_but_seed(run | dict(init="a.pt"))
 
 
 def test_curves_prints_a_table_and_draws_a_picture(tmp_path, monkeypatch, capsys):
@@ -237,7 +250,7 @@ def made_up_results(cells, values, learned="learned"):
             tokens, settings = {"procedural": 10 * (c.settings["warmup"] != "none"), "semantic": 5}, {"seed": seed, "steps": 9}
             found[script.name_of(c, seed)] = {"result": {"val_accuracy": value, "val_loss": value, "tokens": tokens, "settings": settings}}
             for warm in c.mixture.values() or [c.settings] * (c.settings["warmup"] != "none"):
-                found[script.warmup_of(warm, seed)[0]] = {"result": {"settings": {"seed": seed}}, "learned": {"verdict": learned}}
+                found[script.warmup_of(warm, seed)[0]] = {"result": {"settings": {"seed": seed}, "tokens": tokens}, "learned": {"verdict": learned}}
     return found
 
 
@@ -261,6 +274,44 @@ def test_every_experiment_has_a_table_and_a_figure_even_when_half_of_it_is_missi
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert all(str(c.row) in "\n".join(script.table_lines(name, entries)) for c in cells)
     script.verdict_lines(name, entries)
+
+
+def test_what_was_measured_on_other_held_out_rows_is_not_compared():
+    cells = [script.Cell(row, "code", {"data": "code", "warmup": row}) for row in ("none", "set")]
+    found = made_up_results(cells, {("none", "code"): (2.0, 2.0), ("set", "code"): (1.5, 1.0)})
+    for cell, seed, batches in ((cells[0], 0, 20), (cells[1], 0, 40)):
+        found[script.name_of(cell, seed)]["result"]["settings"]["eval_batches"] = batches
+    found[script.name_of(cells[0], 1)]["result"]["settings"]["eval_batches"] = 40
+    found[script.name_of(cells[1], 1)]["result"]["settings"]["eval_batches"] = 40
+    _, entry = script.compare(cells, 2, found)
+    assert entry["values"] == {1: 1.0} and (entry["pairs"], entry["gain"]) == (1, pytest.approx(1.0))
+
+
+def packed(path, records):
+    path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
+    return path
+
+
+def test_a_result_counts_more_than_a_failure_wherever_they_are(tmp_path):
+    result = {"settings": {"seed": 0}, "tokens": {"procedural": 0, "semantic": 1}, "val_loss": 1.0, "val_accuracy": 0.5}
+    packed(tmp_path / "a.jsonl.gz", [{"name": "x", "result": result, "learned": {"verdict": "learned"}}])
+    packed(tmp_path / "b.jsonl.gz", [{"name": "x", "failed": "no room"}, {"name": "y", "failed": "no room"}])
+    found = script.read_results(tmp_path)
+    assert found == {"x": {"result": result, "learned": {"verdict": "learned"}}, "y": {"failed": "no room"}}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "result.json").write_text("{")
+    assert script.read_results(tmp_path) == found, "a damaged file hides no good result"
+    (tmp_path / "x" / "result.json").write_text(json.dumps(result | {"val_loss": 2.0}))
+    (tmp_path / "y.failed").write_text("no time")
+    newer = script.read_results(tmp_path)
+    assert newer["x"]["result"]["val_loss"] == 2.0 and newer["x"]["learned"] == {"verdict": "learned"}
+
+
+@pytest.mark.parametrize("record", [{"name": "a", "result": {}}, {"name": "a"}, {"result": {}}, [1],
+                                    {"name": "a", "failed": "no", "log": [{}]}])
+def test_a_packed_file_that_lacks_what_the_tables_need_is_refused(record, tmp_path, refused):
+    for command in ("claims", "report"):
+        assert "cannot read" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", [record]))
 
 
 def test_a_part_of_an_experiment_keeps_what_it_is_compared_with():
@@ -357,6 +408,26 @@ def test_seeds_that_do_not_count_are_dropped_before_a_row_is_chosen():
     assert row["n"] == 2 and "dyck, full" in row["measured"]
     row = judged(cells, {"none": values["none"], "dyck, full": values["dyck, full"][:1], "dyck, attn": values["dyck, attn"]})
     assert "dyck, attn" in row["Dyck helps recall"]["measured"], "one lucky seed does not stand for all"
+
+
+def test_the_row_that_was_chosen_of_several_is_named_and_pays_for_it():
+    cells = [c for c in script.table("quick") if c.column == script.TASKS["quick"][0]]
+    alone = {"none": around(0.14, 3), "dyck, attn": around(0.2, 3, seed=1)}
+    entries = script.compare(cells, 3, made_up_results(cells, {(c.row, c.column): alone[c.row] for c in cells if c.row in alone}))
+    (claim,) = [claim for claim in script.CLAIMS if claim.text == "Dyck helps recall"]
+    once = script.judge(claim, entries, "quick")
+    alone["dyck, full"] = around(0.1, 3, seed=2)
+    entries = script.compare(cells, 3, made_up_results(cells, {(c.row, c.column): alone[c.row] for c in cells if c.row in alone}))
+    twice = script.judge(claim, entries, "quick")
+    assert twice["p"] == pytest.approx(2 * once["p"]) and "chosen of 2 rows: dyck, attn" in twice["measured"]
+
+
+def test_of_two_comparisons_the_weaker_one_is_shown_whole():
+    cells = [c for c in script.controls("quick") if c.column == script.TASKS["quick"][0]]
+    values = {"none": around(0.1, seed=1), "dyck": around(0.9, seed=2), "shuffled:dyck": around(0.8, spread=0.1, seed=3)}
+    row = judged(cells, values)["Dyck helps recall, and more than shuffled Dyck"]
+    a, b, gain = (float(word) for word in re.match(r"([\d.]+)% -> ([\d.]+)%, gain ([\d.]+)%", row["measured"]).groups())
+    assert b - a == pytest.approx(gain, abs=0.11) and row["measured"].endswith("(against shuffled:dyck)")
 
 
 def test_a_claim_about_harm_is_shown_in_the_published_direction():

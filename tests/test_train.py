@@ -640,7 +640,8 @@ def test_help_lists_every_setting_with_its_meaning(script):
     dict(seed=-1), dict(seed=2 ** 32), dict(batch_size=9, grad_accum=2), dict(warmup_batch_size=9, grad_accum=2), dict(warmup="set:length=40"),
     dict(data="haystack:pairs=20"), dict(block_size=4000), dict(tokenizer="klingon"), dict(unknown_flag=1),
     dict(warmup="text", data="haystack:pairs=2"), dict(init="missing.pt"), dict(warmup="text", warmup_curriculum=True), dict(warmup="eca", warmup_curriculum=True),
-    dict(embeddings="keep"), dict(lm_head="mean"), dict(lm_head="zero"), dict(positions="keep"), dict(preset="c5"), dict(preset="c4", data="haystack"), dict(tokens=5), dict(warmup_tokens=5),
+    dict(embeddings="keep"), dict(lm_head="mean"), dict(lm_head="zero"), dict(positions="keep"),
+    dict(warmup="none", positions="random"), dict(preset="c5"), dict(preset="c4", data="haystack"), dict(tokens=5), dict(warmup_tokens=5),
     dict(transfer="all"), dict(tflops=0), dict(warmup_tokens="many", warmup_steps=None), dict(data="c4")])
 def test_bad_settings_are_refused_and_nothing_is_written(bad, refused, prose, tmp_path):
     settings = {**SMALL, "data": prose, "out": tmp_path / "run", **bad}
