@@ -267,7 +267,7 @@ def on(column, budget, warmup="none", **more):
     spec, steps = specs.get(name, (name, settings.get("warmup_steps") if name != "text" else specs.get("dyck", (0, 0))[1]))
     if steps:
         settings["warmup_steps"] = steps
-    if column not in DOMAINS[budget]:  # published
+    if column not in DOMAINS[budget]:  # published with the whole model; with parts of it all are fresh, see `embeddings`
         settings["embeddings"] = "mean"
     return settings | {"warmup": shuffled + spec, "transfer": "full"} | more
 
@@ -277,7 +277,7 @@ STARTS = ((dict(embeddings="mean"), ""), (dict(embeddings="random"), ", fresh em
 
 def table(budget):
     """Which warm-up helps which task, moved over as a whole or its attention alone, every token embedding at the mean of the
-    warm-up's (as published) or fresh."""
+    warm-up's (as published with the whole model) or fresh."""
     warmups = ("dyck", "identity", "set", "eca") if budget == "quick" else PAPER_WARMUPS
     cells = []
     for task in TASKS[budget]:
@@ -1072,7 +1072,8 @@ CLAIMS = [
           "set, attn, fresh embeddings", "set, full, fresh embeddings"),
     Claim("set, whole model, hurts reversed addition", "76.4 -> 44.6 %", "table", "reversed_addition", "none", "set, full"),
     Claim("stack, whole model, hurts reversed addition", "76.4 -> 34.9 %", "table", "reversed_addition", "none", "stack, full"),
-    Claim("Dyck helps recall, and more than shuffled Dyck", "10.3 -> 96.9 %", "controls", "haystack", "dyck", "shuffled:dyck", "none"),
+    Claim("Dyck helps recall, and more than shuffled Dyck", "10.3 -> 96.9 %", "controls", "haystack", "dyck", "shuffled:dyck",
+          "none"),
     Claim("Dyck helps recall more than other rates, ramps or four times the steps", "not published", "controls", "haystack",
           "dyck", "none, .*", "none"),
     Claim("identity helps recall, and more than shuffled identity", "gain gone", "controls", "haystack", "identity",
@@ -1089,16 +1090,20 @@ CLAIMS = [
     Claim("after union, language is learned better", "perplexity 62.0 -> 59.9", "efficiency", 1, f"union, {ALL}", f"none, {ALL}"),
     Claim("after sort, language is learned better", "perplexity 62.0 -> 58.8", "efficiency", 1, f"sort, {ALL}", f"none, {ALL}"),
     Claim("after set, mathematics is learned better", "41.2 -> 42.5 % solved", "efficiency", 2, f"set, {ALL}", f"none, {ALL}"),
-    Claim("after union, mathematics is learned better", "41.2 -> 42.7 % solved", "efficiency", 2, f"union, {ALL}", f"none, {ALL}"),
+    Claim("after union, mathematics is learned better", "41.2 -> 42.7 % solved", "efficiency", 2, f"union, {ALL}",
+          f"none, {ALL}"),
     Claim("union with 85 % of the code beats none with all", "67 % are enough", "efficiency", 0, "union, 85% .*", f"none, {ALL}"),
-    Claim("union with 85 % of the language beats none with all", "55 % are enough", "efficiency", 1, "union, 85% .*", f"none, {ALL}"),
-    Claim("union with 85 % of the mathematics beats none with all", "86 % are enough", "efficiency", 2, "union, 85% .*", f"none, {ALL}"),
+    Claim("union with 85 % of the language beats none with all", "55 % are enough", "efficiency", 1, "union, 85% .*",
+          f"none, {ALL}"),
+    Claim("union with 85 % of the mathematics beats none with all", "86 % are enough", "efficiency", 2, "union, 85% .*",
+          f"none, {ALL}"),
     Claim("four times as long a warm-up is worse (language)", "2-4 M tokens beat 16-20 M (union)", "length", 1, "set, 1000 steps",
           "set, 4000 steps"),
     Claim("a warm-up beats the same tokens of text (critics: no)", "worse, Pythia-410M", "controls", 1, "dyck", "text"),
     Claim("a warm-up beats none with a learning-rate ramp", "open", "controls", 1, "dyck", "none, ramp of .*", "none"),
     Claim("set helps code, and more than its weights shuffled", "gain gone", "weights", 0, "as it is", "shuffled", "none"),
-    Claim("set's attention helps recall, and more than its weights shuffled", "gain gone", "weights", "haystack", "as it is", "shuffled", "none"),
+    Claim("set's attention helps recall, and more than its weights shuffled", "gain gone", "weights", "haystack", "as it is",
+          "shuffled", "none"),
     Claim("set's attention helps recall more than a penalty on entropy", "not reproduced by it", "sharpen", "haystack", "warm-up",
           "none, penalty .*", "none"),
     Claim("the sharpest heads help recall, and more than the most blurred", "low entropy", "heads", "haystack", "only sharp",
@@ -1107,7 +1112,8 @@ CLAIMS = [
           "without blurred", "without sharp", "none"),
     Claim("code: attention helps, and more than MLPs", "attention", "transfer", 0, "set, attn", "set, mlp", "none"),
     Claim("language: MLPs help, and more than attention", "MLPs", "transfer", 1, "set, mlp", "set, attn", "none"),
-    Claim("set and union mixed beat either alone (language)", "50.8, 52.0 -> 49.6", "mix", 1, "0.5 set, .*", "(0|1) set, .*", "none"),
+    Claim("set and union mixed beat either alone (language)", "50.8, 52.0 -> 49.6", "mix", 1, "0.5 set, .*", "(0|1) set, .*",
+          "none"),
     *(Claim(f"a warm-up helps {domain}, whose baseline is well tuned", "not published", "tuned", i,
             "(set|union|sort|dyck|dyck_shuffle|eca)", "none") for i, domain in enumerate(("code", "language", "mathematics"))),
     Claim("best against best, a warm-up wins (language)", "not published", "grid", 1, "set, lr.*", "none, lr.*"),
@@ -1171,7 +1177,7 @@ def judge(claim, entries, budget):
     harm = claim.better == "none"  # shown as published: from none to the warm-up
     a, b, gain = (test["b"], test["a"], -test["gain"]) if harm else (test["a"], test["b"], test["gain"])
     measured = f"{show(better, a)} -> {show(better, b)}, gain {show(better, gain)} ± {show(better, test['half'])}"
-    named = [f"chosen of {candidates} rows: {better['row']}"] if candidates > 1 else [better["row"]] * (better["row"] != claim.better)
+    named = [f"chosen of {candidates} rows: " * (candidates > 1) + better["row"]] * (better["row"] != claim.better)
     named += [f"against {test['against']}"] if test["against"] else []
     measured += f" ({'; '.join(named)})" * bool(named)
     if claim.experiment == "efficiency" and (found := shares(here, better["line"])):
@@ -1206,7 +1212,8 @@ def claims_lines(rows):
     lines = [f"{len(CLAIMS)} claims{' at two budgets' * (len(budgets) > 1)}: "
              + ", ".join(f"{verdicts.count(v)} {v}" for v in ("supported", "contradicted", "undecided"))
              + f" ({sum(not row['n'] for row in rows)} of these not run).", "",
-             "| claim | published | measured here | n | p (Holm) | verdict | python analyze.py |", "|---|---|---|---|---|---|---|"]
+             "| claim | published | measured here | n | p (Holm) | verdict | python analyze.py |",
+             "|---|---|---|---|---|---|---|"]
     for row in rows:
         column = row["column"] or str(row["claim"].column)  # the quick budget does not have everything
         command = row["claim"].experiment + " --budget paper" * (row["budget"] == "paper" or not row["column"])
@@ -1267,7 +1274,7 @@ def report(args):
                 names.append(name)
                 lines += ["", f"## {name} ({budget})", "", make.__doc__.splitlines()[0], *table_lines(name, entries), "",
                           *[f"{line}  " for line in verdict_lines(name, entries)], "", f"![{name}]({name}-{budget}.png)"]
-        cells = [cell for cell in table(budget) if cell.column == TASKS[budget][0] and re.fullmatch("none|.*attn, fresh.*", cell.row)]
+        cells = chosen(table(budget), rf"{TASKS[budget][0]} \| .*attn, fresh")
         runs = [(name, found[name]["result"]["settings"], found[name]["log"]) for name in runs_of(cells, seeds)
                 if found.get(name, {}).get("log")]
         if len(runs) > 1:

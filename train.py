@@ -277,7 +277,7 @@ def resolve(s):
     else:  # text on two CPU cores, in less than five minutes: the lowest loss of what was tried (ours)
         default = dict(size="tiny", batch_size=8, block_size=128, steps=3000, lr=2e-3, lr_ramp=100, warmup_steps=2000,
                        warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine", warmup_lr_ramp=200, eval_batches=40)
-    if task:  # published but for the embeddings: with every row at the mean, as published, few warm-ups help recall
+    if task:  # published, but for what moves over: see README, "What reproduces"
         default |= dict(steps=10000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3, tied=False, embeddings="random",
                         transfer="attn" if task == "haystack" else "full",
                         eval_batches=-(-4000 // (s.batch_size or default["batch_size"])))
