@@ -423,8 +423,10 @@ def tuned(budget):
     cells = []
     for column in DOMAINS[budget]:
         rate, steps = TEXT["quick"]["lr"] if budget == "quick" else PRESETS[column]["lr"], train_steps(column, budget)
-        cells += [Cell(warmup, column, on(column, budget, warmup, lr=2 * rate, weight_decay=0.1, lr_ramp=steps // 20))
-                  for warmup in TEXT_WARMUPS]
+        rows = [(warmup, warmup, {}) for warmup in TEXT_WARMUPS]
+        rows += [(f"{warmup}, norms alone", warmup, dict(transfer="norm")) for warmup in ("set", "dyck")]
+        cells += [Cell(row, column, on(column, budget, warmup, lr=2 * rate, weight_decay=0.1, lr_ramp=steps // 20, **more))
+                  for row, warmup, more in rows]
     return cells
 
 
@@ -872,6 +874,8 @@ def verdict_lines(name, entries):
         here = [entry for entry in entries if entry["column"] == column]
         if name == "grid":
             lines += best_against_best(here)
+        elif name == "embeddings":
+            lines += needle_lines(here)
         elif name == "controls" and len(here[0]["values"]) > 1:
             lucky = (max if here[0]["metric"] == "accuracy" else min)(here[0]["values"].values())
             means = [f"{show(e, e['mean'])} ({e['row']})" for e in here if e["n"] and not e["row"].startswith("none")]
@@ -893,6 +897,17 @@ def verdict_lines(name, entries):
                 if top := best([e for e in here if e["line"] == line]):
                     lines.append(f"{column}: the best length of {line} is {top['x']:g} steps ({show(top, top['mean'])})")
     return lines
+
+
+def needle_lines(entries):
+    """How many seeds found the needle, starts by warm-ups, in Markdown: a mean hides that each seed does or does not."""
+    found = {}
+    for e in (e for e in entries if e["n"] and e["row"] != "none"):
+        warmup, _, start = e["row"].partition(", ")
+        found.setdefault(start, {})[warmup] = f"{sum(value > 0.9 for value in e['values'].values())} of {e['n']}"
+    warmups = list(dict.fromkeys(warmup for cells in found.values() for warmup in cells))
+    return ["", f"| seeds with more than 90 % right | {' | '.join(warmups)} |", "|---" * (len(warmups) + 1) + "|",
+            *(f"| {start} | {' | '.join(cells.get(warmup, '-') for warmup in warmups)} |" for start, cells in found.items())]
 
 
 def best_against_best(entries):

@@ -338,6 +338,14 @@ def test_the_share_of_the_text_is_interpolated_between_runs():
     assert "77% ± 0% of the text in 2 of 2 seeds" in first and "no less than all of the text in any of 2 seeds" in second
 
 
+def test_how_many_seeds_found_the_needle_is_counted_for_each_start():
+    cells = script.embeddings("quick")
+    values = {(c.row, c.column): [0.95, 0.2] for c in cells if c.row.startswith(("none", "dyck, attn", "set, attn, all fresh"))}
+    lines = script.verdict_lines("embeddings", script.compare(cells, 2, made_up_results(cells, values)))
+    assert lines[1:3] == ["| seeds with more than 90 % right | dyck | set |", "|---|---|---|"]
+    assert "| attn, all fresh | 1 of 2 | 1 of 2 |" in lines and "| attn, head at the mean | 1 of 2 | - |" in lines and len(lines) == 8
+
+
 def test_best_is_compared_with_best_and_with_the_luck_of_more_seeds():
     cells = script.grid("quick")
     values = {(c.row, c.column): [3.0, 3.1] for c in cells} | {(cells[3].row, "docs"): [2.0, 2.2], (cells[-1].row, "docs"): [2.1, 2.1]}
@@ -439,8 +447,9 @@ def test_a_claim_about_harm_is_shown_in_the_published_direction():
 
 def test_the_readme_shows_what_the_published_results_say():
     found, readme = script.read_results(ROOT / "assets" / "results.jsonl.gz"), (ROOT / "README.md").read_text()
-    missing = [line for line in script.claims_lines(script.claims(found, script.seeds_in(found))) if line not in readme]
-    assert not missing, "the table of README.md is not that of assets/results.jsonl.gz"
+    seeds = script.seeds_in(found)
+    lines = [*script.claims_lines(script.claims(found, seeds)), *script.needle_lines(script.compare(script.embeddings("quick"), seeds, found))]
+    assert not [line for line in lines if line not in readme], "the tables of README.md are not those of assets/results.jsonl.gz"
 
 
 def test_holms_correction_is_over_all_rows_of_claims():
