@@ -947,7 +947,8 @@ def draw_comparison(name, entries, path):
         else:
             draw_points(axis, here, rows)
             axis.set(xlabel=value)
-    figure.supxlabel(f"{name}: mean and 95 % interval over up to {n} seeds" + "; dotted: none" * (not lines), fontsize=8)
+    figure.supxlabel(f"{name}: mean and 95 % interval over up to {n} seeds" if lines else f"{name}: up to {n} seeds, in black "
+                     "their mean, of a loss with its 95 % interval; dotted: none", fontsize=8)
     keep_figure(figure, path)
 
 
@@ -984,11 +985,15 @@ def draw_lines(axis, entries, drawn, log):
 
 
 def draw_points(axis, entries, rows):
-    axis.errorbar([e["mean"] for e in entries], [rows.index(e["row"]) for e in entries], xerr=half_widths(entries), fmt="o",
-                  color="black", capsize=3)
+    """Seeds as dots, their mean in black, of losses with its 95 % interval: of accuracies, high or low, that says little."""
+    task, y = entries[0]["metric"] == "accuracy", [rows.index(e["row"]) for e in entries]
+    for e in entries:
+        axis.plot(list(e["values"].values()), [rows.index(e["row"])] * e["n"], "o", color="C0", alpha=0.4, markersize=4)
+    axis.errorbar([e["mean"] for e in entries], y, xerr=None if task else half_widths(entries), fmt="|" if task else "o",
+                  color="black", markersize=12 if task else 5, capsize=3)
     if entries[0]["row"] == rows[0]:
         axis.axvline(entries[0]["mean"], color="grey", linestyle=":")
-    if entries[0]["metric"] == "accuracy":
+    if task:
         axis.set_xlim(-0.03, 1.03)
     axis.set_yticks(range(len(rows)), [row.removesuffix(f", {ALL}") for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
