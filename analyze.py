@@ -41,7 +41,8 @@ def read_run(folder):
     """A run's folder -> (its settings, the log entries of its training stage that hold an evaluation)."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json")
+        raise UserError(f"{folder} is not the folder of a run: it has no config.json (runs in a packed file: --results FILE and "
+                        "parts of their names)")
     try:
         entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         points = [e for e in entries if e["stage"] == "train" and "val_loss" in e]
@@ -276,8 +277,9 @@ STARTS = ((dict(embeddings="mean"), ""), (dict(embeddings="random"), ", fresh em
 
 
 def table(budget):
-    """Which warm-up helps which task, moved over as a whole or its attention alone, every token embedding at the mean of the
-    warm-up's (as published with the whole model) or fresh."""
+    """Which warm-up helps which task: the whole model or its attention alone, token embeddings at the mean or fresh.
+
+    At the mean of the warm-up's, as published with the whole model."""
     warmups = ("dyck", "identity", "set", "eca") if budget == "quick" else PAPER_WARMUPS
     cells = []
     for task in TASKS[budget]:
@@ -557,7 +559,8 @@ def warmups_of(cell, seed):
 
 @contextlib.contextmanager
 def locked(folder, wait):
-    """Yields whether this process alone is at a run; where files cannot be locked (Windows), always."""
+    """Yields the lock of a run, which goes on with the run if this process is killed, or None where another is at it; where
+    files cannot be locked (Windows), a file that locks nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(folder.name + ".lock"), "w") as file:
         try:
@@ -566,23 +569,24 @@ def locked(folder, wait):
         except ImportError:
             pass
         except BlockingIOError:
-            yield False
+            yield None
             return
         except OSError as error:
             raise UserError(f"{folder.parent} does not let files be locked ({error.strerror}): choose another disk") from None
-        yield True
+        yield file
 
 
-def call_train(settings, folder, more):
+def call_train(settings, folder, more, lock):
     """Runs or resumes train.py in a folder, in a process of its own. Raises UserError with what it said."""
     if STOPPING.is_set():
         raise Interrupted
     words = []
     for key, value in {**settings, **more, "out": folder.name}.items():
         words += [f"--{'no-' * (value is False)}{key}"] + ([] if isinstance(value, bool) else [str(value)])
-    # From the folder of all results, so that no setting of a run depends on where that is.
+    # From the folder of all results, so that no setting of a run depends on where that is; with the lock in its hands.
     done = subprocess.run([sys.executable, str(Path(__file__).resolve().parent / "train.py"), *words, "--resume"],
-                          cwd=folder.parent, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+                          cwd=folder.parent, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ},
+                          pass_fds=(lock.fileno(),) if os.name == "posix" else ())
     if STOPPING.is_set() or done.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
         raise Interrupted
     if done.returncode:
@@ -603,9 +607,9 @@ def ready_warmup(settings, seed, results, more):
     """Makes a cell's warm-up unless it is there, and asks whether it was learned -> (its checkpoint, how to go on)."""
     name, warm, then = warmup_of(settings, seed)
     folder = results / name
-    with locked(folder, wait=True):
+    with locked(folder, wait=True) as lock:
         if not finished(folder):
-            call_train(warm, folder, more)
+            call_train(warm, folder, more, lock)
         if not (folder / "learned.json").exists():
             with ONE_AT_A_TIME:
                 found = probe_learned(opened(folder / "warmup.pt"))
@@ -631,10 +635,10 @@ def finished(folder):
 def run_once(cell, seed, results, more):
     """Runs or resumes one run -> "done", "failed", "elsewhere" (another process is at it) or "stopped"."""
     folder = results / name_of(cell, seed)
-    with locked(folder, wait=False) as mine:
+    with locked(folder, wait=False) as lock:
         if finished(folder):
             return "done"
-        if not mine:
+        if not lock:
             return "elsewhere"
         failed, settings = folder.with_name(folder.name + ".failed"), {**cell.settings, "seed": seed}
         try:
@@ -647,7 +651,7 @@ def run_once(cell, seed, results, more):
                         with ONE_AT_A_TIME:
                             path = operated_checkpoint(path, cell.operation, seed, folder.with_name(folder.name + ".init.pt"))
                     settings |= {flag: str(path.relative_to(results)), **then}
-            call_train(settings, folder, more)
+            call_train(settings, folder, more, lock)
         except Interrupted:
             return "stopped"
         except UserError as error:
@@ -709,13 +713,16 @@ def read_packed(path):
     try:
         with gzip.open(path, "rt") as file:
             found = {record.pop("name"): {**record} for record in map(json.loads, file)}
+        if not found:
+            raise ValueError("it is empty")
         for record in found.values():  # what every reader asks for is there
             if "failed" not in record:
                 record["result"]["settings"]["seed"], record["result"]["tokens"]["procedural"]
             [(point["step"], point["tokens"], point["val_loss"], point["val_accuracy"]) for point in record.get("log", ())]
         return found
     except (OSError, EOFError, zlib.error, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error!r}; a file that analyze.py pack wrote is wanted") from None
+        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"cannot read {path}: {why}; a file that analyze.py pack wrote is wanted") from None
 
 
 def read_folder(path):
@@ -890,7 +897,8 @@ def verdict_lines(name, entries):
                 reached, (mean, half) = [s for s in found if s < math.inf], interval([s for s in found if s < math.inf])
                 if found and sum(e["n"] > 0 for e in here if e["line"] == line) > 1:
                     lines.append(f"{column}: {line} reaches the loss of no warm-up with " + (
-                        f"{mean:.0%} ± {half:.0%} of the text in {len(reached)} of {len(found)} seeds" if reached else
+                        f"{mean:.0%}" + f" ± {half:.0%}" * (half == half) + " of the text in "
+                        f"{len(reached)} of {len(found)} seeds" if reached else
                         f"no less than all of the text in any of {len(found)} seeds"))
         elif name == "length":
             for line in list(dict.fromkeys(e["line"] for e in here))[1:]:
@@ -1063,7 +1071,7 @@ def make_folder(path):
 @dataclass
 class Claim:
     """`better` is better than `worse`, and than `than` where that is named, says the paper: patterns of rows in a column of
-    an experiment. Where several rows match a pattern, see `stand_in`."""
+    an experiment. Where several rows match a pattern, see `judge`."""
     text: str
     published: str  # PAPER.md's figure
     experiment: str
@@ -1086,9 +1094,9 @@ CLAIMS = [
           "identity, attn, fresh embeddings", "identity, full"),
     Claim("set's attention alone beats the whole model (recall)", "18.9 -> 88.9 %", "table", "haystack",
           "set, attn, fresh embeddings", "set, full"),
-    Claim("the same for identity, both with fresh embeddings", "not published", "table", "haystack",
+    Claim("identity's attention beats the whole model, both with fresh embeddings", "not published", "table", "haystack",
           "identity, attn, fresh embeddings", "identity, full, fresh embeddings"),
-    Claim("the same for set, both with fresh embeddings", "not published", "table", "haystack",
+    Claim("set's attention beats the whole model, both with fresh embeddings", "not published", "table", "haystack",
           "set, attn, fresh embeddings", "set, full, fresh embeddings"),
     Claim("set, whole model, hurts reversed addition", "76.4 -> 44.6 %", "table", "reversed_addition", "none", "set, full"),
     Claim("stack, whole model, hurts reversed addition", "76.4 -> 34.9 %", "table", "reversed_addition", "none", "stack, full"),
@@ -1158,7 +1166,8 @@ def judge(claim, entries, budget):
     Where no seed of a row has learned its warm-up, all seeds of all rows do, and "unlearned" says so: a gain is one all the
     same, but what was not learned cannot speak against the paper.
 
-    Where one of several rows stands for `better`, p is multiplied by how many they were (Bonferroni)."""
+    Where one of several rows stands for `better`, p is multiplied by how many they were (Bonferroni). All rows that match
+    `worse`, and `than`, have to be beaten: the hardest to beat is shown."""
     columns = list(dict.fromkeys(e["column"] for e in entries))
     if claim.column == "largest":
         column = columns[-1]
@@ -1170,16 +1179,17 @@ def judge(claim, entries, budget):
     if not all(any(re.fullmatch(p, e["row"]) for e in here) for p in (claim.better, claim.worse, claim.than) if p):
         column = None  # this budget does not have it
     nothing = {"measured": "", "n": 0, "p": math.nan, "gain": math.nan, "unlearned": False, "column": column}
+    patterns = [pattern for pattern in (claim.worse, claim.than) if pattern]
     for counted in (learned, lambda entry: entry["values"]):
-        (better, candidates), *others = [stand_in(here, p, counted) for p in (claim.better, claim.worse, claim.than) if p]
-        others = [other for other, _ in others]
-        if better and None not in others:
+        better, candidates = stand_in(here, claim.better, counted)
+        others = [[e for e in here if re.fullmatch(pattern, e["row"]) and counted(e)] for pattern in patterns]
+        if better and all(others):
             break
     else:
         return {**nothing, "why": "not run"}
     unlearned = counted is not learned
     tests, sign = [], 1 if better["metric"] == "accuracy" else -1
-    for other, pattern in zip(others, (claim.worse, claim.than)):
+    for other in (other for some in others for other in some):
         a, b = counted(other), counted(better)
         pairs = sorted(set(a) & set(b))
         if not pairs:
@@ -1189,7 +1199,7 @@ def judge(claim, entries, budget):
         tests.append({"n": len(pairs), "gain": float(np.mean(gains)), "half": interval(gains)[1], "p": p,
                       "a": np.mean([a[seed] for seed in pairs]), "b": np.mean([b[seed] for seed in pairs]),
                       "why": "one seed" if len(pairs) == 1 else "warm-up not learned" * unlearned,
-                      "against": other["row"] if claim.than or other["row"] != pattern else ""})
+                      "against": other["row"] if claim.than or other["row"] != claim.worse else ""})
     # All comparisons have to hold: the weakest of those that do not, or of those that do, speaks for them.
     losing = [test for test in tests if not test["gain"] > 0]
     p_of = lambda test: math.inf if math.isnan(test["p"]) else test["p"]
@@ -1241,11 +1251,12 @@ def claims_lines(rows):
         lines.append(f"| {row['claim'].text} | {row['claim'].published} | {row['measured']} | {row['n']} | "
                      f"{show_p(row['p_holm'])} | {row['verdict']} | `{command}` |")
     return lines + ["", "Measured: accuracy on tasks, held-out loss in nats per token on text; gain: the mean of the pairs with "
-                    "its 95 % interval, of the weaker comparison where there are two. The paired t test over seeds, "
-                    "Holm's correction over all claims. Where several rows may speak for a claim, the one with most seeds does, "
-                    "then the best, and p is multiplied by their number. Runs whose warm-up was not learned do not count, "
-                    "unless none was: that can support a claim, but not contradict it. Quick runs are far smaller than the published ones: "
-                    "tiny models, and on text more tokens of warm-up than of text, where the paper has 0.001 to 0.003 for one."]
+                    "its 95 % interval, of the weaker comparison where there are two. The paired t test over seeds, Holm's "
+                    "correction over all claims. Where several rows may speak for a claim, the one with most seeds does, then "
+                    "the best, and p is multiplied by their number; of several to beat, the hardest is shown. Runs whose warm-up "
+                    "was not learned do not count, unless none was: that can support a claim, but not contradict it. Quick runs "
+                    "are far smaller than the published ones: tiny models, and on text more tokens of warm-up than of text, "
+                    "where the paper has 0.001 to 0.003 for one."]
 
 
 def seeds_in(found):

@@ -185,7 +185,7 @@ def check(s):
         raise UserError(f"--seed {s.seed} is not accepted: less than 2**32")
     if s.tflops is not None and not 0 < s.tflops < math.inf:
         raise UserError(f"--tflops {s.tflops} is not accepted: more than 0")
-    if s.transfer:
+    if s.transfer is not None:
         parse_parts(s.transfer)
     if s.sharpen and (s.compile or s.recompute):
         raise UserError("--sharpen reads the attention's weights: it excludes --compile and --recompute")
@@ -293,6 +293,11 @@ def resolve(s):
     for name, value in default.items():
         if getattr(s, name) is None:
             setattr(s, name, value)
+    if (s.lm_head or s.positions) and s.warmup == "none" and not (s.init or s.attn_from or s.mlp_from):
+        raise UserError("--lm_head and --positions say how a warm-up is taken up, and there is none")
+    if s.tied and s.lm_head not in (None, s.embeddings):
+        raise UserError(f"--lm_head {s.lm_head} is not accepted: the head shares its weight with the token embeddings "
+                        f"({s.embeddings}); --no-tied gives it its own")
     # Warm-up sequences as long as what follows, of whatever length up to that, so that trained positions move over (ours).
     if s.warmup in ("dyck", "dyck_shuffle", "eca"):
         kinds = "k=8," * (s.warmup == "dyck" and not task and not cuda)  # as many as so small a model learns in the time
@@ -736,11 +741,6 @@ def check_fit(s, source, val, warmup_source, longest):
         if warmup_source and getattr(s, name) == "keep" and warmup_source.vocab_size != source.vocab_size:
             raise UserError(f"--{name} keep needs one vocabulary: {s.warmup} has {warmup_source.vocab_size} tokens, "
                             f"{s.data} has {source.vocab_size}")
-    if (s.lm_head or s.positions) and not (warmup_source or s.init or s.attn_from or s.mlp_from):
-        raise UserError("--lm_head and --positions say how a warm-up is taken up, and there is none")
-    if s.tied and s.lm_head not in (None, s.embeddings):
-        raise UserError(f"--lm_head {s.lm_head} is not accepted: the head shares its weight with the token embeddings "
-                        f"({s.embeddings}); --no-tied gives it its own")
     if warmup_source and longest and warmup_source.block_size > longest and not s.warmup_block_size:
         raise UserError(f"--warmup {s.warmup} makes sequences of {warmup_source.block_size} tokens, longer than "
                         f"--block_size {longest}: shorten them, or add --warmup_block_size {warmup_source.block_size}")

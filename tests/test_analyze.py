@@ -5,6 +5,8 @@ import gzip
 import json
 import math
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,6 +199,23 @@ def test_two_processes_never_run_the_same_run(prose, tmp_path):
         assert script.run_once(cell("none", prose), 0, tmp_path, {}) == "elsewhere" and not (tmp_path / name).exists()
 
 
+def test_a_run_that_outlives_its_sweep_is_not_run_by_another(prose, tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    left = []
+
+    def run(command, cwd, pass_fds, **kwargs):  # a run that goes on, though its sweep hears that it was killed
+        left.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=cwd, pass_fds=pass_fds))
+        return SimpleNamespace(returncode=1, stderr="error: killed\n")
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
+    try:
+        assert [script.run_once(cell("none", prose), 0, tmp_path, {}) for _ in range(2)] == ["failed", "elsewhere"]
+    finally:
+        left[0].kill()
+        left[0].wait()
+    assert script.run_once(cell("none", prose), 0, tmp_path, {}) == "failed", "and then it is free"
+    left[1].kill()
+
+
 def test_a_warm_up_is_made_once_for_all_runs_that_take_it_up(in_process, prose, tmp_path, monkeypatch, capsys):
     def cells(budget):
         """Shared."""
@@ -312,6 +331,7 @@ def test_a_result_counts_more_than_a_failure_wherever_they_are(tmp_path):
 def test_a_packed_file_that_lacks_what_the_tables_need_is_refused(record, tmp_path, refused):
     for command in ("claims", "report"):
         assert "cannot read" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", [record]))
+        assert "it is empty" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", []))
 
 
 def test_a_part_of_an_experiment_keeps_what_it_is_compared_with():
@@ -437,6 +457,16 @@ def test_of_two_comparisons_the_weaker_one_is_shown_whole():
     row = judged(cells, values)["Dyck helps recall, and more than shuffled Dyck"]
     a, b, gain = (float(word) for word in re.match(r"([\d.]+)% -> ([\d.]+)%, gain ([\d.]+)%", row["measured"]).groups())
     assert b - a == pytest.approx(gain, abs=0.11) and row["measured"].endswith("(against shuffled:dyck)")
+
+
+def test_a_claim_has_to_beat_the_hardest_of_its_rows():
+    cells = [c for c in script.controls("quick") if c.column == script.TASKS["quick"][0]]
+    values = {"none": around(0.1, seed=1), "dyck": around(0.5, seed=2), "none, ramp of 0.2": around(0.1, seed=3),
+              "none, 4 times the steps": around(0.6, n=3, seed=4)}
+    text = "Dyck helps recall more than other rates, ramps or four times the steps"
+    row = judged(cells, values)[text]
+    assert row["gain"] == pytest.approx(-0.1, abs=0.02) and row["measured"].endswith("(against none, 4 times the steps)")
+    assert judged(cells, values | {"none, 4 times the steps": [0.2]})[text]["verdict"] == "undecided (one seed)"
 
 
 def test_a_claim_about_harm_is_shown_in_the_published_direction():

@@ -651,6 +651,11 @@ def test_bad_settings_are_refused_and_nothing_is_written(bad, refused, prose, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("bad", [dict(lm_head="mean"), dict(warmup="none", positions="random"), dict(transfer="")])
+def test_a_plan_refuses_what_the_run_would(bad, refused, prose):
+    refused(script, *flags(**{**SMALL, "data": prose, **bad}), "--plan")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 def test_cuda_asked_for_and_absent_is_refused(refused, prose, tmp_path):
     assert "cuda" in refused(script, *flags(**{**SMALL, "device": "cuda"}, data=prose, out=tmp_path / "run"))
