@@ -74,13 +74,14 @@ def taken_up(settings, found):
     """Which warm-up a run takes up, in words: its spec, or the name of its folder or file, and what was done to it."""
     words = []
     for path in (settings[key] for key in ("init", "attn_from", "mlp_from") if settings.get(key)):
-        folder = Path(path).parent.name
+        ours = Path(path).name in ("warmup.pt", "ckpt.pt") and Path(path).parent.name
+        folder = ours or (Path(path).stem if path.endswith(".pt") else Path(path).name)
         if operation := re.search(r"-([a-z]+(_[\w.]+)?)\.init\.pt$", path):  # see operated_checkpoint
             words.append(operation[1].replace("_", " ") + " weights")
-        elif folder in found:
+        elif "result" in dict(found).get(folder, {}):
             words.append(found[folder]["result"]["settings"]["warmup"])
         else:
-            words.append(re.sub(r"^warmup-|-s\d+-[0-9a-f]{8}$", "", folder) or Path(path).stem)
+            words.append(re.sub(r"^warmup-|-s\d+-[0-9a-f]{8}$", "", folder))
     return " + ".join(words) or settings["warmup"]
 
 
@@ -250,7 +251,7 @@ TASK = {"quick": dict(size="2_4_16", steps=1500, batch_size=250, lr=2e-3, lr_ram
                       warmup_lr_ramp=200), "paper": {}}
 TEXT = {"quick": dict(size="2_4_64", block_size=64, steps=1000, batch_size=32, lr=2e-3, lr_ramp=0, warmup_steps=2500,
                       warmup_batch_size=64, warmup_block_size=64, warmup_lr=5e-4, warmup_lr_schedule="constant",
-                      warmup_lr_ramp=0), "paper": {}}
+                      warmup_lr_ramp=0, eval_batches=40), "paper": {}}  # the same held-out rows on every device
 
 
 def on(column, budget, warmup="none", **more):
@@ -318,7 +319,7 @@ def embeddings(budget):
 
 
 def controls(budget):
-    """The critics' controls: shuffled sequences, the same tokens of text, a ramp for the baseline, the luck of more seeds."""
+    """The critics' controls: shuffled sequences, the same tokens of text, a baseline otherwise tuned, longer, or luckier."""
     cells = []
     for column in (TASKS[budget][0], *DOMAINS[budget]):
         task = column in TASKS[budget]
@@ -326,7 +327,7 @@ def controls(budget):
         cells += [Cell("none", column, on(column, budget), times=2)]
         cells += [Cell(shuffled + row, column, on(column, budget, shuffled + row, **best))
                   for row in ("dyck", "identity", *["set"] * task) for shuffled in ("", "shuffled:")]
-        steps = on(column, budget).get("steps", 10_000)
+        steps = on(column, budget).get("steps", 10_000) if task else train_steps(column, budget)
         cells += [Cell(f"none, ramp of {share}", column, on(column, budget, lr_ramp=round(steps * share)))
                   for share in (0.05, 0.2)]
         if task:
@@ -421,7 +422,9 @@ def efficiency(budget):
 
 
 def tuned(budget):
-    """As efficiency, with all of the text, for a baseline that is well tuned: twice the learning rate, and a ramp to it."""
+    """As efficiency, with all of the text, where no warm-up does best: twice the learning rate, a ramp, weight decay 0.1.
+
+    So says the grid at the quick budget; at the paper's it is a guess."""
     cells = []
     for column in DOMAINS[budget]:
         rate, steps = TEXT["quick"]["lr"] if budget == "quick" else PRESETS[column]["lr"], train_steps(column, budget)
@@ -529,8 +532,10 @@ def operated_checkpoint(warmup, operation, seed, path):
 
 
 def name_of(cell, seed):
-    """The folder of a cell's run with a seed: the same settings are the same run, whichever experiment asks."""
-    name = run_name(Settings(**{"data": cell.settings.get("preset"), "warmup": "dyck", **cell.settings, "seed": seed}))
+    """The folder of a cell's run with a seed: the same settings are the same run, whichever experiment asks. How often and
+    on how much it is measured is not in the name."""
+    settings = {"data": cell.settings.get("preset"), "warmup": "dyck", **cell.settings, "seed": seed, "eval_batches": None}
+    name = run_name(Settings(**settings))
     for flag, settings in cell.mixture.items():
         name += f"-{flag}={settings['warmup'].partition(':')[0]}-{zlib.crc32(repr(settings).encode()):08x}"
     return name + f"-{cell.operation.replace(' ', '_')}" * bool(cell.operation)
@@ -708,33 +713,49 @@ def run_all(cells, seeds, results, jobs, more):
 # What they say
 
 
+def checked(record):
+    """A record, if it has what every reader asks for. Raises ValueError."""
+    try:
+        if "result" in record:
+            missing = [key for key in ("settings", "tokens", "val_loss", "val_accuracy") if key not in record["result"]]
+            missing += [key for key in ("seed", "steps", "warmup", "data") if key not in record["result"]["settings"]]
+            missing += [key for key in ("procedural", "semantic") if key not in record["result"]["tokens"]]
+            missing += [key for point in record.get("log", ()) for key in ("step", "tokens", "val_loss", "val_accuracy")
+                        if key not in point]
+        else:
+            missing = ["result"] * ("failed" not in record or "log" in record)
+        if not missing and isinstance(record.get("learned", {}), dict):
+            return record
+    except (KeyError, TypeError):
+        missing = []
+    raise ValueError(f"a record lacks {missing[0]}" if missing else "a record is not of the form that pack writes")
+
+
 def read_packed(path):
     """{name: record} of a file that `pack` made."""
     try:
         with gzip.open(path, "rt") as file:
-            found = {record.pop("name"): {**record} for record in map(json.loads, file)}
+            found = {record.pop("name"): checked(record) for record in map(json.loads, file)}
         if not found:
             raise ValueError("it is empty")
-        for record in found.values():  # what every reader asks for is there
-            if "failed" not in record:
-                record["result"]["settings"]["seed"], record["result"]["tokens"]["procedural"]
-            [(point["step"], point["tokens"], point["val_loss"], point["val_accuracy"]) for point in record.get("log", ())]
         return found
     except (OSError, EOFError, zlib.error, ValueError, AttributeError, KeyError, TypeError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else error
+        why = error if isinstance(error, (OSError, ValueError)) else "a record has no name"
         raise UserError(f"cannot read {path}: {why}; a file that analyze.py pack wrote is wanted") from None
 
 
 def read_folder(path):
-    """The record of one run that has a result.json."""
+    """The record of one run that has a result.json; "failed" says that this cannot be read."""
+    record = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        record["learned"] = dict(json.loads((path / "learned.json").read_text()))
     try:
-        record = {"result": read_json(path / "result.json", "settings", "val_loss", "val_accuracy", "tokens")}
-    except UserError as error:
+        record["result"] = read_json(path / "result.json", "settings", "val_loss", "val_accuracy", "tokens")
+        checked(record)
+    except (UserError, ValueError) as error:
         return {"failed": f"{error}; without that file the run is resumed"}
     with contextlib.suppress(UserError):
         record["log"] = read_run(path)[1]
-    with contextlib.suppress(OSError, ValueError):
-        record["learned"] = dict(json.loads((path / "learned.json").read_text()))
     return record
 
 
@@ -751,7 +772,8 @@ def read_results(where):
     records = [pair for path in sorted(where.glob("*.jsonl.gz")) for pair in read_packed(path).items()]
     for path in sorted(where.glob("*")):
         if path.name.endswith(".failed"):
-            records.append((path.name.removesuffix(".failed"), {"failed": path.read_text(errors="replace").strip()}))
+            with contextlib.suppress(OSError):  # another process may just have made a success of it
+                records.append((path.name.removesuffix(".failed"), {"failed": path.read_text(errors="replace").strip()}))
         elif (path / "result.json").exists():
             records.append((path.name, read_folder(path)))
     for name, record in records:
@@ -785,23 +807,25 @@ def compare(cells, seeds, found):
     """One entry for each cell: its values by seed, their mean and 95 % interval, and the gain over the column's first row.
 
     Tasks are measured by accuracy, text by minus the loss, so that a gain is good in both. Gains are paired by seed.
-    Holm's correction is over all entries. Failed runs are listed in "failed": [(seed, why)]."""
-    entries, first = [], {}
+    Holm's correction is over all entries. Runs that failed or do not compare are listed in "failed": [(seed, why)]."""
+    entries, first, measures = [], {}, {}
     for cell in cells:
         task = "preset" not in cell.settings and kind_of(cell.settings["data"]) == "task"
-        metric, values, measure, failed, spent, early = "accuracy" if task else "loss", {}, {}, [], [], []
+        metric, values, failed, spent, early = "accuracy" if task else "loss", {}, [], [], []
         for seed in range(seeds * cell.times):
             record = found.get(name_of(cell, seed), {})
             if "result" in record:
+                batches = record["result"]["settings"].get("eval_batches")
+                if measures.setdefault(cell.column, batches) != batches:
+                    failed.append((seed, f"measured on {batches} held-out batches, the first row on {measures[cell.column]}, so they "
+                                   "do not compare: delete its folder to run it again"))
+                    continue
                 values[seed] = record["result"]["val_accuracy" if task else "val_loss"]
-                measure[seed] = record["result"]["settings"].get("eval_batches")
                 spent.append(record["result"]["tokens"]["procedural"] / max(1, record["result"]["tokens"]["semantic"]))
                 early += [point[f"val_{metric}"] for point in record.get("log", ())[1:2]]
             elif "failed" in record:
                 failed.append((seed, record["failed"]))
-        base, base_measure = first.setdefault(cell.column, (values, measure))
-        if base is not values:  # what was measured on other held-out rows does not compare
-            values = {s: value for s, value in values.items() if measure[s] == base_measure.get(s, measure[s])}
+        base = first.setdefault(cell.column, values)
         gains = {} if base is values else {s: (values[s] - base[s]) * (1 if task else -1) for s in values if s in base}
         (mean, half), (gain, gain_half) = interval(list(values.values())), interval(list(gains.values()))
         entries.append({"row": cell.row, "column": cell.column, "metric": metric, "n": len(values), "mean": mean, "half": half,
@@ -913,6 +937,8 @@ def needle_lines(entries):
     for e in (e for e in entries if e["n"] and e["row"] != "none"):
         warmup, _, start = e["row"].partition(", ")
         found.setdefault(start, {})[warmup] = f"{sum(value > 0.9 for value in e['values'].values())} of {e['n']}"
+    if not found:
+        return []
     warmups = list(dict.fromkeys(warmup for cells in found.values() for warmup in cells))
     return ["", f"| seeds with more than 90 % right | {' | '.join(warmups)} |", "|---" * (len(warmups) + 1) + "|",
             *(f"| {start} | {' | '.join(cells.get(warmup, '-') for warmup in warmups)} |" for start, cells in found.items())]
@@ -930,7 +956,7 @@ def best_against_best(entries):
 
 
 def draw_comparison(name, entries, path):
-    """The figure of what an experiment has: a heat map of `table`, lines where cells differ in x, else points with intervals."""
+    """The figure of what an experiment has: a heat map of `table`, lines where cells differ in x, else points."""
     compared = {e["column"] for e in entries if e["pairs"]}  # a baseline alone is no picture
     entries = [e for e in entries if e["n"] and (e["column"] in compared or not compared)]
     rows, columns = (list(dict.fromkeys(entry[key] for entry in entries)) for key in ("row", "column"))
@@ -1089,15 +1115,12 @@ CLAIMS = [
     Claim("union helps multiplication", "42.7 -> 63.5 %", "table", "multiplication", "union, .*", "none"),
     Claim("identity's attention helps recall", "11.3 -> 99.0 %", "table", "haystack", "identity, attn.*", "none"),
     Claim("set's attention helps recall", "11.3 -> 88.9 %", "table", "haystack", "set, attn.*", "none"),
-    # As published: attention with fresh token embeddings, the whole model with mean ones. And both with fresh ones.
-    Claim("identity's attention alone beats the whole model (recall)", "18.8 -> 99.0 %", "table", "haystack",
-          "identity, attn, fresh embeddings", "identity, full"),
-    Claim("set's attention alone beats the whole model (recall)", "18.9 -> 88.9 %", "table", "haystack",
-          "set, attn, fresh embeddings", "set, full"),
-    Claim("identity's attention beats the whole model, both with fresh embeddings", "not published", "table", "haystack",
-          "identity, attn, fresh embeddings", "identity, full, fresh embeddings"),
-    Claim("set's attention beats the whole model, both with fresh embeddings", "not published", "table", "haystack",
-          "set, attn, fresh embeddings", "set, full, fresh embeddings"),
+    *(Claim(f"{warmup}'s attention alone beats the whole model (recall)", published, "embeddings", "haystack",
+            f"{warmup}, attn, all fresh", f"{warmup}, full, both at the mean")  # as in the published code
+      for warmup, published in (("identity", "18.8 -> 99.0 %"), ("set", "18.9 -> 88.9 %"))),
+    *(Claim(f"{warmup}'s attention beats the whole model, where both begin alike", "not published", "embeddings", "haystack",
+            f"{warmup}, attn, all fresh but positions", f"{warmup}, full, all fresh but positions")
+      for warmup in ("identity", "set")),
     Claim("set, whole model, hurts reversed addition", "76.4 -> 44.6 %", "table", "reversed_addition", "none", "set, full"),
     Claim("stack, whole model, hurts reversed addition", "76.4 -> 34.9 %", "table", "reversed_addition", "none", "stack, full"),
     Claim("Dyck helps recall, and more than shuffled Dyck", "10.3 -> 96.9 %", "controls", "haystack", "dyck", "shuffled:dyck",
@@ -1273,7 +1296,10 @@ def minutes(name, seeds):
     """(runs, minutes on one core) that the quick budget of an experiment takes."""
     runs = runs_of(EXPERIMENTS[name]("quick"), seeds)
     warmups = {name for cell, seed in runs.values() for name in warmups_of(cell, seed)}
-    seconds = sum(SECONDS["task" if kind_of(cell.settings["data"]) == "task" else "text"] for cell, _ in runs.values())
+    seconds = 0
+    for cell, _ in runs.values():
+        kind, usual = ("task", TASK) if kind_of(cell.settings["data"]) == "task" else ("text", TEXT)
+        seconds += SECONDS[kind] * cell.settings["steps"] / usual["quick"]["steps"]
     return len(runs) + len(warmups), (seconds + len(warmups) * SECONDS["warmup"]) / 60
 
 

@@ -129,8 +129,9 @@ class Opened:
         self.model, state = load(path, self.device)
         self.model.eval()
         self.state = {key: state[key] for key in ("stage", "step", "source", "length") if key in state}  # not the optimiser
-        trained_on = self.state.get("source") or {"spec": None, "seed": 0}  # None: not from train.py
-        self.spec, self.seed = args.data or trained_on["spec"], trained_on["seed"]
+        if not isinstance(self.state.get("source"), dict):
+            self.state["source"] = {}  # not from train.py
+        self.spec, self.seed = args.data or self.state["source"].get("spec"), self.state["source"].get("seed", 0)
         if not self.spec:
             raise UserError(f"{path} does not say what it was trained on: name --data, and --tokenizer if needed")
         config, self.tokenizer = self.model.config, args.tokenizer or default_tokenizer(self.spec)
@@ -235,7 +236,7 @@ def probe_learned(c):
     """Was it learned at all? The loss beside the smallest possible one.
 
     That is 0 where the input decides the output, and what the generator of brackets knows where it does not."""
-    trained_on = (c.state.get("source") or {}).get("spec")
+    trained_on = c.state["source"].get("spec")
     if c.kind not in ("rule", "task") or not c.member and (
             c.spec.startswith("shuffled:") or any(name in ("dyck", "dyck_shuffle") for _, name, _ in c.members)):
         return None
@@ -284,7 +285,7 @@ SIZED_BY = {"addition": "digits", "reversed_addition": "digits", "multiplication
 
 def trained_sizes(c):
     """(low, high) of what the checkpoint was trained on, if that was the same rule or task; else None."""
-    spec = (c.state.get("source") or {}).get("spec")
+    spec = c.state["source"].get("spec")
     try:
         name, params = parse_member(spec, RULES | TASKS)[:2]
         size = params[SIZED_BY[c.member[0]]]
@@ -743,7 +744,7 @@ def add_to_json(c, findings):
 
 def known_tokenizer(config, state):
     """The tokenizer of a checkpoint; None if it does not say."""
-    if isinstance(state.get("source"), dict):
+    if state.get("source") and isinstance(state["source"], dict):
         return state["source"].get("tokenizer")
     return "gpt2" if config.vocab_size in (50257, 50304) else None  # OpenAI's weights; nanoGPT pads them to 50304
 

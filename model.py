@@ -295,8 +295,8 @@ def transfer(target, source, parts, embeddings="random", lm_head=None, positions
 
     parts: a list of attn, mlp, norm. embeddings, lm_head (None: the same): what happens to the rows of wte and of the
     output head, whose vocabularies do not match: "random" leaves them, "mean" starts each at the mean of the source's
-    rows, "keep" copies them (same vocabulary; nanoGPT's may be padded to a multiple of 64). positions: "moved" (or None) where
-    the source's context is at least as long, or "random". The published code has mean, mean and moved with the whole model,
+    rows, "keep" copies them (same vocabulary; nanoGPT's may be padded to a multiple of 64). positions: "moved", "random", or None:
+    moved where the source's context is at least as long. The published code has mean, mean and moved with the whole model,
     random, random and random with parts of it (paper's implementation, on tasks). Raises UserError if the shapes differ."""
     a, b = target.config, source.config
     if (a.n_layer, a.n_embd, a.n_head) != (b.n_layer, b.n_embd, b.n_head):
@@ -306,6 +306,8 @@ def transfer(target, source, parts, embeddings="random", lm_head=None, positions
     for name, p in target.named_parameters():
         if part_of(name) in parts:
             p.copy_(theirs[name])
+    if positions == "moved" and b.block_size < a.block_size:
+        raise UserError(f"positions cannot move: the warm-up has {b.block_size} of them, and {a.block_size} are wanted")
     if positions != "random" and b.block_size >= a.block_size:
         target.wpe.weight.copy_(source.wpe.weight[:a.block_size])
     for rows, from_rows, start in ((target.wte.weight, source.wte.weight, embeddings),

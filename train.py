@@ -68,7 +68,7 @@ class Settings:
     warmup_curriculum: bool = flag(False, "input length grows from 2 by 2 each time accuracy passes 0.99")
 
     init: str | None = flag(None, "start from this saved warm-up and skip stage 1", "transfer")
-    attn_from: str | None = flag(None, "weight mixture: take the attention from this checkpoint")
+    attn_from: str | None = flag(None, "weight mixture: take the attention from this checkpoint (and its positions)")
     mlp_from: str | None = flag(None, "weight mixture: take the MLPs from this checkpoint")
     transfer: str | None = flag(None, "what moves over: full, or a list of attn, mlp, norm (default attn before haystack, else "
                                 "full); all: the embeddings too, to go on from a model of the same vocabulary (its size, "
@@ -76,8 +76,8 @@ class Settings:
     embeddings: str | None = flag(None, "token embeddings after transfer: random, mean (of the warm-up's rows), or "
                                   "keep (same vocabulary; default keep after text, else random)")
     lm_head: str | None = flag(None, "the untied output head's rows after transfer, likewise (default: as --embeddings)")
-    positions: str | None = flag(None, "position embeddings after transfer: moved, where the warm-up's context is as long, "
-                                 "or random (default moved)")
+    positions: str | None = flag(None, "position embeddings after transfer: moved or random (default moved where the "
+                                 "warm-up's context is as long)")
 
     preset: str | None = flag(None, "the settings of a published run: c4, codeparrot, deepmind_math, wikitext103, each "
                               "also with -350m and -1.3b; every other flag overrides", "data and model")

@@ -32,12 +32,12 @@ def made_up_run(folder, warmup="dyck", data="code", losses=(5.0, 3.0, 2.5), seed
 
 def test_runs_that_differ_in_the_seed_alone_are_one_line(tmp_path, monkeypatch, capsys):
     runs = [made_up_run(tmp_path / f"a{seed}", "dyck", losses=(5.0, 3.0 + seed, 2.0), seed=seed) for seed in range(3)]
-    labels = []
+    labels, thin = [], []
     monkeypatch.setattr(script.pyplot().Axes, "plot", spy := lambda self, *args, label=None, _plot=script.pyplot().Axes.plot, **kwargs: (
-        labels.append((label, list(args[1]))) if label else None, _plot(self, *args, label=label, **kwargs))[1])
+        labels.append((label, list(args[1]))) if label else thin.append(list(args[1])), _plot(self, *args, label=label, **kwargs))[1])
     call(monkeypatch, "curves", *runs, made_up_run(tmp_path / "b", "none"), "--picture", tmp_path / "c.png")
     wanted = [("warm-up dyck (attn), mean of 3 seeds", [4.0, 2.0]), ("warm-up none, seed 0", [3.0, 2.5])]
-    assert labels == wanted
+    assert labels == wanted and sorted(thin) == [[3.0, 2.0], [4.0, 2.0], [5.0, 2.0]]
     for run in tmp_path.glob("*/"):  # the same from the file that `pack` makes of them
         settings = json.loads((run / "config.json").read_text())["settings"]
         (run / "result.json").write_text(json.dumps({"settings": settings, "val_loss": 2.0, "val_accuracy": 0.5,
@@ -52,7 +52,7 @@ def test_a_run_is_named_by_the_warm_up_that_it_takes_up():
     found = {"warmup-dyck_k=4-s0-0123abcd": {"result": {"settings": {"warmup": "dyck:k=4"}}}}
     run = {"warmup": "none", "warmup_steps": 0, "transfer": "full", "embeddings": "random"}
     for init, words in (("warmup-dyck_k=4-s0-0123abcd/warmup.pt", "dyck:k=4"), ("out/code-set-s0/warmup.pt", "code-set-s0"),
-                        ("gpt2.pt", "gpt2"), ("haystack-set-s0-0123abcd-noise_0.1.init.pt", "noise 0.1 weights"), (None, "none")):
+                        ("gpt2.pt", "gpt2"), ("models/gpt2-medium", "gpt2-medium"), ("runs/b.pt", "b"), ("haystack-set-s0-0123abcd-noise_0.1.init.pt", "noise 0.1 weights"), (None, "none")):
         assert script.label(run | {"init": init}, found) == words
     assert script.label(run | dict(init="gpt2.pt", transfer="attn", embeddings="mean", positions="random"), found) == (
         "gpt2 (attn, mean embeddings, positions random)")
@@ -266,10 +266,13 @@ def made_up_results(cells, values, learned="learned"):
     found = {}
     for c in cells:
         for seed, value in enumerate(values.get((c.row, c.column), ())):
-            tokens, settings = {"procedural": 10 * (c.settings["warmup"] != "none"), "semantic": 5}, {"seed": seed, "steps": 9}
-            found[script.name_of(c, seed)] = {"result": {"val_accuracy": value, "val_loss": value, "tokens": tokens, "settings": settings}}
+            tokens = {"procedural": 10 * (c.settings["warmup"] != "none"), "semantic": 5}
+            settings = {"seed": seed, "steps": 9, "warmup": c.settings["warmup"], "data": c.column}
+            result = {"val_accuracy": value, "val_loss": value, "tokens": tokens, "settings": settings}
+            found[script.name_of(c, seed)] = {"result": result}
             for warm in c.mixture.values() or [c.settings] * (c.settings["warmup"] != "none"):
-                found[script.warmup_of(warm, seed)[0]] = {"result": {"settings": {"seed": seed}, "tokens": tokens}, "learned": {"verdict": learned}}
+                found[script.warmup_of(warm, seed)[0]] = {"result": result | {"settings": settings | {"steps": 0}},
+                                                                  "learned": {"verdict": learned}}
     return found
 
 
@@ -297,13 +300,13 @@ def test_every_experiment_has_a_table_and_a_figure_even_when_half_of_it_is_missi
 
 def test_what_was_measured_on_other_held_out_rows_is_not_compared():
     cells = [script.Cell(row, "code", {"data": "code", "warmup": row}) for row in ("none", "set")]
-    found = made_up_results(cells, {("none", "code"): (2.0, 2.0), ("set", "code"): (1.5, 1.0)})
-    for cell, seed, batches in ((cells[0], 0, 20), (cells[1], 0, 40)):
-        found[script.name_of(cell, seed)]["result"]["settings"]["eval_batches"] = batches
-    found[script.name_of(cells[0], 1)]["result"]["settings"]["eval_batches"] = 40
-    found[script.name_of(cells[1], 1)]["result"]["settings"]["eval_batches"] = 40
-    _, entry = script.compare(cells, 2, found)
+    found = made_up_results(cells, {("none", "code"): (2.0, 2.0), ("set", "code"): (1.5, 1.0, 0.5)})
+    for cell, seed, batches in ((0, 0, 40), (0, 1, 40), (1, 0, 20), (1, 1, 40), (1, 2, 20)):
+        found[script.name_of(cells[cell], seed)]["result"]["settings"]["eval_batches"] = batches
+    _, entry = script.compare(cells, 3, found)
     assert entry["values"] == {1: 1.0} and (entry["pairs"], entry["gain"]) == (1, pytest.approx(1.0))
+    assert [seed for seed, why in entry["failed"] if "20 held-out batches" in why] == [0, 2]
+    assert script.on("code", "quick")["eval_batches"] and "eval_batches" not in script.name_of(script.tuned("quick")[0], 0)
 
 
 def packed(path, records):
@@ -312,7 +315,8 @@ def packed(path, records):
 
 
 def test_a_result_counts_more_than_a_failure_wherever_they_are(tmp_path):
-    result = {"settings": {"seed": 0}, "tokens": {"procedural": 0, "semantic": 1}, "val_loss": 1.0, "val_accuracy": 0.5}
+    settings = {"seed": 0, "steps": 1, "warmup": "none", "data": "code"}
+    result = {"settings": settings, "tokens": {"procedural": 0, "semantic": 1}, "val_loss": 1.0, "val_accuracy": 0.5}
     packed(tmp_path / "a.jsonl.gz", [{"name": "x", "result": result, "learned": {"verdict": "learned"}}])
     packed(tmp_path / "b.jsonl.gz", [{"name": "x", "failed": "no room"}, {"name": "y", "failed": "no room"}])
     found = script.read_results(tmp_path)
@@ -322,16 +326,46 @@ def test_a_result_counts_more_than_a_failure_wherever_they_are(tmp_path):
     assert script.read_results(tmp_path) == found, "a damaged file hides no good result"
     (tmp_path / "x" / "result.json").write_text(json.dumps(result | {"val_loss": 2.0}))
     (tmp_path / "y.failed").write_text("no time")
+    (tmp_path / "z.failed").mkdir()
+    (tmp_path / "x" / "learned.json").write_text("[1]")
     newer = script.read_results(tmp_path)
     assert newer["x"]["result"]["val_loss"] == 2.0 and newer["x"]["learned"] == {"verdict": "learned"}
 
 
-@pytest.mark.parametrize("record", [{"name": "a", "result": {}}, {"name": "a"}, {"result": {}}, [1],
-                                    {"name": "a", "failed": "no", "log": [{}]}])
+RESULT = {"settings": {"seed": 0, "steps": 1, "warmup": "none", "data": "code"}, "val_loss": 1.0, "val_accuracy": 0.5,
+          "tokens": {"procedural": 0, "semantic": 1}}
+
+
+@pytest.mark.parametrize("record", [
+    {"name": "a", "result": {}}, {"name": "a"}, {"result": RESULT}, [1], {"name": "a", "failed": "no", "log": []},
+    {"name": "a", "result": RESULT, "log": [{}]}, {"name": "a", "result": RESULT, "learned": 3},
+    *({"name": "a", "result": {k: v for k, v in RESULT.items() if k != key}} for key in RESULT),
+    {"name": "a", "result": RESULT | {"tokens": {"procedural": 1}}}, {"name": "a", "result": RESULT | {"settings": {"seed": 1}}}])
 def test_a_packed_file_that_lacks_what_the_tables_need_is_refused(record, tmp_path, refused):
     for command in ("claims", "report"):
         assert "cannot read" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", [record]))
         assert "it is empty" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", []))
+
+
+def test_figures_show_the_values():
+    row = dict(column="haystack", metric="accuracy", p_holm=0.01, pairs=2)
+    entries = [row | dict(row="none", mean=0.2, half=0.1, n=2, pairs=0, gain=math.nan, values={0: 0.1, 1: 0.3}, line="", x=0.5),
+               row | dict(row="set", mean=0.9, half=0.2, n=2, gain=0.7, values={0: 0.8, 1: 1.0}, line="a", x=0.5),
+               row | dict(row="eca", mean=0.1, half=0.3, n=2, gain=-0.1, values={0: 0.0, 1: 0.2}, line="a", x=1.0)]
+    plt = script.pyplot()
+    image = script.draw_heat_map(plt.figure().gca(), entries, ["none", "set", "eca"], ["haystack"])
+    assert np.allclose(image.get_array().ravel(), [0, 70, -10]) and image.get_cmap().name == "RdBu", "red is worse"
+    assert [text.get_text() for text in image.axes.texts] == ["20.0%*", "90.0%*", "10.0%*"]
+    axis = plt.figure().gca()
+    script.draw_points(axis, entries, ["none", "set", "eca"])
+    dots = [list(line.get_xdata()) for line in axis.lines if line.get_alpha()]
+    assert dots == [[0.1, 0.3], [0.8, 1.0], [0.0, 0.2]]
+    axis = plt.figure().gca()
+    script.draw_lines(axis, entries, ["a"], log=False)
+    (bars,) = axis.containers
+    assert list(bars.lines[0].get_xdata()) == [0.5, 1.0] and list(bars.lines[0].get_ydata()) == [0.9, 0.1]
+    assert [list(end.get_ydata()) for end in bars.lines[1]] == [pytest.approx([0.7, -0.2]), pytest.approx([1.1, 0.4])]
+    plt.close("all")
 
 
 def test_a_part_of_an_experiment_keeps_what_it_is_compared_with():
@@ -364,6 +398,7 @@ def test_how_many_seeds_found_the_needle_is_counted_for_each_start():
     lines = script.verdict_lines("embeddings", script.compare(cells, 2, made_up_results(cells, values)))
     assert lines[1:3] == ["| seeds with more than 90 % right | dyck | set |", "|---|---|---|"]
     assert "| attn, all fresh | 1 of 2 | 1 of 2 |" in lines and "| attn, head at the mean | 1 of 2 | - |" in lines and len(lines) == 8
+    assert script.verdict_lines("embeddings", script.compare(cells, 2, {})) == []
 
 
 def test_best_is_compared_with_best_and_with_the_luck_of_more_seeds():
@@ -478,8 +513,9 @@ def test_a_claim_about_harm_is_shown_in_the_published_direction():
 def test_the_readme_shows_what_the_published_results_say():
     found, readme = script.read_results(ROOT / "assets" / "results.jsonl.gz"), (ROOT / "README.md").read_text()
     seeds = script.seeds_in(found)
-    lines = [*script.claims_lines(script.claims(found, seeds)), *script.needle_lines(script.compare(script.embeddings("quick"), seeds, found))]
-    assert not [line for line in lines if line not in readme], "the tables of README.md are not those of assets/results.jsonl.gz"
+    starts = script.needle_lines(script.compare(script.embeddings("quick"), seeds, found))
+    for lines in (script.claims_lines(script.claims(found, seeds)), starts):
+        assert "\n".join(lines) in readme, "a table of README.md is not that of assets/results.jsonl.gz"
 
 
 def test_holms_correction_is_over_all_rows_of_claims():

@@ -154,6 +154,8 @@ def test_input_rows_the_heads_rows_and_positions_begin_each_as_told():
     transfer(target, source, (), "random", "mean", "moved")
     assert torch.equal(target.wte.weight, before["wte.weight"]) and (target.lm_head.weight == mean).all()
     assert torch.equal(target.wpe.weight, source.wpe.weight)
+    with pytest.raises(UserError, match="cannot move"):
+        transfer(target, scrambled(1, block_size=16), (), positions="moved")
 
 
 def test_kept_embeddings_need_the_same_vocabulary():

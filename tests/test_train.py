@@ -385,6 +385,11 @@ def test_a_task_has_published_settings_and_can_start_at_mean_embeddings(settings
                                                 lm_head="random", positions="random"))
     assert torch.equal(start["lm_head.weight"], fresh["lm_head.weight"]) and torch.equal(start["wpe.weight"], fresh["wpe.weight"])
     assert (start["wte.weight"] == load(tmp_path / "head" / "warmup.pt")[0].wte.weight.mean(0)).all()
+    for more in (dict(init=1), dict(attn_from=1, mlp_from=1)):  # the same with a warm-up that is there
+        more = {key: str(tmp_path / "head" / "warmup.pt") for key in more}
+        taken = first_weights(monkeypatch, settings("-".join(more), data="haystack:pairs=2", block_size=None, warmup=None,
+                                                    embeddings="mean", lm_head="random", positions="random", **more))
+        assert all(torch.equal(taken[name], start[name]) for name in ("wte.weight", "lm_head.weight", "wpe.weight"))
 
 
 def test_the_text_warm_up_spends_as_many_tokens_on_the_same_corpus_and_keeps_its_embeddings(settings, tmp_path, monkeypatch):
