@@ -428,7 +428,7 @@ def tuned(budget):
     cells = []
     for column in DOMAINS[budget]:
         rate, steps = TEXT["quick"]["lr"] if budget == "quick" else PRESETS[column]["lr"], train_steps(column, budget)
-        rows = [(warmup, warmup, {}) for warmup in TEXT_WARMUPS]
+        rows = [(warmup, warmup, {}) for warmup in (*TEXT_WARMUPS, "shuffled:eca")]
         rows += [(f"{warmup}, norms alone", warmup, dict(transfer="norm")) for warmup in ("set", "dyck")]
         cells += [Cell(row, column, on(column, budget, warmup, lr=2 * rate, weight_decay=0.1, lr_ramp=steps // 20, **more))
                   for row, warmup, more in rows]

@@ -115,6 +115,9 @@ def test_bad_requests_are_refused(args, checkpoints, refused):
 def test_a_checkpoint_that_does_not_say_what_it_learned_is_refused(tmp_path, refused):
     save(tmp_path / "a.pt", GPT(GPTConfig(5, 8, 1, 1, 8)))
     assert "trained on" in refused(script, tmp_path / "a.pt")
+    for source in ("code", 3, {"tokenizer": "bytes"}):  # another program's
+        save(tmp_path / "b.pt", GPT(GPTConfig(20, 8, 1, 1, 8)), source=source)
+        assert "trained on" in refused(script, tmp_path / "b.pt")
 
 
 # Probes ---------------------------------------------------------------------------------------------------------------
