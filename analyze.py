@@ -70,27 +70,28 @@ def runs_named(patterns, found):
     return runs
 
 
+FROM = ("init", "attn_from", "mlp_from")  # what a run takes up from another's checkpoint,
+HOW = ("transfer", "embeddings", "lm_head", "positions")  # and how: without a warm-up these are moot
+
+
 def taken_up(settings, found):
     """Which warm-up a run takes up, in words: its spec, or the name of its folder or file, and what was done to it."""
     words = []
-    for path in (settings[key] for key in ("init", "attn_from", "mlp_from") if settings.get(key)):
+    for path in (settings[key] for key in FROM if settings.get(key)):
         ours = Path(path).name in ("warmup.pt", "ckpt.pt") and Path(path).parent.name
         folder = ours or (Path(path).stem if path.endswith(".pt") else Path(path).name)
         if operation := re.search(r"-([a-z]+(_[\w.]+)?)\.init\.pt$", path):  # see operated_checkpoint
             words.append(operation[1].replace("_", " ") + " weights")
-        elif "result" in dict(found).get(folder, {}):
+        elif "result" in found.get(folder, {}):
             words.append(found[folder]["result"]["settings"]["warmup"])
         else:
             words.append(re.sub(r"^warmup-|-s\d+-[0-9a-f]{8}$", "", folder))
     return " + ".join(words) or settings["warmup"]
 
 
-HOW = ("transfer", "embeddings", "lm_head", "positions")  # how a warm-up is taken up: without one these are moot
-
-
 def warmed(settings):
     """Whether a run has a warm-up, its own or another's."""
-    return settings["warmup"] != "none" or any(settings.get(key) for key in ("init", "attn_from", "mlp_from"))
+    return settings["warmup"] != "none" or any(settings.get(key) for key in FROM)
 
 
 def label(settings, found):
@@ -106,13 +107,13 @@ def same_but_seed(settings):
     moot = {*OPERATIONAL, "seed"} | set(() if warmed(settings) else HOW)
     alike = {key: value for key, value in settings.items() if value is not None and key not in moot
              and (settings["warmup_steps"] or not key.startswith("warmup_"))}
-    for key in ("init", "attn_from", "mlp_from"):  # each seed has a warm-up of its own
+    for key in FROM:  # each seed has a warm-up of its own
         path = re.sub(r"-[0-9a-f]{8}(-[^-]*\.init\.pt)$", r"\1", alike.get(key, ""))  # that hash is of the seed, too
         alike[key] = re.sub(r"-s\d+(?=[-/.]|$)", "", path)
     return json.dumps(alike, sort_keys=True)
 
 
-def print_runs(runs, found=()):
+def print_runs(runs, found):
     """The last values of every run."""
     print(f"{'run':32} {'warm-up':24} {'seed':>4} {'tokens':>14} {'held-out loss':>13} {'accuracy':>9}")
     for folder, settings, points in runs:
@@ -121,7 +122,7 @@ def print_runs(runs, found=()):
               f"{last['val_accuracy']:9.2%}")
 
 
-def curves(runs, picture, metric=None, found=()):
+def curves(runs, picture, metric, found):
     """Draws held-out loss or accuracy against the training stage's tokens, for runs [(name, settings, points)]. Runs that
     differ in the seed alone are one line, the mean, among a thin one for each."""
     if len(data := {settings["data"] for _, settings, _ in runs}) > 1:
@@ -631,8 +632,8 @@ def finished(folder):
     """Whether a run has its result; one that cannot be read is taken away, so that the run is resumed."""
     path = folder / "result.json"
     if path.exists():
-        with contextlib.suppress(UserError):
-            return bool(read_json(path, "settings", "val_loss", "val_accuracy", "tokens"))
+        with contextlib.suppress(UserError, ValueError):
+            return bool(read_result(folder))
         path.unlink(missing_ok=True)
     return False
 
@@ -740,8 +741,13 @@ def read_packed(path):
             raise ValueError("it is empty")
         return found
     except (OSError, EOFError, zlib.error, ValueError, AttributeError, KeyError, TypeError) as error:
-        why = error if isinstance(error, (OSError, ValueError)) else "a record has no name"
+        why = "a record has no name" if isinstance(error, (AttributeError, KeyError, TypeError)) else error
         raise UserError(f"cannot read {path}: {why}; a file that analyze.py pack wrote is wanted") from None
+
+
+def read_result(folder):
+    """{"result": what a run's result.json holds}. Raises UserError or ValueError."""
+    return checked({"result": read_json(folder / "result.json", "settings", "val_loss", "val_accuracy", "tokens")})
 
 
 def read_folder(path):
@@ -750,8 +756,7 @@ def read_folder(path):
     with contextlib.suppress(OSError, ValueError, TypeError):
         record["learned"] = dict(json.loads((path / "learned.json").read_text()))
     try:
-        record["result"] = read_json(path / "result.json", "settings", "val_loss", "val_accuracy", "tokens")
-        checked(record)
+        record |= read_result(path)
     except (UserError, ValueError) as error:
         return {"failed": f"{error}; without that file the run is resumed"}
     with contextlib.suppress(UserError):
@@ -1021,8 +1026,8 @@ def draw_lines(axis, entries, drawn, log):
 def draw_points(axis, entries, rows):
     """Seeds as dots, their mean in black, of losses with its 95 % interval: of accuracies, high or low, that says little."""
     task, y = entries[0]["metric"] == "accuracy", [rows.index(e["row"]) for e in entries]
-    for e in entries:
-        axis.plot(list(e["values"].values()), [rows.index(e["row"])] * e["n"], "o", color="C0", alpha=0.4, markersize=4)
+    for e, row in zip(entries, y):
+        axis.plot(list(e["values"].values()), [row] * e["n"], "o", color="C0", alpha=0.4, markersize=4)
     axis.errorbar([e["mean"] for e in entries], y, xerr=None if task else half_widths(entries), fmt="|" if task else "o",
                   color="black", markersize=12 if task else 5, capsize=3)
     if entries[0]["row"] == rows[0]:
@@ -1335,7 +1340,7 @@ def report(args):
         runs = [(name, found[name]["result"]["settings"], found[name]["log"]) for name in runs_of(cells, seeds)
                 if found.get(name, {}).get("log")]
         if len(runs) > 1:
-            curves(runs, folder / f"recall-{budget}.png", found=found)
+            curves(runs, folder / f"recall-{budget}.png", None, found)
             lines += ["", f"## recall by tokens of training ({budget})", "", f"![recall](recall-{budget}.png)"]
     if not names:
         raise UserError(f"there are no results in {args.results}: python analyze.py claims says what to run")
@@ -1376,7 +1381,7 @@ def main():
                                  "packed file the current one, or for report the file's)")
     args = parser.parse_args()
     if args.command == "curves":
-        found = read_results(args.results) if args.results else ()
+        found = read_results(args.results) if args.results else {}
         runs = runs_named(args.runs, found) if args.results else [(folder, *read_run(folder)) for folder in args.runs]
         curves(runs, args.picture, args.metric, found)
         print_runs(runs, found)

@@ -52,7 +52,8 @@ def test_a_run_is_named_by_the_warm_up_that_it_takes_up():
     found = {"warmup-dyck_k=4-s0-0123abcd": {"result": {"settings": {"warmup": "dyck:k=4"}}}}
     run = {"warmup": "none", "warmup_steps": 0, "transfer": "full", "embeddings": "random"}
     for init, words in (("warmup-dyck_k=4-s0-0123abcd/warmup.pt", "dyck:k=4"), ("out/code-set-s0/warmup.pt", "code-set-s0"),
-                        ("gpt2.pt", "gpt2"), ("models/gpt2-medium", "gpt2-medium"), ("runs/b.pt", "b"), ("haystack-set-s0-0123abcd-noise_0.1.init.pt", "noise 0.1 weights"), (None, "none")):
+                        ("gpt2.pt", "gpt2"), ("models/gpt2-medium", "gpt2-medium"), ("runs/b.pt", "b"),
+                        ("haystack-set-s0-0123abcd-noise_0.1.init.pt", "noise 0.1 weights"), (None, "none")):
         assert script.label(run | {"init": init}, found) == words
     assert script.label(run | dict(init="gpt2.pt", transfer="attn", embeddings="mean", positions="random"), found) == (
         "gpt2 (attn, mean embeddings, positions random)")
@@ -329,7 +330,11 @@ def test_a_result_counts_more_than_a_failure_wherever_they_are(tmp_path):
     (tmp_path / "z.failed").mkdir()
     (tmp_path / "x" / "learned.json").write_text("[1]")
     newer = script.read_results(tmp_path)
+    assert script.finished(tmp_path / "x")
     assert newer["x"]["result"]["val_loss"] == 2.0 and newer["x"]["learned"] == {"verdict": "learned"}
+    (tmp_path / "x" / "result.json").write_text(json.dumps(result | {"tokens": {}}))
+    assert script.read_results(tmp_path) == {**found, "y": {"failed": "no room"}}
+    assert not script.finished(tmp_path / "x"), "what cannot be read is run again"
 
 
 RESULT = {"settings": {"seed": 0, "steps": 1, "warmup": "none", "data": "code"}, "val_loss": 1.0, "val_accuracy": 0.5,
@@ -345,6 +350,9 @@ def test_a_packed_file_that_lacks_what_the_tables_need_is_refused(record, tmp_pa
     for command in ("claims", "report"):
         assert "cannot read" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", [record]))
         assert "it is empty" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", []))
+    whole = packed(tmp_path / "r.jsonl.gz", [{"name": "a", "result": RESULT}]).read_bytes()
+    (tmp_path / "r.jsonl.gz").write_bytes(whole[:-9])
+    assert "ended before" in refused(script, "claims", "--results", tmp_path / "r.jsonl.gz"), "cut short"
 
 
 def test_figures_show_the_values():
@@ -539,7 +547,7 @@ def test_the_report_holds_the_claims_and_every_table_with_its_picture(tmp_path, 
     for name in ("table", "length"):
         cells = script.EXPERIMENTS[name]("quick")
         found |= made_up_results(cells, {(c.row, c.column): [0.1, 0.2] for c in cells})
-    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps({"name": n, **r}) + "\n" for n, r in found.items()).encode()))
+    packed(tmp_path / "r.jsonl.gz", [{"name": name, **record} for name, record in found.items()])
     call(monkeypatch, "report", "--results", tmp_path / "r.jsonl.gz", "--seeds", 2, "--to", tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     for word in ("| Dyck helps recall | 11.3 -> 96.9 % |", "## table (quick)", "![length](length-quick.png)"):
