@@ -1,16 +1,13 @@
-"""What a checkpoint knows, and where: probes of its answers, its attention heads and its residual stream.
+"""What a checkpoint knows, and where: probes of its answers, its heads and its residual stream.
 
-    python eval.py out/code-dyck-s0/ckpt.pt                  every probe that fits it, on held-out data of its own kind
-    python eval.py out/*/warmup.pt --probe learned           was the warm-up learned at all? Several side by side
+    python eval.py out/code-dyck-s0/ckpt.pt                  every probe that fits, on held-out data
+    python eval.py out/*/warmup.pt --probe learned           was it learned? Several side by side
     python eval.py A/ckpt.pt B/ckpt.pt --plot                and as figures
-    python eval.py out/code-dyck-s0/ckpt.pt --data docs      on other data
-    python eval.py out/haystack-none-s0/ckpt.pt --sample 3   solved examples (text: samples)
+    python eval.py out/code-dyck-s0/ckpt.pt --prompt "def "  go on from one's own words
 
-A probe is a function of an opened checkpoint that returns a Finding: the rows of a table, and panels to draw. What was
-found is added to eval.json beside the checkpoint.
+A probe is a function of an opened checkpoint that returns a Finding, or None where it does not fit.
 """
 import contextlib
-import itertools
 import json
 import math
 import re
@@ -21,806 +18,751 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (Parser, UserError, bracket_process, bracket_structure, default_tokenizer, kind_of, load_tokenizer,
-                  make_source, parse_member, parse_rules, run_main, RULES, TASKS)
-from model import GPT, MOST_LOGITS, load, write_atomically
+from data import (PROBLEM, RULES, Parser, UserError, default_tokenizer, make_data, number,
+                  parse_spec, read_json, run_main, write_json, written_whole)
+from model import GPT, attention_maps, load
 
 
-def find_device(name=None):
-    """The accelerator if there is one: CUDA, then Apple's MPS, then the CPU. Raises UserError if `name` is not here."""
+def find_device(name=None, elsewhere=False):
+    """The accelerator that is here: CUDA, Apple's MPS, or the CPU. elsewhere: a named one need not
+    be here. Raises UserError."""
+    here = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
-        raise UserError(f"unknown device {name!r}: there are cuda, mps and cpu")
-    there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
-    kind, _, number = name.partition(":")
-    if int(number or 0) >= there[kind]:
-        raise UserError(f"--device {name} was asked for, but torch sees {there[kind]} devices of this kind here; "
-                        f"leave it out to use {find_device()}")
+        return next(kind for kind in here if here[kind])
+    kind, _, place = name.partition(":")
+    if not re.fullmatch(r"(cuda(:\d{1,3})?|mps|cpu)", name):
+        raise UserError(f"unknown --device {name}: cuda, mps or cpu")
+    if int(place or 0) >= here[kind] and not elsewhere:
+        raise UserError(f"--device {name} is not here: without the flag it is {find_device()}")
     return name
 
 
-@torch.no_grad()
-def evaluate(model, source, batch_size, batches, device="cpu", autocast=contextlib.nullcontext):
-    """Over the first `batches` batches of a source (fewer if it has fewer rows), in evaluation mode.
+# --------------------------------------------------------------------------------------------------
+# Loss and accuracy
 
-    Returns loss (nats per counted token), accuracy (share of counted tokens whose likeliest prediction is right), exact
-    (share of answers, unbroken runs of counted tokens, that are right throughout), bits_per_byte (text whose vocabulary
-    is known, else None), tokens."""
+
+def micro_batches(x, y, n, trim=True):
+    """Rows x, y in n parts. trim: rows of like length together, without what follows the last token
+    that counts: nothing reads that, and on a CPU pads cost as much as tokens."""
+    if not trim:
+        return list(zip(x.chunk(n), y.chunk(n)))
+    lengths = y.shape[1] - (y != -1).flip(1).int().argmax(1)
+    parts = []
+    for rows in lengths.argsort(stable=True).chunk(n):
+        longest = lengths[rows].max()
+        parts.append((x[rows, :longest], y[rows, :longest]))
+    return parts
+
+
+def held_out_rows(data, n):
+    """The first n held-out rows, in parts (x, y) of 32,000 tokens or 1 GB of logits at most."""
+    if data.kind == "text":
+        n = min(n, len(data.val))
+    x, y = data.val.__getitems__(range(n))
+    return micro_batches(x, y, math.ceil(x.numel() * max(data.vocab_size, 2 ** 13) / 2 ** 28))
+
+
+@torch.no_grad()
+def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), tokenizer=None):
+    """Of rows as held_out_rows gives them: loss, in nats per counted token; accuracy, the share of
+    these whose likeliest prediction is right; exact, the share of answers (unbroken runs of counted
+    tokens) that are right throughout; bits_per_byte, of text; and how many tokens count."""
     training = model.training
     model.eval()
-    n = batch_size * batches if source.rows is None else min(batch_size * batches, source.rows)
-    loss = right = answers = exact = tokens = text_bytes = 0
-    for index in range(-(-n // batch_size)):
-        x, y = (torch.from_numpy(a[:n - index * batch_size]).to(device) for a in source.batch(index, batch_size))
-        where = y != -1
-        wanted, hits = y[where], []
-        with autocast():
-            hidden = model.states(x, where)
-            for h, w in zip(*(z.split(MOST_LOGITS // model.config.vocab_size + 1) for z in (hidden, wanted))):
-                logits = model.lm_head(h).float()  # of some positions at a time: all of them may not fit
-                loss += F.cross_entropy(logits, w, reduction="sum").item()
-                hits.append(logits.argmax(-1) == w)
-        hit = torch.cat(hits)
-        starts = where & ~F.pad(where, (1, 0))[:, :-1]  # where an answer begins: a run of counted tokens
-        answer = starts.flatten().cumsum(0)[where.flatten()] - 1  # which answer a counted token belongs to
-        right, tokens, answers = right + hit.sum().item(), tokens + len(wanted), answers + starts.sum().item()
-        exact += (answer.bincount() == answer[hit].bincount(minlength=starts.sum())).sum().item()
-        if source.token_bytes is not None:
-            text_bytes += int(source.token_bytes[wanted.cpu().numpy()].sum())
+    loss = right = tokens = exact = answers = size = 0
+    for x, y in rows:
+        x, y = x.to(device), y.to(device)
+        with autocast:
+            states, wanted = model.counted_states(x, y)
+            logits = model.lm_head(states).float()
+        loss += F.cross_entropy(logits, wanted, reduction="sum").item()
+        hit = logits.argmax(-1) == wanted
+        counted = y != -1
+        begins = counted & ~F.pad(counted, (1, 0))[:, :-1]
+        answer = begins.flatten().cumsum(0)[counted.flatten()]  # the answer that a token is in
+        right += hit.sum().item()
+        tokens += len(wanted)
+        answers += begins.sum().item()
+        exact += begins.sum().item() - len(answer[~hit].unique())
+        if tokenizer and tokenizer.end is not None:
+            size += len(tokenizer.decode(wanted[wanted != tokenizer.end].tolist()))
     model.train(training)
-    return {"loss": loss / tokens, "accuracy": right / tokens, "exact": exact / answers, "tokens": tokens,
-            "bits_per_byte": loss / text_bytes / math.log(2) if text_bytes else None}
+    return {"loss": loss / tokens, "accuracy": right / tokens, "exact": exact / answers,
+            "bits_per_byte": loss / size / math.log(2) if size else None, "tokens": tokens}
 
 
 def perplexity(loss):
     return math.exp(min(loss, 700.0))
 
 
-def solve(model, problems, device="cpu", batch_size=256):
-    """Greedy answers to questions. problems: {part: [(question, answer), ...]} as Problems.problems gives them.
-
-    Returns {part: [(question, wanted, given), ...]}, all int64 arrays; solved exactly means given equals wanted, up to
-    and with the token that ends it. Questions of one length share a batch, so none needs padding."""
-    every = sorted(((len(q), part, i) for part, found in problems.items() for i, (q, _) in enumerate(found)))
-    result = {part: [None] * len(found) for part, found in problems.items()}
-    for _, alike in itertools.groupby(every, key=lambda entry: entry[0]):
-        while batch := list(itertools.islice(alike, batch_size)):
-            questions, wanted = zip(*(problems[part][i] for _, part, i in batch))
-            prompt = torch.from_numpy(np.stack(questions)).to(device)
-            given = model.generate(prompt, max(map(len, wanted)), 0.0, stop=wanted[0][-1].item())[:, prompt.shape[1]:]
-            for (_, part, i), question, answer, tokens in zip(batch, questions, wanted, given.cpu().numpy()):
-                result[part][i] = question, answer, tokens[:len(answer)]
-    return result
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# An opened checkpoint, and what its model does on some rows
+# --------------------------------------------------------------------------------------------------
+# An opened checkpoint
 
 
 @dataclass
 class Finding:
-    """What a probe found in one checkpoint."""
-    rows: dict  # {label: (value, format)}: the table, with one column per checkpoint
-    panels: list = field(default_factory=list)  # figures in plain numbers, see `lines` and `heat`
-    n: str = ""  # how many of what: for the caption
-    note: str = ""  # a line below the table
+    """What a probe found: a table {label: (value, format)}, panels to draw, and of how many."""
+    table: dict
+    panels: list = field(default_factory=list)
+    n: str = ""
 
 
-def lines(title, xlabel, ylabel, curves, mark=None):
-    """A panel of curves {name: (xs, ys)}; mark: (low, high) of x to shade, the trained range."""
-    return {"kind": "lines", "title": title, "xlabel": xlabel, "ylabel": ylabel, "mark": mark,
-            "curves": {name: [np.asarray(values).tolist() for values in curve] for name, curve in curves.items()}}
+def lines(title, xlabel, ylabel, curves):
+    """A panel of curves {name: (xs, ys)}."""
+    curves = {name: [np.asarray(xs).tolist(), np.asarray(ys).tolist()]
+              for name, (xs, ys) in curves.items()}
+    return {"title": title, "xlabel": xlabel, "ylabel": ylabel, "curves": curves}
 
 
 def heat(title, xlabel, ylabel, matrix, xticks=None, yticks=None):
-    """A panel of numbers from 0 to 1 by row and column; nan where there is none."""
-    matrix = [[None if math.isnan(value) else round(float(value), 4) for value in row] for row in matrix]
-    return {"kind": "heat", "title": title, "xlabel": xlabel, "ylabel": ylabel, "matrix": matrix, "xticks": xticks,
-            "yticks": yticks}
+    """A panel of numbers from 0 to 1, or nan."""
+    matrix = np.asarray(matrix, float)
+    ticks = [list(range(n) if given is None else given)
+             for n, given in zip(matrix.shape, (yticks, xticks))]
+    matrix = np.where(np.isnan(matrix), None, matrix.round(4)).tolist()
+    return {"title": title, "xlabel": xlabel, "ylabel": ylabel, "yticks": ticks[0],
+            "xticks": ticks[1], "matrix": matrix}
 
 
 class Opened:
-    """A checkpoint with its model and held-out data: what a probe gets."""
+    """A checkpoint with its model and held-out data. Raises UserError."""
 
-    def __init__(self, path, args):
-        self.path, self.device = path, find_device(args.device)
-        self.batch_size, self.batches, self.wanted, self.samples = args.batch_size, args.batches, args.problems, args.sample
+    def __init__(self, path, device=None, spec=None, tokenizer=None, problems=20):
+        self.path, self.device, self.wanted = Path(path), find_device(device), problems
         self.model, state = load(path, self.device)
         self.model.eval()
-        self.state = {key: state[key] for key in ("stage", "step", "source", "length") if key in state}  # not the optimiser
-        if not isinstance(self.state.get("source"), dict):
-            self.state["source"] = {}  # not from train.py
-        self.spec, self.seed = args.data or self.state["source"].get("spec"), self.state["source"].get("seed", 0)
-        if not self.spec:
-            raise UserError(f"{path} does not say what it was trained on: name --data, and --tokenizer if needed")
-        config, self.tokenizer = self.model.config, args.tokenizer or default_tokenizer(self.spec)
-        if not args.tokenizer and self.tokenizer != "characters":
-            self.tokenizer = known_tokenizer(config, self.state) or self.tokenizer
-        self.source = make_source(self.spec, "val", self.seed, config.block_size, self.tokenizer)
-        padded = -(-self.source.vocab_size // 64) * 64  # as nanoGPT pads it
-        if self.source.vocab_size > config.vocab_size or (
-                args.data and config.vocab_size not in (self.source.vocab_size, padded)):
-            raise UserError(f"{self.spec} has a vocabulary of {self.source.vocab_size} tokens, the checkpoint one of "
-                            f"{config.vocab_size}")
-        # The rule or task: (name, parameters), None for text, for mixtures and for the shuffled control.
-        self.kind, self.member, self.members = self.source.kind, None, []
-        if self.kind == "task":
-            self.member = parse_member(self.spec, TASKS)[:2]
-        elif self.kind == "rule":
-            shuffled, self.members = parse_rules(self.spec)
-            if not shuffled and len(self.members) == 1:
-                self.member = self.members[0][1:]
-        self.brackets = self.member is not None and self.member[0] in ("dyck", "dyck_shuffle")
-        self.n = max(16, min(256, 2 ** 15 // config.block_size))  # rows that a probe looks at, if it is not said there
+        vocab_size, source = self.model.config.vocab_size, state.get("source")
+        self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
+        source = source if isinstance(source, dict) else {}  # another program's
+        self.spec, self.seed = spec or source.get("spec"), source.get("seed", 0)
+        if type(self.step) is not int or type(self.seed) is not int:
+            raise UserError(f"{path}: its step is {self.step!r}, its seed {self.seed!r}")
+        if not isinstance(self.spec, str):
+            raise UserError(f"{path} does not say what it was trained on: name --data")
+        known = source.get("tokenizer") or ("gpt2" if 50257 <= vocab_size < 50514 else None)
+        self.data = make_data(self.spec, self.seed, self.model.config.block_size,
+                              tokenizer or known or default_tokenizer(self.spec))
+        padded = 256 if self.data.kind == "text" else 1  # some pad their vocabulary
+        if not self.data.vocab_size <= vocab_size < self.data.vocab_size + padded:
+            raise UserError(f"{self.spec} has {self.data.vocab_size} tokens, {path} {vocab_size}")
+        # The name and parameters of a single rule or task; None for text, mixtures, the shuffled.
+        self.name, self.p = None, {}
+        if self.data.kind != "text":
+            shuffled, members = parse_spec(self.spec)
+            if len(members) == 1 and not shuffled:
+                _, self.name, self.p = members[0]
+        self.brackets = self.name in ("dyck", "dyck_shuffle")
+        if self.brackets and self.p["length"][0] < self.p["length"][1]:
+            self.name, self.brackets = None, False  # where a row ends, nobody can know
+        self.n = max(16, min(256, 2 ** 15 // self.model.config.block_size))  # rows to look at
 
     def rows(self, n=None):
-        return self.source.batch(0, min(n or self.n, self.source.rows or 10 ** 9))
+        """Held-out rows x, y: int64 arrays (n, block_size)."""
+        n = n or self.n
+        if self.data.kind == "text":
+            n = min(n, len(self.data.val))
+        return [each.numpy() for each in self.data.val.__getitems__(range(n))]
 
     def real(self, x):
         """bool (n, T): the places before the pads that fill a row up."""
-        if self.kind not in ("rule", "task"):
+        if self.data.kind == "text":
             return np.ones(x.shape, bool)
-        if self.member and "length" in self.member[1] and "vocab" not in self.member[1]:  # brackets and cells: no pad
-            return np.broadcast_to(np.arange(x.shape[1]) < self.member[1]["length"], x.shape)
-        return np.cumsum((x != self.source.pad)[:, ::-1], axis=1)[:, ::-1] > 0
+        return (x != self.data.train.pad)[:, ::-1].cumsum(1)[:, ::-1] > 0
 
     @torch.no_grad()
     def logits(self, x):
-        """int64 (n, T) -> float32 (some rows, T, vocab_size) on the device, as many rows at a time as are not too many."""
-        rows = max(1, min(self.batch_size, MOST_LOGITS // x.shape[1] // self.model.config.vocab_size))
-        for part in torch.from_numpy(x).split(rows):
-            yield self.model(part.to(self.device)).float()
+        """(n, T) -> (some rows, T, vocab_size), 16 rows at a time."""
+        for part in torch.from_numpy(x).split(16):
+            yield self.model(part.to(self.device)).float().cpu()
 
     def predict(self, x, y):
-        """(loss, hit) at each place, both (n, T): nats, and whether the likeliest token is right; 0 where y is -1."""
-        losses, hits, first = [], [], 0
-        for logits in self.logits(x):
-            wanted = torch.from_numpy(y[first:first + len(logits)]).to(logits.device)
-            losses.append(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=-1)
-                          .view(wanted.shape).cpu())
-            hits.append((logits.argmax(-1) == wanted).cpu())
-            first += len(logits)
+        """At each place the loss in nats, 0 where y is -1, and whether the likeliest is right."""
+        losses, hits = [], []
+        for logits, wanted in zip(self.logits(x), torch.from_numpy(y).split(16)):
+            losses.append(F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none",
+                                          ignore_index=-1))
+            hits.append(logits.argmax(-1) == wanted)
         return torch.cat(losses).numpy(), torch.cat(hits).numpy()
 
     @torch.no_grad()
-    def look_inside(self, x, model=None, attention=True):
-        """The attention weights (n, layers, heads, T, T) and the residual stream (n, layers + 1, T, n_embd): what goes
-        into the first block, and what comes out of each. Without `attention`, which grows with T squared, None."""
-        model, seen, streams = model or self.model, [], []
-        hooks = [model.h[0].register_forward_pre_hook(lambda block, inputs: streams.append(inputs[0].cpu()))]
-        hooks += [block.register_forward_hook(lambda block, inputs, output: streams.append(output.cpu()))
-                  for block in model.h]
-        weights, residual = [], []
-        try:
-            for part in torch.from_numpy(x).split(self.batch_size):
-                streams.clear()
-                for block in model.h:
-                    block.attn.weights = True if attention else None
-                model.trunk(part.to(self.device))
-                if attention:
-                    weights.append(torch.stack([block.attn.weights.cpu() for block in model.h], dim=1))
-                residual.append(torch.stack(streams, dim=1))
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for block in model.h:
-                block.attn.weights = None
-        return torch.cat(weights).float().numpy() if attention else None, torch.cat(residual).float().numpy()
+    def attention(self, x):
+        """What the heads attend to: (n, n_layer, n_head, T, T)"""
+        with attention_maps(self.model) as maps:
+            self.model.states(torch.from_numpy(x).to(self.device))
+        return torch.stack(maps, 1).cpu().numpy()
+
+    @torch.no_grad()
+    def residual(self, x, model=None):
+        """What goes into the first block and comes out of each: (n, n_layer + 1, T, n_embd)"""
+        model, streams = model or self.model, []
+        hooks = [model.h[0].register_forward_pre_hook(lambda _, args: streams.append(args[0]))]
+        for block in model.h:
+            hooks.append(block.register_forward_hook(lambda _, args, out: streams.append(out)))
+        model.states(torch.from_numpy(x).to(self.device))
+        for hook in hooks:
+            hook.remove()
+        return torch.stack(streams, 1).float().cpu().numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Probes of what it answers
+# --------------------------------------------------------------------------------------------------
+# Probes of its answers
 
 
 def probe_loss(c):
-    """Loss, accuracy and what else says it in one number."""
-    few = max(1, 2 ** 18 // (c.batch_size * c.source.block_size))
-    result = evaluate(c.model, c.source, c.batch_size, c.batches or few, c.device)
-    rows = {"loss (nats per counted token)": (result["loss"], "{:.4f}")}
-    if c.kind == "text":
-        rows["perplexity"] = (perplexity(result["loss"]), "{:.2f}")
-        if result["bits_per_byte"] is not None:
-            rows["bits per byte"] = (result["bits_per_byte"], "{:.4f}")
-    rows["accuracy, counted tokens"] = (result["accuracy"], "{:.2%}")
-    if c.kind != "text" and (c.rows()[1][:, :-1] == -1).any():  # where all tokens count there is no answer
-        rows["exact, whole answers"] = (result["exact"], "{:.2%}")
-    return Finding(rows, n=f"{result['tokens']:,} counted tokens")
+    """loss, accuracy, and what else says it in one number"""
+    rows = held_out_rows(c.data, max(16, 2 ** 18 // c.data.block_size))
+    result = evaluate(c.model, rows, c.device, tokenizer=c.data.tokenizer)
+    table = {"loss (nats per counted token)": (result["loss"], "{:.4f}"),
+             "accuracy, counted tokens": (result["accuracy"], "{:.2%}")}
+    if c.data.kind == "text":
+        table["perplexity"] = perplexity(result["loss"]), "{:.2f}"
+    if result["bits_per_byte"]:
+        table["bits per byte"] = result["bits_per_byte"], "{:.4f}"
+    if c.data.kind != "text" and not c.brackets:
+        table["exact, whole answers"] = result["exact"], "{:.2%}"
+    return Finding(table, n=f"{result['tokens']:,} counted tokens")
 
 
-LEARNED = 0.1  # learned (ours): less than this many nats per counted token above what the process itself leaves open,
-#                and less than this share of what a model without context, which knows the tokens' frequencies, is above it
+LEARNED = 0.1  # nats above the smallest possible loss, and share of what the blind are above it
 
 
 def probe_learned(c):
-    """Was it learned at all? The loss beside the smallest possible one.
+    """was it learned at all? The loss beside the smallest possible one
 
-    That is 0 where the input decides the output, and what the generator of brackets knows where it does not."""
-    trained_on = c.state["source"].get("spec")
-    if c.kind not in ("rule", "task") or not c.member and (
-            c.spec.startswith("shuffled:") or any(name in ("dyck", "dyck_shuffle") for _, name, _ in c.members)):
+    That is 0 where the prompt decides the answer, and what the generator knows of brackets. The
+    blind know how often each token comes, and nothing else."""
+    if c.name is None:
         return None
     x, y = c.rows()
-    loss = c.predict(x, y)[0].sum() / (y != -1).sum()
-    floor = 0.0
+    loss, floor = c.predict(x, y)[0].sum() / (y != -1).sum(), 0.0
     if c.brackets:
-        came = np.take_along_axis(bracket_process(c.member[0], sequences(c, x), **c.member[1]),
-                                  sequences(c, x)[:, :, None], axis=2)[:, 1:]
+        facts, rows = bracket_rows(c, x)
+        came = [np.take_along_axis(fact["odds"], np.array(row)[:, None], 1)[1:]
+                for fact, row in zip(facts, rows)]
         floor = -np.log(came).mean()
     share = np.bincount(y[y != -1]) / (y != -1).sum()
     blind = -(share * np.log(np.maximum(share, 1e-30))).sum()
-    verdict = "learned" if loss - floor < LEARNED * min(1, blind - floor) else "not learned"
-    note = f"learned: less than {LEARNED} nats above the smallest possible, and less than {LEARNED:.0%} of where the blind are"
-    if c.state.get("length") and trained_on == c.spec:
-        note += f"; its curriculum stopped at input length {c.state['length']}"
-    return Finding({"loss (nats per counted token)": (loss, "{:.4f}"), "smallest possible on these": (floor, "{:.4f}"),
-                    "above it": (loss - floor, "{:.4f}"), "blind: frequencies alone, above it": (blind - floor, "{:.4f}"),
-                    "verdict": (verdict, "{}")}, n=f"{len(x):,} rows", note=note)
-
-
-def sequences(c, x):
-    """The brackets of rows, without what pads them."""
-    return x[:, :c.member[1]["length"]]
+    learned = loss - floor < LEARNED * min(1, blind - floor)
+    return Finding({"loss (nats per counted token)": (loss, "{:.4f}"),
+                    "smallest possible": (floor, "{:.4f}"), "above it": (loss - floor, "{:.4f}"),
+                    "above it, the blind": (blind - floor, "{:.4f}"),
+                    "verdict": ("learned" if learned else "not learned", "{}")},
+                   n=f"{len(x):,} rows")
 
 
 def probe_answers(c):
-    """Accuracy by the place of a token in its answer."""
-    if c.kind not in ("rule", "task") or c.brackets or c.member is None:
+    """accuracy by the place of a token in its answer"""
+    if c.name is None or c.brackets:
         return None
     x, y = c.rows(1024)
-    where, (_, hit) = y != -1, c.predict(x, y)
-    place = np.cumsum(where, axis=1)[where] - 1
-    right, n = np.bincount(place, hit[where]), np.bincount(place)
-    rows = {"all tokens": (hit[where].mean(), "{:.1%}"),
-            "whole answers": ((hit | ~where).all(axis=1).mean(), "{:.1%}")}
-    shown = np.unique(np.linspace(0, len(n) - 1, 12).round().astype(int))  # twelve places at most, all in the figure
-    rows |= {f"token {i + 1} of the answer": (right[i] / n[i], "{:.1%}") for i in shown}
-    return Finding(rows, [lines("accuracy by place", "token of the answer", "accuracy",
-                                {"accuracy": (np.arange(1, len(n) + 1), right / n)})], f"{len(x):,} answers")
-
-
-SIZED_BY = {"addition": "digits", "reversed_addition": "digits", "multiplication": "digits", "sorting": "numbers"} | {
-    name: "length" for name in ("identity", "reverse", "sort", "set", "union", "delete", "stack")}
-
-
-def trained_sizes(c):
-    """(low, high) of what the checkpoint was trained on, if that was the same rule or task; else None."""
-    spec = c.state["source"].get("spec")
-    try:
-        name, params = parse_member(spec, RULES | TASKS)[:2]
-        size = params[SIZED_BY[c.member[0]]]
-    except (UserError, AttributeError, KeyError):  # a mixture, a corpus, or not said
-        return None
-    low, high = size if isinstance(size, tuple) else (size, size)
-    if c.state.get("length"):  # a curriculum: from 2 to where it stopped
-        low, high = min(2, high), min(high, c.state["length"])
-    return (low, high) if name == c.member[0] else None
+    counted, hit = y != -1, c.predict(x, y)[1]
+    place = counted.cumsum(1)[counted] - 1
+    right = np.bincount(place, hit[counted]) / np.bincount(place)
+    table = {"all tokens": (hit[counted].mean(), "{:.1%}"),
+             "whole answers": ((hit | ~counted).all(1).mean(), "{:.1%}")}
+    for i in np.unique(np.linspace(0, len(right) - 1, 12).round().astype(int)):
+        table[f"token {i + 1} of the answer"] = right[i], "{:.1%}"
+    curve = {"accuracy": (np.arange(1, len(right) + 1), right)}
+    return Finding(table, [lines("accuracy by place", "token of the answer", "accuracy", curve)],
+                   f"{len(x):,} answers")
 
 
 def probe_length(c):
-    """Shorter and longer problems than were trained on, as far as the position table goes."""
-    if c.member is None or c.member[0] not in SIZED_BY:
+    """shorter and longer problems than it was trained on, as far as its positions go"""
+    key = next((key for key in ("digits", "numbers", "length") if key in c.p), None)
+    if not key or c.brackets or c.name == "eca":
         return None
-    (name, params), key, trained = c.member, SIZED_BY[c.member[0]], trained_sizes(c)
-    most = 4 * np.max(params[key])
+    low, high = c.p[key] if key == "length" else (c.p[key], c.p[key])
+    sizes = {1, 2, 3, 4, low, high, *np.geomspace(5, 4 * high + 1, 8).astype(int).tolist()}
+    others = "".join(f",{name}={value}" for name, value in c.p.items() if name != key)
     found = {}
-    for size in sorted({*range(1, 5), *np.unique(np.geomspace(5, max(5, most), 8).round().astype(int)).tolist(),
-                        *np.atleast_1d(params[key]).tolist(), *(trained or ())}):
-        spec = f"{name}:" + ",".join(f"{k}={size if k == key else '-'.join(map(str, v)) if isinstance(v, tuple) else v}"
-                                     for k, v in params.items())
-        with contextlib.suppress(UserError):  # too short for the rule, or too few examples to hold some out, or too long
-            source = make_source(spec, "val", c.seed, c.model.config.block_size)
-            x, y = source.batch(0, 128)
-            hit = c.predict(x, y)[1]
-            found[size] = hit[y != -1].mean(), (hit | (y == -1)).all(axis=1).mean()
-    inside = {size: " (trained)" * bool(trained and trained[0] <= size <= trained[1]) for size in found}
-    rows = {f"{key}={size}{inside[size]}: whole answers": (whole, "{:.1%}") for size, (_, whole) in found.items()}
-    curves = {label: (list(found), [pair[i] for pair in found.values()]) for i, label in enumerate(("tokens", "whole answers"))}
-    return Finding(rows, [lines("length generalisation", key, "accuracy", curves, trained)], "128 answers each, of small sizes fewer different ones")
-
-
-def carry_chain(a, b):
-    """The longest run of carries in a sum; a, b: int (n, digits), least significant digit first -> (n,)"""
-    carry = run = longest = np.zeros(len(a), int)
-    for x, y in zip(a.T, b.T):
-        carry = (x + y + carry) // 10
-        run = (run + 1) * carry
-        longest = np.maximum(longest, run)
-    return longest
+    for size in sorted(sizes):
+        with contextlib.suppress(UserError):  # too long, or too few examples to hold some out
+            data = make_data(f"{c.name}:{key}={size}{others}", c.seed, c.model.config.block_size)
+            x, y = (each.numpy() for each in data.val.__getitems__(range(128)))
+            found[size] = (c.predict(x, y)[1] | (y == -1)).all(1).mean()
+    table = {f"{key}={size}" + " (its own)" * (low <= size <= high): (share, "{:.1%}")
+             for size, share in found.items()}
+    curve = {"right": (list(found), list(found.values()))}
+    return Finding(table, [lines("length generalisation", key, "whole answers right", curve)],
+                   "128 answers each")
 
 
 def probe_errors(c):
-    """Where it fails: sums by their longest chain of carries, haystacks by their size and the needle's depth."""
-    if c.member is None or c.member[0] not in ("addition", "reversed_addition", "haystack"):
+    """where it fails: sums by their longest chain of carries, haystacks by size and depth"""
+    if c.name == "haystack":
+        return haystack_errors(c)
+    if c.name not in ("addition", "reversed_addition"):
         return None
-    (name, params), (x, y) = c.member, c.rows(4000)
-    where, (_, hit) = y != -1, c.predict(x, y)
-    right = (hit | ~where).all(axis=1)
-    if name == "haystack":
-        asked = where.argmax(axis=1)  # where the query stands: 2 tokens per pair before it
-        pairs, key = asked // 2, x[np.arange(len(x)), asked] - params["pairs"]
-        needle = (x == key[:, None]).argmax(axis=1) // 2
-        depth = np.where(pairs > 1, needle / np.maximum(pairs - 1, 1), 0.0)
-        size = np.minimum((pairs - 1) * 6 // params["pairs"], 5)
-        at = size * 5 + np.minimum((depth * 5).astype(int), 4)
-        with np.errstate(invalid="ignore"):  # nan where there is none
-            share = (np.bincount(at, right, 30) / np.bincount(at, minlength=30)).reshape(6, 5)
-        sizes = [np.unique(pairs[size == i]) for i in range(6)]
-        edges = ["-".join(map(str, np.unique(s[[0, -1]]))) if len(s) else "none" for s in sizes]
-        depths = ["0-20", "20-40", "40-60", "60-80", "80-100"]
-        rows = {f"{edge} pairs": (right[size == i].mean(), "{:.1%}") for i, edge in enumerate(edges) if (size == i).any()}
-        rows |= {f"needle at {d} % depth": (right[at % 5 == i].mean(), "{:.1%}") for i, d in enumerate(depths)
-                 if (at % 5 == i).any()}
-        return Finding(rows, [heat("needle found", "depth of the needle (%)", "pairs", share, depths, edges)],
-                       f"{len(x):,} haystacks")
-    d = params["digits"]
+    x, y = c.rows(4000)
+    right, d = (c.predict(x, y)[1] | (y == -1)).all(1), c.p["digits"]
     a, b = x[:, :d], x[:, d + 1:2 * d + 1]
-    chain = carry_chain(*((a, b) if name == "reversed_addition" else (a[:, ::-1], b[:, ::-1])))
-    present = [i for i in range(d + 1) if (chain == i).any()]
-    rows = {f"longest chain of carries {i} (n={(chain == i).sum()})": (right[chain == i].mean(), "{:.1%}") for i in present}
-    return Finding(rows, [lines("sums by carries", "longest chain of carries", "share of sums right",
-                                {"right": (present, [right[chain == i].mean() for i in present])})], f"{len(x):,} sums")
+    carry = run = longest = np.zeros(len(a), int)
+    for i in range(d) if c.name == "reversed_addition" else reversed(range(d)):
+        carry = (a[:, i] + b[:, i] + carry) // 10
+        run = (run + 1) * carry
+        longest = np.maximum(longest, run)
+    there = np.unique(longest)
+    shares = [right[longest == i].mean() for i in there]
+    table = {f"longest chain of carries {i} (n={(longest == i).sum()})": (share, "{:.1%}")
+             for i, share in zip(there, shares)}
+    return Finding(table, [lines("sums by carries", "longest chain of carries", "sums right",
+                                 {"right": (there, shares)})], f"{len(x):,} sums")
 
 
-def by_bin(values, bins, right):
-    """{"1", "2-3", "4-7", ...: share right} over bins that double."""
-    found = {}
-    for low in bins:
-        inside = (values >= low) & (values < 2 * low)
-        if inside.any():
-            found[f"{low}" if low == 1 else f"{low}-{2 * low - 1}"] = right[inside].mean(), inside.sum()
-    return found
+def haystack_errors(c):
+    x, y = c.rows(4000)
+    right, asked = (c.predict(x, y)[1] | (y == -1)).all(1), (y != -1).argmax(1)
+    pairs, key = asked // 2, x[np.arange(len(x)), asked] - c.p["pairs"]
+    depth = (x == key[:, None]).argmax(1) // 2 / np.maximum(pairs - 1, 1)
+    fifth = np.minimum(depth * 5, 4).astype(int)
+    groups = [f"{5 * i + 1}-{5 * i + 5}" for i in range(-(-c.p["pairs"] // 5))]
+    share = np.full((len(groups), 5), math.nan)
+    table = {}
+    for i, group in enumerate(groups):
+        inside = (pairs - 1) // 5 == i
+        table[f"{group} pairs"] = right[inside].mean() if inside.any() else math.nan, "{:.1%}"
+        for j in np.unique(fifth[inside]):
+            share[i, j] = right[inside & (fifth == j)].mean()
+    depths = ["0-20", "20-40", "40-60", "60-80", "80-100"]
+    return Finding(table, [heat("needle found", "depth of the needle (%)", "pairs", share, depths,
+                                groups)], f"{len(x):,} haystacks")
+
+
+def bracket_facts(row, name, p):
+    """What the generator of dyck or dyck_shuffle knows of a row, a list of tokens, at each place.
+
+    odds: of each token that may come, (T, 2k); partner: where the bracket that is closed was
+    opened, or -1; depth: how many are open before; innermost: the last type open after, or -1."""
+    k, left, odds = p["k"], [], np.zeros((len(row), 2 * p["k"]))
+    partner, depth, innermost = [], [], []
+    for t, token in enumerate(row):
+        kinds = [kind for kind, _ in left]
+        full = len(left) == (len(row) - t if name == "dyck" else p["depth"])
+        opens = 1.0 if not left else 0.0 if full else p["p"]
+        may_close = kinds[-1:] if name == "dyck" else sorted(set(kinds))
+        odds[t, :k] = opens / k
+        odds[t, [k + kind for kind in may_close]] = (1 - opens) / max(1, len(may_close))
+        depth.append(len(left))
+        partner.append(-1)
+        if token < k:
+            left.append((token, t))
+        elif token - k in kinds:
+            _, partner[t] = left.pop(len(left) - 1 - kinds[::-1].index(token - k))
+        innermost.append(left[-1][0] if left else -1)
+    return {"odds": odds, "partner": np.array(partner), "depth": np.array(depth),
+            "innermost": np.array(innermost)}
+
+
+def bracket_rows(c, x):
+    """The facts of each row, and the rows as lists without what pads them."""
+    length = c.p["length"][1] // 2 * 2 if c.name == "dyck" else c.p["length"][1]
+    rows = x[:, :length].tolist()
+    return [bracket_facts(row, c.name, c.p) for row in rows], rows
 
 
 def probe_brackets(c):
-    """Does it close what is open? The likeliest closing type where a bracket closes, by depth and distance.
+    """does it close what is open? The likeliest closing type where a bracket closes
 
-    And how much probability goes to tokens that cannot come."""
+    By depth, and by the distance to the bracket that is closed. And what illegal tokens get."""
     if not c.brackets:
         return None
-    (name, params), x = c.member, c.rows()[0]
-    tokens, k = sequences(c, x), c.member[1]["k"]
-    process, (partner, level) = bracket_process(name, tokens, **params), bracket_structure(tokens, k)
-    illegal, right, first = [], [], 0
-    for logits in c.logits(x):
-        probability = logits.softmax(-1).double().cpu().numpy()[:, :tokens.shape[1] - 1]
-        possible = process[first:first + len(logits)]
-        first += len(logits)
-        legal = np.pad(possible[:, 1:] > 0, ((0, 0), (0, 0), (0, probability.shape[2] - 2 * k)))
-        illegal.append((probability * ~legal).sum(-1))
-        closing = probability[:, :, k:2 * k].argmax(-1)
-        right.append(np.take_along_axis(legal[:, :, k:], closing[:, :, None], axis=2)[:, :, 0])
-    illegal, right, closes = np.concatenate(illegal), np.concatenate(right), partner[:, 1:] >= 0
-    distance, depth = (np.arange(tokens.shape[1]) - partner)[:, 1:][closes], level[:, 1:][closes]
-    bins = [2 ** i for i in range(16)]
-    depths, distances = by_bin(depth, bins, right[closes]), by_bin(distance, bins, right[closes])
-    chance = (process[:, 1:, k:] > 0).sum(-1)[closes].mean() / k
-    rows = {"closing bracket of a right type": (right[closes].mean(), "{:.1%}"),
-            "by chance": (chance, "{:.1%}"), "probability of illegal tokens": (illegal.mean(), "{:.2%}")}
-    rows |= {f"right type at depth {label} (n={n:,})": (share, "{:.1%}") for label, (share, n) in depths.items()}
-    rows |= {f"right type at distance {label} (n={n:,})": (share, "{:.1%}") for label, (share, n) in distances.items()}
-    return Finding(rows, [lines("closing brackets", f"{what} (bins)", "share of right type",
-                                {"right": (list(found), [share for share, _ in found.values()]),
-                                 "by chance": (list(found), [chance] * len(found))})
-                          for what, found in (("depth", depths), ("distance", distances))], f"{closes.sum():,} closings")
+    x, k = c.rows()[0], c.p["k"]
+    facts, _ = bracket_rows(c, x)
+    odds, partner, depth = (np.stack([fact[key] for fact in facts])[:, 1:]
+                            for key in ("odds", "partner", "depth"))
+    predicted = torch.cat([logits.softmax(-1) for logits in c.logits(x)]).numpy()
+    predicted = predicted[:, :odds.shape[1], :2 * k]
+    likeliest = predicted[:, :, k:].argmax(-1)[:, :, None]
+    right, closes = np.take_along_axis(odds[:, :, k:], likeliest, 2)[:, :, 0] > 0, partner >= 0
+    chance = (odds[:, :, k:] > 0).sum(-1)[closes].mean() / k
+    table = {"closing bracket of a right type": (right[closes].mean(), "{:.1%}"),
+             "by chance": (chance, "{:.1%}"),
+             "probability of illegal tokens": ((predicted * (odds == 0)).sum(-1).mean(), "{:.2%}")}
+    panels, distance = [], np.arange(1, partner.shape[1] + 1) - partner
+    for what, values in (("depth", depth[closes]), ("distance", distance[closes])):
+        bins = np.log2(np.maximum(values, 1)).astype(int)  # 1, 2-3, 4-7, ...
+        shares = {f"{2 ** i}-{2 ** (i + 1) - 1}" if i else "1": right[closes][bins == i].mean()
+                  for i in np.unique(bins)}
+        table |= {f"right type at {what} {name}": (share, "{:.1%}")
+                  for name, share in shares.items()}
+        panels.append(lines("closing brackets", what, "of a right type", {
+            "right": (list(shares), list(shares.values())),
+            "by chance": (list(shares), [chance] * len(shares))}))
+    return Finding(table, panels, f"{closes.sum():,} closings")
 
 
 def probe_context(c):
-    """Does more context help? The loss by how many tokens came before."""
-    if c.kind != "text":
+    """does more context help? The loss by how many tokens came before"""
+    if c.data.kind != "text":
         return None
     x, y = c.rows()
-    loss, edges = c.predict(x, y)[0], [0] + [2 ** i for i in range(17) if 2 ** i < x.shape[1]] + [x.shape[1]]
-    spans = [(a, b, loss[:, a:b].mean()) for a, b in zip(edges, edges[1:])]
-    rows = {f"after {a + 1}{f' to {b}' if b > a + 1 else ''} tokens": (value, "{:.3f}") for a, b, value in spans}
-    return Finding(rows, [lines("loss by place", "tokens of context", "loss (nats per token)",
-                                {"loss": ([b for _, b, _ in spans], [v for _, _, v in spans])})], f"{len(x):,} windows")
-
-
-NEEDLES = [f"The secret number of {name} is {{}}.\n" for name in ("the river", "the garden", "the tower", "the captain")]
+    loss = np.ma.array(c.predict(x, y)[0], mask=y == -1)
+    edges = [0] + [2 ** i for i in range(20) if 2 ** i < x.shape[1]] + [x.shape[1]]
+    means = {b: float(loss[:, a:b].mean()) for a, b in zip(edges, edges[1:])}
+    table = {f"up to {b} tokens before": (value, "{:.3f}") for b, value in means.items()}
+    return Finding(table, [lines("loss by place", "tokens of context", "loss (nats per token)", {
+        "loss": (list(means), list(means.values()))})], f"{len(x):,} windows")
 
 
 def probe_needle(c):
-    """A line with a number, hidden in text of the corpus, and asked for again at the end of the context."""
-    if c.kind != "text" or c.source.token_bytes is None or c.tokenizer == "characters":
+    """a line with a number, hidden in text of the corpus, and asked for at its end"""
+    if c.data.kind != "text" or not c.data.tokenizer.encode:
         return None
-    encode, block = load_tokenizer(c.tokenizer).encode_ordinary, c.model.config.block_size
-    rng, share, heard, sizes, depths = np.random.default_rng(c.seed), [], [], [], [0, 25, 50, 75, 100]
-    filler = c.source.batch(0, 16)[0]
-    for size in (block // 4, block // 2, block):
-        prompts, answers = [], []
-        for row in filler:
-            line, number = NEEDLES[rng.integers(len(NEEDLES))], str(rng.integers(1000, 10000))
-            hidden, asked = encode("\n" + line.format(number)), encode("\n" + line.partition(" {}")[0])
-            answer = encode(" " + number)
-            room = size - len(hidden) - len(asked) - len(answer)
-            for depth in depths if room > 0 else []:
-                cut = room * depth // 100
-                prompts.append([*row[:cut], *hidden, *row[cut:room], *asked, *answer])
-                answers.append(len(answer))
-        if not prompts:
-            continue
-        x = np.array([tokens[:-1] for tokens in prompts])
-        y = np.array([[-1] * (len(t) - 1 - a) + t[-a:] for t, a in zip(prompts, answers)])
-        loss, hit = c.predict(x, y)
-        sizes.append(size)
-        share.append((hit | (y == -1)).all(axis=1).reshape(-1, len(depths)).mean(axis=0))
-        heard.append(loss.sum(axis=1).reshape(-1, len(depths)).mean(axis=0) / np.mean(answers))
-    if not sizes:
-        return None
-    rows = {f"found in {size} tokens": (found.mean(), "{:.1%}") for size, found in zip(sizes, share)}
-    rows |= {f"loss of the number, {size} tokens (nats per token of it)": (loss.mean(), "{:.3f}") for size, loss in zip(sizes, heard)}
-    return Finding(rows, [heat("number found", "depth of the line (%)", "tokens of context", share, depths, sizes)],
-                   f"{len(filler)} texts for each cell")
+    encode, rng = c.data.tokenizer.encode, np.random.default_rng(c.seed)
+    depths = 0, 25, 50, 75, 100
+    found = np.zeros((16, len(depths)))
+    for i, row in enumerate(c.rows(16)[0]):
+        secret = str(rng.integers(1000, 10000))
+        asked = "\nThe secret number is"
+        hidden, asked, answer = encode(f"{asked} {secret}.\n"), encode(asked), encode(f" {secret}")
+        room = len(row) - len(hidden) - len(asked) - len(answer)
+        if room < 1:
+            return None
+        for j, depth in enumerate(depths):
+            cut = room * depth // 100
+            tokens = np.concatenate([row[:cut], hidden, row[cut:room], asked, answer]).astype(int)
+            hit = c.predict(tokens[None, :-1], tokens[None, 1:])[1]
+            found[i, j] = hit[0, -len(answer):].all()
+    table = {f"found at a depth of {depth} %": (share, "{:.1%}")
+             for depth, share in zip(depths, found.mean(0))}
+    return Finding(table, [lines("number found", "depth of the line (%)", "share", {
+        "found": (depths, found.mean(0))})], f"{len(found)} texts")
 
 
-def repeated(c, length):
-    """Random tokens of the held-out rows, twice: int64 (n, 2 * half)."""
-    rng, x, half = np.random.default_rng(c.seed), c.rows()[0], length // 2
-    seen = np.unique(x[c.real(x)])
-    once = np.stack([rng.choice(seen, half, replace=len(seen) < half) for _ in range(c.n)])
+def repeated(c, length, n):
+    """Random tokens of the held-out rows, twice: int64 (n, length)."""
+    x, rng = c.rows()[0], np.random.default_rng(c.seed)
+    once = rng.choice(np.unique(x[c.real(x)]), (n, length // 2))
     return np.concatenate([once, once], axis=1)
 
 
 def probe_copying(c):
-    """Induction: random tokens, then the same again. Is the second copy easier?"""
+    """induction: random tokens, then the same again. Is the second copy easier?"""
     if c.model.config.block_size < 8:
         return None
-    tokens = repeated(c, c.model.config.block_size)
+    tokens = repeated(c, c.model.config.block_size, c.n)
     half = tokens.shape[1] // 2
     loss, hit = c.predict(tokens[:, :-1].copy(), tokens[:, 1:].copy())
-    rows = {"loss on the first copy (nats)": (loss[:, :half - 1].mean(), "{:.3f}"),
-            "loss on the second copy (nats)": (loss[:, half:].mean(), "{:.3f}"),
-            "second copy right": (hit[:, half:].mean(), "{:.1%}")}
-    return Finding(rows, [lines("repeated random tokens", "token", "loss (nats)",
-                                {"loss": (np.arange(2, 2 * half + 1), loss.mean(axis=0))})], f"{len(tokens):,} rows of 2 x {half}")
+    table = {"loss on the first copy (nats)": (loss[:, :half - 1].mean(), "{:.3f}"),
+             "loss on the second copy (nats)": (loss[:, half:].mean(), "{:.3f}"),
+             "second copy right": (hit[:, half:].mean(), "{:.1%}")}
+    curve = {"loss": (np.arange(2, 2 * half + 1), loss.mean(0))}
+    return Finding(table, [lines("repeated random tokens", "token", "loss (nats)", curve)],
+                   f"{len(tokens):,} rows of 2 x {half}")
 
 
 def probe_problems(c):
-    """DeepMind-Math: problems solved exactly, by module and split."""
-    if c.kind != "problems" or not c.wanted:
+    """DeepMind-Math: problems solved exactly, by greedy answers, by module and split"""
+    if not hasattr(c.data.val, "problems") or not c.wanted:
         return None
-    solved, rows = solve(c.model, c.source.problems(c.wanted), c.device), {}
-    rates = {part: np.mean([np.array_equal(wanted, given) for _, wanted, given in answers])
-             for part, answers in solved.items() if answers}
-    for split in ("interpolate", "extrapolate"):
-        found = {part: rate for part, rate in rates.items() if part.startswith(split)}
-        rows |= {f"{split}, all modules": (np.mean(list(found.values())), "{:.1%}")} if found else {}
-        rows |= {part: (rate, "{:.1%}") for part, rate in sorted(found.items())}
-    for answers in list(solved.values())[:c.samples]:
-        for question, wanted, given in answers[:1]:
-            right = "right" if np.array_equal(wanted, given) else f"wrong: {c.source.decode(wanted).strip()}"
-            print(f"{c.source.decode(question)}«{c.source.decode(given).strip()}»   {right}")
-    return Finding(rows, n=f"{c.wanted} problems of each module")
+    rates = {}
+    for module, problems in sorted(c.data.val.problems(c.wanted).items()):
+        solved = []
+        for asked, answer in problems:
+            prompt = torch.from_numpy(asked)[None].to(c.device)
+            out = c.model.generate(prompt, len(answer), temperature=0, stop=PROBLEM)
+            solved.append(out[0, len(asked):].tolist() == answer.tolist())
+        rates[module] = np.mean(solved)
+    table = {f"{split}, all modules": (np.mean([rates[m] for m in rates if m.startswith(split)]),
+                                       "{:.1%}") for split in ("interpolate", "extrapolate")}
+    table |= {module: (rate, "{:.1%}") for module, rate in rates.items()}
+    return Finding(table, n=f"{c.wanted} problems of each module")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Probes of its parts: attention heads and residual stream
+# --------------------------------------------------------------------------------------------------
+# Probes of its parts
 
 
-def entropy_score(attention, real):
-    """Mean entropy of what each head attends with, as a share of the most that its place allows: attention
-    (n, layers, heads, T, T), real (n, T) -> (layers, heads); 0: always one token, 1: all alike."""
-    entropy = -(attention * np.log(np.maximum(attention, 1e-30))).sum(-1)[..., 1:] / np.log(
-        np.arange(2, attention.shape[-1] + 1))
+def entropy_of_heads(attention, real):
+    """How blurred each head is, (n_layer, n_head): the entropy of what it attends to, as a share of
+    the most that a place allows. 0: one token; 1: all alike. real: bool (n, T)."""
+    entropy = -(attention * np.log(np.maximum(attention, 1e-30))).sum(-1)[..., 1:]
+    entropy = entropy / np.log(np.arange(2, attention.shape[-1] + 1))
     return np.einsum("nlht,nt->lh", entropy, real[:, 1:]) / real[:, 1:].sum()
 
 
-def attended(attention, wanted):
-    """Mean attention to the wanted places, (layers, heads), over those that have any: wanted is bool (n, T, T)."""
-    asks = wanted.any(axis=2)
-    return np.einsum("nlhqk,nqk->lh", attention, wanted.astype(attention.dtype)) / asks.sum()
-
-
-def previous_token(real):
-    """bool (n, T, T), true from each real token to the one before it."""
-    return np.eye(real.shape[1], k=-1, dtype=bool) & real[:, :, None]
-
-
-def induction(tokens):
-    """On rows that are the same half twice: from each token of the second half to what followed it earlier."""
-    t = tokens.shape[1]
-    followed = np.pad(tokens[:, :, None] == tokens[:, None, :-1], ((0, 0), (0, 0), (1, 0)))  # (query, key after a match)
-    return followed & np.tri(t, dtype=bool) & (np.arange(t) >= t // 2)[:, None]
-
-
-def matching_bracket(tokens, k, ahead=0):
-    """From each closing bracket to the one it closes; ahead=1: from the token before it, where it is predicted."""
-    partner, wanted = bracket_structure(tokens, k)[0], np.zeros((*tokens.shape, tokens.shape[1]), bool)
-    rows, queries = np.nonzero(partner >= 0)
-    wanted[rows, queries - ahead, partner[rows, queries]] = True
-    return wanted
+def looks(c, x, attention):
+    """What a head may look at: {name: (attention, the places wanted (n, T, T), tokens)}."""
+    n, T = x.shape
+    found = {"previous token": (attention, np.eye(T, k=-1, dtype=bool) & c.real(x)[:, :, None], x)}
+    if T >= 8:
+        twice = repeated(c, min(T, 64), n)
+        t = np.arange(twice.shape[1])
+        after_match = np.pad(twice[:, :, None] == twice[:, None, :-1], ((0, 0), (0, 0), (1, 0)))
+        wanted = after_match & (t <= t[:, None]) & (t[:, None] >= len(t) // 2)
+        found["induction"] = c.attention(twice), wanted, twice
+    if c.brackets:
+        facts, rows = bracket_rows(c, x)
+        size = len(rows[0])
+        for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1)):
+            wanted = np.zeros((n, size, size), bool)
+            for i, fact in enumerate(facts):
+                closing = np.flatnonzero(fact["partner"] >= 0)
+                wanted[i, closing - ahead, fact["partner"][closing]] = True
+            found[name] = attention[..., :size, :size], wanted, x
+    return found
 
 
 def probe_heads(c):
-    """What the attention heads do: 0 to 1 for how blurred they are, and for three things to look at.
+    """what the attention heads do: how blurred they are, and how much they look at some places
 
-    Those are the token before, what followed the same token in the first of two copies, and the bracket that a bracket
-    closes (from that one, and from the token before it, where it is predicted). The figure has example maps of the strongest head of each kind."""
-    config, t = c.model.config, min(256, c.model.config.block_size)  # of longer contexts, the beginning
-    x = c.rows(max(4, min(32, 2 ** 26 // (config.n_layer * config.n_head * t * t))))[0][:, :t]
-    attention, real = c.look_inside(x)[0], c.real(x)
-    # What to look for: the attention, the places that are wanted, and an example: attention and tokens of one row.
-    looks = {"previous token": (attention, previous_token(real), attention[0], x[0])}
-    if t >= 8:
-        twice, short = repeated(c, t)[:len(x)], repeated(c, min(t, 20))[:1]  # both copies fit into the picture
-        looks["induction"] = c.look_inside(twice)[0], induction(twice), c.look_inside(short)[0][0], short[0]
-    if c.brackets:
-        tokens, k = sequences(c, x), c.member[1]["k"]
-        inside = attention[..., :tokens.shape[1], :tokens.shape[1]]
-        looks |= {name: (inside, matching_bracket(tokens, k, ahead), inside[0], tokens[0])
-                  for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1))}
-    scores = {"entropy": entropy_score(attention, real)} | {name: attended(*look[:2]) for name, look in looks.items()}
-    rows, panels = {}, []
-    for name, score in scores.items():
-        best = np.unravel_index((score if name != "entropy" else -score).argmax(), score.shape)
-        rows[f"{name}, {'sharpest' if name == 'entropy' else 'strongest'} head"] = (float(score[best]), "{:.3f}")
-        rows[f"{name}, which (layer.head)"] = (f"{best[0]}.{best[1]}", "{}")
-        panels.append(heat(name, "head", "layer", score))
-        if name in looks:
-            _, wanted, example, tokens = looks[name]
-            size = wanted.shape[1]
-            alike = (np.tri(size) / np.arange(1, size + 1)[:, None])[None, None, None]  # attention to all alike
-            rows[f"{name}, if all were attended to alike"] = (
-                float(attended(np.broadcast_to(alike, (len(wanted), *alike.shape[1:])), wanted)[0, 0]), "{:.3f}")
-            words = [c.source.decode(tokens[i:i + 1]) for i in range(min(20, len(tokens)))]
-            panels.append(heat(f"head {best[0]}.{best[1]}: {name}", "attended to", "from", example[best][:20, :20],
-                               words, words))
-    return Finding(rows, panels, f"{len(x)} rows")
+    At the token before; at what followed the same token in the first of two copies; and at the
+    bracket that is closed, or closes next. The figure shows the strongest head of each kind."""
+    T = min(256, c.model.config.block_size)  # of longer contexts, the beginning
+    few = max(4, min(32, 2 ** 26 // (c.model.config.n_layer * c.model.config.n_head * T * T)))
+    x = c.rows(few)[0][:, :T]
+    attention = c.attention(x)
+    blur = entropy_of_heads(attention, c.real(x))
+    table = {"entropy, sharpest head": (blur.min(), "{:.3f}"),
+             "entropy, mean of heads": (blur.mean(), "{:.3f}")}
+    panels = [heat("entropy", "head", "layer", blur)]
+    for name, (maps, wanted, tokens) in looks(c, x, attention).items():
+        asks = wanted.any(2).sum()
+        score = np.einsum("nlhqk,nqk->lh", maps, wanted.astype(np.float32)) / asks
+        layer, head = np.unravel_index(score.argmax(), score.shape)
+        alike = (wanted.sum(2) / np.arange(1, wanted.shape[1] + 1)).sum() / asks
+        table |= {f"{name}, strongest head": (score.max(), "{:.3f}"),
+                  f"{name}, which (layer.head)": (f"{layer}.{head}", "{}"),
+                  f"{name}, if all were attended to alike": (alike, "{:.3f}")}
+        words = c.data.words(tokens[0][:20])
+        panels += [heat(name, "head", "layer", score),
+                   heat(f"head {layer}.{head}: {name}", "attended to", "from",
+                        maps[0, layer, head, :20, :20], words, words)]
+    return Finding(table, panels, f"{len(x)} rows")
 
 
-def linear_probe(features, labels, train):
-    """How well a linear map of the features gives held-out labels: least squares with a small ridge, every class of the
-    same weight; the mean over the classes of the share of each that is right (chance: one by their number).
-
-    features (n, d), labels int (n,), train bool (n,): which are for fitting."""
+def linear_fit(features, labels, train):
+    """How well a linear map of features (n, d) gives held-out labels (n,): least squares with a
+    small ridge, classes weighted alike; the mean over classes of the share that is right."""
     classes, target, counts = np.unique(labels, return_inverse=True, return_counts=True)
     mean, spread = features[train].mean(0), features[train].std(0) + 1e-6
     z = np.concatenate([(features - mean) / spread, np.ones((len(features), 1))], axis=1)
     weighted = z[train] * (len(labels) / len(classes) / counts[target[train]])[:, None]
     a = weighted.T @ z[train] + 1e-3 * train.sum() * np.eye(z.shape[1])
-    right = (z[~train] @ np.linalg.solve(a, weighted.T @ np.eye(len(classes))[target[train]])).argmax(1) == target[~train]
-    held = np.bincount(target[~train], minlength=len(classes))
-    return float((np.bincount(target[~train], right, len(classes))[held > 0] / held[held > 0]).mean())
+    fit = np.linalg.solve(a, weighted.T @ np.eye(len(classes))[target[train]])
+    right = (z[~train] @ fit).argmax(1) == target[~train]
+    return float(np.mean([right[target[~train] == i].mean() for i in np.unique(target[~train])]))
 
 
-def linear_targets(c, x):
-    """What the state of a rule is at each place: {name: int (n, T), -1 where there is nothing to know}."""
-    (name, params), targets = c.member, {}
+def rule_states(c, x):
+    """What the state of a rule is at each place: {name: int (n, T), -1 where there is none}."""
     if c.brackets:
-        tokens, k = sequences(c, x), params["k"]
-        level = bracket_structure(tokens, k)[1] + np.where(tokens < k, 1, -1)  # after this token
-        innermost = np.full(tokens.shape, -1)
-        for row, sequence in enumerate(tokens.tolist()):
-            stack = []
-            for t, token in enumerate(sequence):
-                if token < k:
-                    stack.append(token)
-                else:  # the latest of its type
-                    del stack[len(stack) - 1 - stack[::-1].index(token - k)]
-                innermost[row, t] = stack[-1] if stack else -1
-        return {"bracket depth (9: or more)": np.minimum(level, 9), "innermost open bracket": innermost}
-    if name not in ("stack", "identity", "reverse", "sort", "set", "union", "delete"):
+        facts, _ = bracket_rows(c, x)
+        depth = np.stack([fact["depth"] for fact in facts])[:, 1:]  # after each token
+        return {"bracket depth (9: or more)": np.minimum(depth, 9),
+                "innermost open bracket": np.stack([fact["innermost"] for fact in facts])}
+    if c.name not in RULES or c.name == "eca":
         return {}
-    separator = params["vocab"]
-    inside = np.cumsum(x >= separator, axis=1) == 0  # before the first separator
-    if name == "stack":
+    inside = (x >= c.data.train.first_bar).cumsum(1) == 0  # before the first separator
+    if c.name == "stack":
         top = np.full(x.shape, -1)
-        for row, sequence in enumerate(x.tolist()):
-            stack = []
-            for t in np.flatnonzero(inside[row]):
-                stack.append(sequence[t]) if sequence[t] else stack.pop()
-                top[row, t] = stack[-1] if stack else -1
+        for i, row in enumerate(x.tolist()):
+            left = []
+            for t in np.flatnonzero(inside[i]):
+                left.append(row[t]) if row[t] else left.pop()
+                top[i, t] = left[-1] if left else -1
         return {"top of the stack": top}
     before = (x[:, :, None] == x[:, None, :]) & np.tri(x.shape[1], k=-1, dtype=bool)
-    return {"seen before (set membership)": np.where(inside, before.any(axis=2), -1)}
+    return {"seen before (set membership)": np.where(inside, before.any(2), -1)}
 
 
 def probe_linear(c):
-    """What a linear map can read of the rule's state in the residual stream, layer by layer.
+    """what a linear map can read of the rule's state in the residual stream, layer by layer
 
-    Beside it stand a control task (random labels of the same kinds, one for each pair of a token and the one before it;
-    after Hewitt and Liang, arXiv 1909.03368): what it reads beyond that is selectivity; and an untrained model."""
-    if c.member is None or c.kind != "rule":
-        return None
-    rng = np.random.default_rng(c.seed)
+    Beside it stand an untrained model, and a control task: random labels for each pair of a token
+    and the one before it (after Hewitt and Liang, arXiv 1909.03368)."""
     x = c.rows(min(c.n, max(8, 2 ** 13 // c.model.config.block_size)))[0]
-    rows, panels, targets = {}, [], linear_targets(c, x)
-    if not targets:
+    states, rng = rule_states(c, x), np.random.default_rng(c.seed)
+    if not states:
         return None
     torch.manual_seed(c.seed)
-    untrained = GPT(c.model.config).to(c.device).eval()
-    streams = {name: c.look_inside(x, model, attention=False)[1]
-               for name, model in (("trained", None), ("untrained", untrained))}
-    for name, target in targets.items():
-        where = target >= 0
-        train = np.broadcast_to((np.arange(len(x)) % 2 == 0)[:, None], where.shape)[where]  # by row, so that none leaks
-        tokens = x[:, :target.shape[1]]
-        pairs = np.unique((np.pad(tokens, ((0, 0), (1, 0)))[:, :-1] * 2 ** 20 + tokens)[where], return_inverse=True)[1]
-        control = rng.choice(np.unique(target[where]), pairs.max() + 1)[pairs]
-        found = {label: [linear_probe(streams[stream][:, layer, :target.shape[1]][where], wanted, train)
-                         for layer in range(len(c.model.h) + 1)]
-                 for label, stream, wanted in (("trained", "trained", target[where]), ("control task", "trained", control),
-                                               ("untrained", "untrained", target[where]))}
-        rows[f"{name}: chance"] = (1 / len(np.unique(target[where])), "{:.1%}")
-        for layer in range(len(c.model.h) + 1):
-            for label, values in found.items():
-                at = "embedding" if layer == 0 else f"after layer {layer - 1}"
-                rows[f"{name}, {at}{'' if label == 'trained' else f': {label}'}"] = (values[layer], "{:.1%}")
-        panels.append(lines(name, "layers passed", "read right (mean over labels)",
-                            {label: (np.arange(len(values)), values) for label, values in found.items()}))
-    return Finding(rows, panels, f"{len(x)} rows, half of them for fitting")
+    trained, untrained = c.residual(x), c.residual(x, GPT(c.model.config).to(c.device).eval())
+    table, panels = {}, []
+    for name, state in states.items():
+        T, where = state.shape[1], state >= 0
+        train = np.broadcast_to(np.arange(len(x))[:, None] % 2 == 0, where.shape)[where]  # by row
+        pairs = np.pad(x, ((0, 0), (1, 0)))[:, :T] * 2 ** 20 + x[:, :T]
+        pairs = np.unique(pairs[where], return_inverse=True)[1]
+        labels = state[where]
+        random = rng.choice(np.unique(labels), pairs.max() + 1)[pairs]
+        curves = {}
+        for label, stream, wanted in (("trained", trained, labels),
+                                      ("untrained", untrained, labels),
+                                      ("control task", trained, random)):
+            layers = range(stream.shape[1])
+            curves[label] = layers, [linear_fit(stream[:, layer, :T][where], wanted, train)
+                                     for layer in layers]
+        table[f"{name}: chance"] = 1 / len(np.unique(labels)), "{:.1%}"
+        for layer in layers:
+            for label, (_, values) in curves.items():
+                table[f"{name}, {layer} layers passed, {label}"] = values[layer], "{:.1%}"
+        panels.append(lines(name, "layers passed", "read right (mean over labels)", curves))
+    return Finding(table, panels, f"{len(x)} rows, half of them for fitting")
 
 
-PROBES = {"loss": probe_loss, "learned": probe_learned, "answers": probe_answers, "length": probe_length,
-          "errors": probe_errors, "brackets": probe_brackets, "context": probe_context, "needle": probe_needle,
-          "copying": probe_copying, "problems": probe_problems, "heads": probe_heads, "linear": probe_linear}
+PROBES = {probe.__name__.removeprefix("probe_"): probe for probe in (
+    probe_loss, probe_learned, probe_answers, probe_length, probe_errors, probe_brackets,
+    probe_context, probe_needle, probe_copying, probe_problems, probe_heads, probe_linear)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables, figures, eval.json
+# --------------------------------------------------------------------------------------------------
+# Tables, figures, samples
 
 
-def print_table(name, opened, findings):
-    """One row per label, one column per checkpoint."""
-    labels = list(dict.fromkeys(label for finding in findings if finding for label in finding.rows))
+def print_table(name, findings):
+    """A row for each label, a column for each checkpoint."""
+    found = [finding for finding in findings if finding]
+    labels = dict.fromkeys(label for finding in found for label in finding.table)
     wide = max(map(len, labels)) + 2
-    counted = dict.fromkeys(finding.n for finding in findings if finding and finding.n)
-    print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]}" + f" ({'; '.join(counted)})" * bool(counted))
-    if len(opened) > 1:
-        print(" " * wide + "".join(f"{f'[{i + 1}]':>12}" for i in range(len(opened))))
+    print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]} ({found[0].n})")
+    if len(findings) > 1:
+        print(" " * wide + "".join(f"{f'[{i + 1}]':>12}" for i in range(len(findings))))
     for label in labels:
-        cells = (finding.rows.get(label) if finding else None for finding in findings)
-        print(f"{label:{wide}}" + "".join(f"{cell[1].format(cell[0]) if cell else '-':>12}" for cell in cells))
-    for note in dict.fromkeys(finding.note for finding in findings if finding and finding.note):
-        print(f"({note})")
+        cells = [finding.table.get(label) if finding else None for finding in findings]
+        texts = [cell[1].format(cell[0]) if cell else "-" for cell in cells]
+        print(f"{label:{wide}}" + "".join(f"{text:>12}" for text in texts))
 
 
-def draw(name, opened, findings, path):
-    """The panels of a probe, one line of them per checkpoint, as a PNG that can be read in grey."""
+def pyplot():
+    """matplotlib's, with one style for all figures: to be read from the last row, by anybody."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    colours = "0072B2 D55E00 009E73 CC79A7 E69F00 56B4E9 000000 999999"  # Okabe and Ito's
+    plt.rcParams.update({
+        "font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+        "axes.spines.right": False, "savefig.dpi": 150, "figure.constrained_layout.use": True,
+        "axes.prop_cycle": plt.cycler(color=[f"#{colour}" for colour in colours.split()])})
+    return plt
+
+
+def keep_figure(figure, path):
+    """Writes a figure whole, or leaves the old one. Raises UserError."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise UserError(f"--plot needs matplotlib: {error}") from None
+        with written_whole(path) as file:
+            figure.savefig(file, format="png")
+    finally:
+        pyplot().close(figure)
+    print(f"figure: {path}")
+
+
+def draw(opened, findings, path):
+    """The panels of a probe, a line of them for each checkpoint."""
     drawn = [(c, finding) for c, finding in zip(opened, findings) if finding and finding.panels]
     columns = min(4, max(len(finding.panels) for _, finding in drawn))
-    deep = [-(-len(finding.panels) // columns) for _, finding in drawn]  # lines of panels for each checkpoint
-    figure = plt.figure(figsize=(max(6, 4.2 * columns), 3.9 * sum(deep)), layout="constrained")
-    for part, (c, finding) in zip(np.atleast_1d(figure.subfigures(len(drawn), 1, height_ratios=deep)), drawn):
-        part.supxlabel(f"{c.path}: n = {finding.n}, seed {c.seed}", fontsize=8)
-        axes = part.subplots(-(-len(finding.panels) // columns), columns, squeeze=False).flatten()
+    deep = [-(-len(finding.panels) // columns) for _, finding in drawn]
+    figure = pyplot().figure(figsize=(max(6, 4.5 * columns), 4.2 * sum(deep)))
+    parts = np.atleast_1d(figure.subfigures(len(drawn), 1, height_ratios=deep))
+    for part, rows, (c, finding) in zip(parts, deep, drawn):
+        part.supxlabel(f"{c.path}: n = {finding.n}, seed {c.seed}", fontsize=9)
+        axes = part.subplots(rows, columns, squeeze=False).flatten()
         for axis in axes[len(finding.panels):]:
             axis.axis("off")
         for axis, panel in zip(axes, finding.panels):
             axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
-            if panel["kind"] == "heat":
-                matrix = np.array(panel["matrix"], float)
-                image = axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-                figure.colorbar(image, ax=axis, shrink=0.8)
-                for n, ticks, put in ((matrix.shape[1], panel["xticks"], axis.set_xticks),
-                                      (matrix.shape[0], panel["yticks"], axis.set_yticks)):
-                    ticks = range(n) if ticks is None else ticks
-                    put(range(n), [str(t).replace("$", r"\$") for t in ticks], fontsize=6 if n > 8 else 9)
-                for (row, column), value in np.ndenumerate(matrix) if matrix.size <= 64 else ():
-                    axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                              color="white" if value > 0.6 else "black")
-                continue
-            for i, (label, (xs, ys)) in enumerate(panel["curves"].items()):
-                axis.plot(xs, ys, marker="osv^"[i % 4] if len(xs) < 40 else None, linestyle=("-", "--", ":", "-.")[i % 4],
-                          color=str(0.2 * (i % 4)), label=label)
-            if panel["mark"]:
-                low, high = panel["mark"]
-                axis.axvspan(low - 0.3, high + 0.3, alpha=0.2, color="grey", label="trained")
-            if panel["xlabel"].startswith("layers"):
-                axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-            axis.grid(alpha=0.3)
-            if len(panel["curves"]) > 1 or panel["mark"]:
-                axis.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-    plt.close(figure)
-    print(f"figure: {path}")
+            for label, (xs, ys) in panel.get("curves", {}).items():
+                axis.plot(xs, ys, marker="o" if len(xs) < 40 else None, label=label)
+            if len(panel.get("curves", ())) > 1:
+                axis.legend(fontsize=10)
+            if "matrix" in panel:
+                draw_matrix(figure, axis, panel)
+    keep_figure(figure, path)
+
+
+def draw_matrix(figure, axis, panel):
+    matrix = np.array(panel["matrix"], float)
+    axis.grid(False)
+    image = axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axis, shrink=0.8)
+    for put, ticks in ((axis.set_xticks, panel["xticks"]), (axis.set_yticks, panel["yticks"])):
+        words = [str(tick).replace("$", r"\$") for tick in ticks]
+        put(range(len(words)), words, fontsize=7 if len(words) > 8 else 10)
+    for (row, column), value in np.ndenumerate(matrix) if matrix.size <= 64 else ():
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9,
+                  color="white" if value > 0.6 else "black")
 
 
 def add_to_json(c, findings):
-    """Puts what was found into eval.json beside the checkpoint, and keeps what is there already."""
-    path = Path(c.path)
-    path = (path if path.is_dir() else path.parent) / "eval.json"
-    try:
-        there = json.loads(path.read_text()) if path.exists() else {}
-        entry = there.setdefault(Path(c.path).name, {}).setdefault(c.spec, {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read {path}: {error}; move it away") from None
-    plain = lambda value: value if isinstance(value, str) else None if math.isnan(value) else float(value)
+    """Puts what was found into eval.json beside the checkpoint. Raises UserError."""
+    path = (c.path if c.path.is_dir() else c.path.parent) / "eval.json"
+    there = read_json(path) if path.exists() else {}
+    entry = there
+    for key in (c.path.name, c.spec):
+        entry = entry.setdefault(key, {})
+        if not isinstance(entry, dict):
+            raise UserError(f"{path} is not as eval.py writes it: put it elsewhere")
     for name, finding in findings.items():
-        entry[name] = {"rows": {label: plain(value) for label, (value, _) in finding.rows.items()}, "n": finding.n,
-                       "seed": c.seed, "step": c.state.get("step"), "panels": finding.panels}
-    write_atomically(path, lambda file: file.write((json.dumps(there) + "\n").encode()))
+        values = {label: value if value == value else None  # nan is no JSON
+                  for label, (value, _) in finding.table.items()}
+        entry[name] = {"table": values, "n": finding.n, "panels": finding.panels, "step": c.step}
+    write_json(path, json.loads(json.dumps(there, default=float)))
 
 
-def known_tokenizer(config, state):
-    """The tokenizer of a checkpoint; None if it does not say."""
-    if state.get("source") and isinstance(state["source"], dict):
-        return state["source"].get("tokenizer")
-    return "gpt2" if config.vocab_size in (50257, 50304) else None  # OpenAI's weights; nanoGPT pads them to 50304
-
-
-def print_samples(model, source, n, device, seed=0):
-    """Text: sampled continuations of held-out text. Rules and tasks: the answer given beside the right one."""
-    generator = torch.Generator(device).manual_seed(seed)
-    x, y = source.batch(0, n)
-    for tokens, targets in zip(x, y):
-        counts = np.flatnonzero(targets != -1)
-        if not len(counts):  # an empty answer
-            continue
-        asked = counts[0] + 1 if source.kind != "text" else min(64, source.block_size // 2)
-        free = source.kind == "text" or len(counts) == source.block_size - 1  # every token counts: nothing to solve
-        prompt = torch.from_numpy(tokens[None, :asked]).to(device)
-        steps = len(counts) if not free else min(256, source.block_size) - asked
-        out = model.generate(prompt, steps, 0.8 if free else 0.0, generator=generator)[0].cpu().numpy()
-        if free:
-            print(f"{'-' * 80}\n{source.decode(out[:asked])} ▶ {source.decode(out[asked:])}")
-        else:
-            right = np.array_equal(out[asked:], targets[counts])
-            wanted = "" if right else f"   wrong: {source.decode(targets[counts])}"
-            print(f"{source.decode(out, np.arange(len(out)) >= asked)}{wanted or '   right'}")
+def print_sample(c, i, prompt, length, temperature, top_k):
+    """Goes on from one's own prompt or from held-out row i; where an answer is right or wrong, the
+    likeliest one."""
+    x, y = (each.numpy() for each in c.data.val[i])
+    counted = np.flatnonzero(y != -1)
+    free = prompt is not None or c.data.kind == "text" or counted[0] == 0
+    begin = x[:min(64, len(x) // 2)] if free else x[:counted[0] + 1]
+    if prompt is not None:
+        begin = np.array(c.data.read(prompt))
+    generator = torch.Generator(c.device).manual_seed(c.seed + i)
+    tokens = torch.from_numpy(begin)[None].to(c.device)
+    if free:
+        out = c.model.generate(tokens, length, temperature, top_k, generator)[0].tolist()
+        print(f"{'-' * 80}\n{c.data.write(begin)} ▶ {c.data.write(out[len(begin):])}")
+        return
+    out, wanted = c.model.generate(tokens, len(counted), 0)[0].tolist(), y[counted].tolist()
+    verdict = "right" if out[len(begin):] == wanted else f"wrong: {c.data.write(wanted)}"
+    print(f"{c.data.write(out, [t >= len(begin) for t in range(len(out))])}   {verdict}")
 
 
 def main():
     parser = Parser(description="What checkpoints know, and where, on held-out data.")
-    parser.add_argument("checkpoints", nargs="+", metavar="checkpoint", help="ckpt.pt or warmup.pt of a run, or an imported "
-                        "model; several are put side by side")
-    parser.add_argument("--probe", metavar="NAMES", help=f"some of {', '.join(PROBES)} (default: all that fit)")
-    parser.add_argument("--plot", action="store_true", help="also draw figures, as eval-NAME-PROBE.png beside the "
-                        "(first) checkpoint")
-    parser.add_argument("--data", help="other data than the checkpoint was trained on")
-    parser.add_argument("--tokenizer", help="of that data (default: the checkpoint's)")
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="also print N samples or solved examples")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--batches", type=int, help="at most this many for the loss (default: 262,144 tokens)")
-    parser.add_argument("--problems", type=int, default=20, metavar="N",
-                        help="problems to solve of each module and split of deepmind_math (default 20; 0: none)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: what is there)")
+    add = parser.add_argument
+    add("checkpoints", nargs="+", help="ckpt.pt or warmup.pt, a run's folder, another's model")
+    add("--probe", metavar="NAMES", help=f"some of {', '.join(PROBES)} (default: all that fit)")
+    add("--plot", action="store_true", help="also draw eval-NAME-PROBE.png beside the checkpoint")
+    add("--data", help="other data than it was trained on")
+    add("--tokenizer", help="of that data")
+    add("--sample", type=number(0, 1e4), default=0, metavar="N", help="N samples, or answers")
+    add("--prompt", help="go on from these words, and ask no probe")
+    add("--tokens", type=number(1, 1e6), default=200, help="of a sample (default 200)")
+    add("--temperature", type=number(0, kind=float), default=0.8, help="of a sample (default 0.8)")
+    add("--top_k", type=number(0, 1e6), default=0, help="of a sample; 0 is no limit, the default")
+    add("--problems", type=number(0, 1e6), default=20, help="of each module of deepmind_math")
+    add("--device", help="cuda, mps or cpu")
     args = parser.parse_args()
-    if min(args.batch_size, 1 if args.batches is None else args.batches) < 1 or min(args.sample, args.problems) < 0:
-        raise UserError("--batch_size and --batches must be at least 1, --sample and --problems at least 0")
     names = args.probe.split(",") if args.probe else list(PROBES)
-    if unknown := [name for name in names if name not in PROBES]:
-        raise UserError(f"unknown probe {unknown[0]!r}: there are {', '.join(PROBES)}")
-    opened = [Opened(path, args) for path in args.checkpoints]
-    for i, c in enumerate(opened):
-        print(f"{f'[{i + 1}] ' if len(opened) > 1 else ''}{c.path}: {c.state.get('stage', 'imported')} step "
-              f"{c.state.get('step', 0):,}, {sum(p.numel() for p in c.model.parameters()):,} parameters, on held-out {c.spec}")
-    found, problems = {}, []
     for name in names:
+        if name not in PROBES:
+            raise UserError(f"unknown probe {name!r}: there are {', '.join(PROBES)}")
+    opened = [Opened(path, args.device, args.data, args.tokenizer, args.problems)
+              for path in args.checkpoints]
+    for i, c in enumerate(opened):
+        n = sum(p.numel() for p in c.model.parameters())
+        print(f"[{i + 1}] {c.path}: {c.stage} step {c.step:,}, {n:,} parameters, held-out {c.spec}")
+        for row in range(max(args.sample, args.prompt is not None)):
+            print_sample(c, row, args.prompt, args.tokens, args.temperature, args.top_k)
+    found = [{} for _ in opened]
+    for name in names if args.prompt is None else ():
         findings = [PROBES[name](c) for c in opened]
         if not any(findings):
             if args.probe:
-                raise UserError(f"the probe {name} does not fit {' or '.join(c.spec for c in opened)}")
+                raise UserError(f"the probe {name} does not fit {opened[0].spec}")
             continue
-        found[name] = findings
-        print_table(name, opened, findings)
+        print_table(name, findings)
+        for each, finding in zip(found, findings):
+            each |= {name: finding} if finding else {}
         if args.plot and any(finding and finding.panels for finding in findings):
-            path = Path(opened[0].path)
-            folder, stem = (path, path.name) if path.is_dir() else (path.parent, path.stem)
-            try:
-                draw(name, opened, findings, folder / f"eval-{stem}-{name}.png")
-            except UserError as error:  # said at the end; the other probes come first
-                problems.append(error)
-    for i, c in enumerate(opened):
-        if c.samples and c.kind != "problems":
-            print()
-            print_samples(c.model, c.source, c.samples, c.device)
-        try:
-            add_to_json(c, {name: findings[i] for name, findings in found.items() if findings[i]})
-        except UserError as error:
-            problems.append(error)
-    if problems:
-        raise problems[0]
+            path = opened[0].path
+            folder = path if path.is_dir() else path.parent
+            draw(opened, findings, folder / f"eval-{path.stem}-{name}.png")
+    for c, findings in zip(opened, found):
+        if findings:
+            add_to_json(c, findings)
 
 
 if __name__ == "__main__":

@@ -1,672 +1,521 @@
-"""Curves of runs side by side, statistics, sweeps."""
-import contextlib
-import csv
+"""Experiments, statistics, tables, figures, claims, results on the disk, curves, sweeps."""
+import functools
 import gzip
+import itertools
 import json
 import math
-import re
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import analyze as script
+import analyze
 import train
+from analyze import Claim, Row, compare, permutation_p, table_lines
 from conftest import ROOT
-from data import UserError
-from model import GPT, GPTConfig, part_of
-
-
-def made_up_run(folder, warmup="dyck", data="code", losses=(5.0, 3.0, 2.5), seed=0):
-    folder.mkdir()
-    settings = {"data": data, "warmup": warmup, "init": None, "seed": seed, "transfer": "attn", "steps": 9, "warmup_steps": 9}
-    (folder / "config.json").write_text(json.dumps({"settings": settings}))
-    lines = [{"stage": "warmup", "step": 1, "tokens": 10, "loss": 9.0, "val_loss": 9.0, "val_accuracy": 0.0}]
-    lines += [{"stage": "train", "step": i, "tokens": 100 * i, "val_loss": loss, "val_accuracy": 0.5} for i, loss in enumerate(losses)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def test_runs_that_differ_in_the_seed_alone_are_one_line(tmp_path, monkeypatch, capsys):
-    runs = [made_up_run(tmp_path / f"a{seed}", "dyck", losses=(5.0, 3.0 + seed, 2.0), seed=seed) for seed in range(3)]
-    labels, thin = [], []
-    monkeypatch.setattr(script.pyplot().Axes, "plot", spy := lambda self, *args, label=None, _plot=script.pyplot().Axes.plot, **kwargs: (
-        labels.append((label, list(args[1]))) if label else thin.append(list(args[1])), _plot(self, *args, label=label, **kwargs))[1])
-    call(monkeypatch, "curves", *runs, made_up_run(tmp_path / "b", "none"), "--picture", tmp_path / "c.png")
-    wanted = [("warm-up dyck (attn), mean of 3 seeds", [4.0, 2.0]), ("warm-up none, seed 0", [3.0, 2.5])]
-    assert labels == wanted and sorted(thin) == [[3.0, 2.0], [4.0, 2.0], [5.0, 2.0]]
-    for run in tmp_path.glob("*/"):  # the same from the file that `pack` makes of them
-        settings = json.loads((run / "config.json").read_text())["settings"]
-        (run / "result.json").write_text(json.dumps({"settings": settings, "val_loss": 2.0, "val_accuracy": 0.5,
-                                                     "tokens": {"procedural": 10, "semantic": 200}}))
-    call(monkeypatch, "pack", tmp_path / "r.gz", "--results", tmp_path)
-    labels.clear()
-    call(monkeypatch, "curves", "^a", "b", "--results", tmp_path / "r.gz", "--picture", tmp_path / "c.png")
-    assert labels == wanted
-
-
-def test_a_run_is_named_by_the_warm_up_that_it_takes_up():
-    found = {"warmup-dyck_k=4-s0-0123abcd": {"result": {"settings": {"warmup": "dyck:k=4"}}}}
-    run = {"warmup": "none", "warmup_steps": 0, "transfer": "full", "embeddings": "random"}
-    for init, words in (("warmup-dyck_k=4-s0-0123abcd/warmup.pt", "dyck:k=4"), ("out/code-set-s0/warmup.pt", "code-set-s0"),
-                        ("gpt2.pt", "gpt2"), ("models/gpt2-medium", "gpt2-medium"), ("runs/b.pt", "b"),
-                        ("haystack-set-s0-0123abcd-noise_0.1.init.pt", "noise 0.1 weights"), (None, "none")):
-        assert script.label(run | {"init": init}, found) == words
-    assert script.label(run | dict(init="gpt2.pt", transfer="attn", embeddings="mean", positions="random"), found) == (
-        "gpt2 (attn, mean embeddings, positions random)")
-    assert script.same_but_seed(run | dict(seed=0, transfer="attn")) == script.same_but_seed(run | dict(seed=1)), "moot"
-    assert script.same_but_seed(run | dict(init="a.pt", transfer="attn")) != script.same_but_seed(run | dict(init="a.pt"))
-
-
-def test_curves_prints_a_table_and_draws_a_picture(tmp_path, monkeypatch, capsys):
-    runs = [made_up_run(tmp_path / "a"), made_up_run(tmp_path / "b", "none", losses=(5.0, 4.0, 3.25))]
-    monkeypatch.setattr("sys.argv", ["analyze.py", "curves", *map(str, runs), "--picture", str(tmp_path / "c.png")])
-    script.main()
-    printed = capsys.readouterr().out
-    assert "dyck (attn)" in printed and "2.5000" in printed and "3.2500" in printed and "9.0" not in printed
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_is_no_run_or_does_not_compare_is_refused(tmp_path, refused):
-    assert "config.json" in refused(script, "curves", tmp_path)
-    runs = [made_up_run(tmp_path / "a"), made_up_run(tmp_path / "b", data="docs")]
-    assert "different data" in refused(script, "curves", *runs)
-    assert "no run there" in refused(script, "curves", "c4", "--results", tmp_path)
-    assert "regular expression" in refused(script, "curves", "(", "--results", tmp_path)
-    assert "no evaluation" in refused(script, "curves", made_up_run(tmp_path / "c", losses=()))
-    refused(script, "curves", runs[0], "--picture", tmp_path / "no" / "folder.png")
-    refused(script, "draw")
-
-
-# Statistics, against worked examples
-
-
-@pytest.mark.parametrize("t,df,p", [(2.776445, 4, 0.05), (12.706205, 1, 0.05), (1.959964, 10 ** 6, 0.05), (2.228139, 10, 0.05),
-                                    (3.169273, 10, 0.01), (0.0, 3, 1.0), (-2.776445, 4, 0.05)])
-def test_students_t_is_that_of_the_tables(t, df, p):
-    assert script.t_tail(t, df) == pytest.approx(p, abs=1e-5)
-
-
-def test_the_interval_of_a_mean():
-    mean, half = script.interval([1, 2, 3, 4, 5])
-    assert mean == 3 and half == pytest.approx(2.776445 * math.sqrt(2.5 / 5), abs=1e-5)
-    assert script.interval([2.0])[0] == 2 and math.isnan(script.interval([2.0])[1]) and math.isnan(script.interval([])[0])
-
-
-def test_the_paired_t_test():
-    assert script.paired_p([2, 4, 6, 8, 10], [1, 2, 3, 4, 5]) == pytest.approx(0.01324, abs=1e-5)
-    assert script.paired_p([1, 2], [1, 2]) == 1
-    for a, b in (([1], [2]), ([2, 3], [1, 2]), ([math.nan, 1, 2], [0, 0, 0]), ([math.inf, 1], [0, 0])):
-        assert math.isnan(script.paired_p(a, b)), "there is nothing to test"
-
-
-def test_holms_correction():
-    assert script.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    corrected = script.holm([0.5, math.nan, 0.02, 0.9])
-    assert corrected[[0, 2, 3]] == pytest.approx([1.0, 0.06, 1.0]) and math.isnan(corrected[1])
-
-
-# Experiments
-
-
-def cell(row, prose, **changes):
-    settings = dict(data=str(prose), warmup="none", size="1_2_16", block_size=32, steps=4, batch_size=4, eval_batches=1)
-    return script.Cell(row, "text", {**settings, **changes})
-
-
-@pytest.fixture
-def small(prose, monkeypatch):
-    """An experiment of three cells, of which two are the same run."""
-    def small(budget):
-        """A small one."""
-        return [cell("none", prose), cell("none again", prose), cell("set", prose, warmup="set:length=4", warmup_steps=3)]
-    monkeypatch.setitem(script.EXPERIMENTS, "table", small)
-    return small
+from data import Rows, lock
+from model import GPT, GPTConfig, parse_size, part_of
 
 
 def call(monkeypatch, *args):
-    monkeypatch.setattr("sys.argv", ["analyze.py", *map(str, args)])
-    script.main()
+    monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, args)])
+    analyze.main()
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Runs of a sweep in this process: the same train.py, without starting Python each time."""
-    def run(command, **kwargs):
-        with contextlib.chdir(kwargs["cwd"]):
-            try:
-                train.run(train.parse_arguments(command[2:])[0])
-            except train.UserError as error:
-                return SimpleNamespace(returncode=2, stderr=f"error: {error}\n")
-        return SimpleNamespace(returncode=0, stderr="")
-    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
+# --------------------------------------------------------------------------------------------------
+# Experiments are command lines
+
+EVERY = list(itertools.product(analyze.EXPERIMENTS, ("quick", "paper")))
 
 
-def test_a_sweep_runs_each_run_once_resumes_the_interrupted_and_shows_all(small, tmp_path, monkeypatch, capsys):
-    order = ("table", "--seeds", 1, "--jobs", 2, "--results", tmp_path / "r")
-    call(monkeypatch, *order)
-    printed = capsys.readouterr().out
-    assert "2 runs, 0 done already, 2 to go" in printed and "[2/2] done" in printed and "left" in printed
-    warmup, *results = sorted((tmp_path / "r").glob("*/result.json"), key=lambda path: "warmup-" not in str(path))
-    assert len(results) == 2 and (tmp_path / "r" / "table-quick.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((warmup.parent / "learned.json").read_text())["verdict"] == "not learned"
-    rows = list(csv.DictReader(open(tmp_path / "r" / "table-quick.csv")))
-    assert [row["learned"] for row in rows] == ["", "", "0/1"]
-    assert [row["row"] for row in rows] == ["none", "none again", "set"] and {row["n"] for row in rows} == {"1"}
-    assert float(rows[1]["gain"]) == 0 and rows[0]["pairs"] == "0" and rows[2]["pairs"] == "1"
-    losses = [json.loads(path.read_text())["val_loss"] for path in results if "none" in str(path)]
-    assert float(rows[0]["mean"]) == pytest.approx(sum(losses))
-
-    times = lambda: [path.stat().st_mtime_ns for path in (warmup, *results)]
-    before = times()
-    results[-1].unlink()  # as if that run had been stopped just before its end
-    (tmp_path / "r").rename(tmp_path / "moved")
-    (tmp_path / "moved").rename(tmp_path / "r")  # and the folder had been on a journey
-    call(monkeypatch, *order)
-    assert "1 done already, 1 to go" in capsys.readouterr().out
-    assert [a == b for a, b in zip(before, times())] == [True, True, False]
-    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path / "r", "--show")
-    told = capsys.readouterr().out
-    assert "gain" in told
-
-    call(monkeypatch, "pack", tmp_path / "all.jsonl.gz", "--results", tmp_path / "r")
-    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path / "all.jsonl.gz", "--show", "--to", tmp_path / "again")
-    assert told.partition("\ntable: ")[0] in capsys.readouterr().out, "one file holds all that the tables need"
-    assert (tmp_path / "again" / "table-quick.png").exists()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "all.jsonl.gz").rename(tmp_path / "elsewhere" / "earlier.jsonl.gz")
-    call(monkeypatch, *order[:-1], tmp_path / "elsewhere")
-    assert "2 done already, 0 to go" in capsys.readouterr().out, "a packed file in the folder is as good as its runs"
-    call(monkeypatch, "pack", tmp_path / "all.jsonl.gz", "--results", tmp_path / "elsewhere")
-    assert (tmp_path / "all.jsonl.gz").read_bytes() == (tmp_path / "elsewhere" / "earlier.jsonl.gz").read_bytes()
+@functools.lru_cache(maxsize=None)
+def accepted(flags):
+    return train.parse(shlex.split(flags))[0]
 
 
-def test_a_run_that_fails_is_listed_and_the_others_go_on(in_process, prose, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(script.EXPERIMENTS, "table", lambda budget: [cell("none", prose), cell("odd", prose, batch_size=3, grad_accum=2)])
-    monkeypatch.setattr(script.EXPERIMENTS["table"], "__doc__", "One that fails.")
-    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
-    printed = capsys.readouterr().out
-    assert "failed: odd | text | seed 0: --batch_size 3 does not divide" in printed and "none" in printed
+@pytest.mark.parametrize("name,budget", EVERY)
+def test_every_row_and_every_warm_up_is_a_command_line_of_train(name, budget, monkeypatch):
+    for row in analyze.EXPERIMENTS[name](budget):
+        flags = row.train
+        for warmup in filter(None, (row.warmup, row.mlp_from)):
+            warm = accepted(warmup)
+            assert warm.steps == 0 and warm.warmup != "none"
+            if warm.warmup != "text":
+                Rows(warm.warmup, block_size=warm.warmup_block_size)  # raises if there are none
+            taken_up = SimpleNamespace(config=GPTConfig(300, 64, *parse_size(warm.size)))
+            monkeypatch.setattr(train, "load", lambda path: (taken_up, {}))
+        if row.warmup:
+            flags += " --attn_from a.pt --mlp_from m.pt" if row.mlp_from else " --init w.pt"
+        settings, _ = train.parse(shlex.split(flags))
+        assert settings.warmup == "none"
+        assert not row.warmup or parse_size(settings.size) == parse_size(warm.size)
 
 
-def test_two_processes_never_run_the_same_run(prose, tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-    name = script.name_of(cell("none", prose), 0)
-    with open(tmp_path / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert script.run_once(cell("none", prose), 0, tmp_path, {}) == "elsewhere" and not (tmp_path / name).exists()
+@pytest.mark.parametrize("name,budget", EVERY)
+def test_each_row_has_its_place_and_the_first_of_a_column_has_no_warm_up(name, budget):
+    rows = analyze.EXPERIMENTS[name](budget)
+    assert len({(row.column, row.name) for row in rows}) == len(rows)
+    first = {row.column: row for row in reversed(rows)}
+    assert not any(row.warmup or row.change for row in first.values())
 
 
-def test_a_run_that_outlives_its_sweep_is_not_run_by_another(prose, tmp_path, monkeypatch):
-    pytest.importorskip("fcntl")
-    left = []
-
-    def run(command, cwd, pass_fds, **kwargs):  # a run that goes on, though its sweep hears that it was killed
-        left.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=cwd, pass_fds=pass_fds))
-        return SimpleNamespace(returncode=1, stderr="error: killed\n")
-    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
-    try:
-        assert [script.run_once(cell("none", prose), 0, tmp_path, {}) for _ in range(2)] == ["failed", "elsewhere"]
-    finally:
-        left[0].kill()
-        left[0].wait()
-    assert script.run_once(cell("none", prose), 0, tmp_path, {}) == "failed", "and then it is free"
-    left[1].kill()
+def test_the_same_flags_are_one_run_whatever_the_row_is_called():
+    rows = [row for name, budget in EVERY for row in analyze.EXPERIMENTS[name](budget)]
+    folders, flags = {}, {}
+    for row in rows:
+        said = row.train, row.warmup, row.change, row.mlp_from
+        folders.setdefault(row.folder(3), set()).add(said)
+        flags.setdefault(said, set()).add(row.folder(3))
+    assert max(map(len, folders.values())) == 1, "different flags in one folder"
+    assert max(map(len, flags.values())) == 1, "the same flags in two folders"
+    assert rows[0].folder(0) != rows[0].folder(1)
+    warmups = {row.warmup for row in rows if row.warmup}
+    assert len({analyze.warmup_folder(warmup, 0) for warmup in warmups}) == len(warmups)
 
 
-def test_a_warm_up_is_made_once_for_all_runs_that_take_it_up(in_process, prose, tmp_path, monkeypatch, capsys):
-    def cells(budget):
-        """Shared."""
-        warm = dict(warmup="set:length=4", warmup_steps=3)
-        made = [cell(row, prose, **warm, **more) for row, more in (("full", {}), ("attn", dict(transfer="attn")), ("lr", dict(lr=1e-4)))]
-        mixture = {"attn_from": made[0].settings, "mlp_from": {**made[0].settings, "warmup": "union:length=4"}}
-        return [cell("none", prose), *made, script.Cell("mixture", "text", cell("", prose).settings, mixture=mixture)]
-    monkeypatch.setitem(script.EXPERIMENTS, "mix", cells)
-    call(monkeypatch, "mix", "--seeds", 1, "--results", tmp_path)
-    assert "failed" not in capsys.readouterr().out
-    assert len(list(tmp_path.glob("warmup-*/warmup.pt"))) == 2 and len(list(tmp_path.glob("*/result.json"))) == 7
-    whole = train.run(train.Settings(**cells("quick")[1].settings, seed=0, out=str(tmp_path / "alone")))
-    losses = {row["row"]: float(row["mean"]) for row in csv.DictReader(open(tmp_path / "mix-quick.csv"))}
-    assert losses["full"] == whole["val_loss"], "the same run as in one go" 
-    assert len(set(losses.values())) == 5
+# --------------------------------------------------------------------------------------------------
+# Statistics
 
 
-def test_a_warm_up_that_fails_is_the_reason_why_its_runs_failed(in_process, prose, tmp_path):
-    bad = cell("set", prose, warmup="set:length=4", warmup_batch_size=3, grad_accum=2)
-    assert script.run_once(script.Cell("set", "text", {**bad.settings, "warmup_steps": 0}), 0, tmp_path, {}) == "failed"
-    (why,) = tmp_path.glob("*.failed")
-    assert "warmup_steps 0 is not accepted" in why.read_text()
+def brute_force_p(a, b):
+    """With exact fractions."""
+    values = [Fraction(str(x)) for x in (*a, *b)]
+
+    def difference(places):
+        first = sum(values[i] for i in places)
+        return abs(first / len(a) - (sum(values) - first) / len(b))
+
+    deals = list(itertools.combinations(range(len(values)), len(a)))
+    return sum(difference(deal) >= difference(range(len(a))) for deal in deals) / len(deals)
 
 
-@pytest.mark.parametrize("name", list(script.EXPERIMENTS))
-@pytest.mark.parametrize("budget", ["quick", "paper"])
-def test_every_experiment_is_a_list_of_settings_that_train_accepts(name, budget):
-    cells = script.EXPERIMENTS[name](budget)
-    assert len({(c.row, c.column) for c in cells}) == len(cells), "each cell has a place of its own"
-    for c in cells:
-        train.resolve(train.Settings(**c.settings, device="cpu"))
-        assert not math.isnan(c.x) or not c.line
-    for column in {c.column for c in cells}:
-        first = next(c for c in cells if c.column == column)
-        assert first.settings["warmup"] == "none" and not first.mixture, "what the others are compared with"
+@pytest.mark.parametrize("a,b", [
+    ([1, 2, 3], [4, 5, 6]), ([1, 2], [3, 4]), ([0.1, 0.2, 0.3], [0.2, 0.3, 0.4]),
+    ([0.3, 0.1, 0.2], [0.4, 0.2, 0.3]), ([1, 1, 2, 2], [1, 2, 2, 2]), ([5, 1], [2, 2, 2, 9, 4]),
+    ([-2.31, -2.30, -2.33], [-2.30, -2.29, -2.28]), ([0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.7]),
+    ([1e6 + 1, 1e6 + 2, 1e6 + 3], [1e6 + 2, 1e6 + 3, 1e6 + 5]), ([0, 0, 0, 0], [0, 0, 0, 1e-4])])
+def test_the_permutation_test_is_exact(a, b):
+    assert permutation_p(a, b) == pytest.approx(brute_force_p(a, b), abs=1e-12)
+    assert permutation_p(b, a) == pytest.approx(brute_force_p(a, b), abs=1e-12)
 
 
-def test_every_claim_is_about_rows_that_the_experiments_have():
-    for claim in script.CLAIMS:
-        cells = script.EXPERIMENTS[claim.experiment]("paper")
-        rows = {c.row for c in cells}
-        for pattern in filter(None, (claim.better, claim.worse, claim.than)):
-            assert any(script.re.fullmatch(pattern, row) for row in rows), claim.text
+def test_identical_samples_give_one_and_fewer_than_two_values_nothing():
+    for a in ([0.1, 0.7, 0.4], [0.99] * 5, [0, 0]):
+        assert permutation_p(a, a) == 1
+    for a, b in (([1], [2, 3]), ([2, 3], [1]), ([], [1, 2])):
+        assert math.isnan(permutation_p(a, b))
 
 
-def made_up_results(cells, values, learned="learned"):
-    """{name: record} as read_results gives it. values: {(row, column): one value per seed}."""
+def test_many_values_are_dealt_at_random_and_p_is_never_zero():
+    n, ones, in_a = 14, 12, 8  # of 28 values 12 are ones, 8 of these in a
+    a, b = ([1] * k + [0] * (n - k) for k in (in_a, ones - in_a))
+    exact = sum(math.comb(ones, k) * math.comb(2 * n - ones, n - k) for k in range(ones + 1)
+                if abs(2 * k - ones) >= 2 * in_a - ones) / math.comb(2 * n, n)
+    assert permutation_p(a, b) == pytest.approx(exact, abs=0.006)
+    assert 0 < permutation_p([0] * n, [1] * n) < 1e-3
+
+
+def test_p_is_uniform_where_there_is_no_difference_even_if_values_come_in_two_heaps():
+    r, tried = np.random.default_rng(0), 800
+    heaps = r.choice([0.14, 0.99], (tried, 12)) + 0.01 * r.random((tried, 12))
+    p = np.array([permutation_p(values[:6], values[6:]) for values in heaps])
+    for level in (0.05, 0.1, 0.25, 0.5, 0.75):
+        assert abs((p <= level).mean() - level) < 4 * math.sqrt(level * (1 - level) / tried)
+
+
+def test_the_bootstrap_interval_is_around_the_difference_and_as_wide_as_theory_says():
+    r = np.random.default_rng(1)
+    a, b = r.normal(5, 2, 300), r.normal(4, 1, 200)
+    half = 1.96 * math.sqrt(a.var() / len(a) + b.var() / len(b))
+    ends = a.mean() - b.mean() - half, a.mean() - b.mean() + half
+    assert analyze.bootstrap(a, b) == pytest.approx(ends, abs=half / 10)
+    assert analyze.bootstrap([3, 3], [1, 1, 1]) == (2, 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables, figures and claims of made-up results
+
+TASK = [Row("sorting", "none", "--data sorting --warmup none"),
+        Row("sorting", "set", "--data sorting", "--data sorting --warmup set --steps 0"),
+        Row("sorting", "late", "--data sorting --lr 1")]
+TEXT = [Row("code", "none", "--data code --warmup none"), Row("code", "dull", "--data code --lr 1"),
+        Row("code", "missing", "--data code --lr 2")]
+SOME = {TASK[0]: (0.1, 0.2, 0.3), TASK[1]: (0.7, 0.8, 0.9), TEXT[0]: (2.0, 3.0),
+        TEXT[1]: (2.5, 3.5)}
+
+
+def record(data, warmup, seed, value):
+    settings = {"data": data, "seed": seed, "tokenizer": "bytes" if data == "code" else None,
+                "transfer": "full", "embeddings": "random", "positions": "fit"}
+    measured = {"val_loss": value, "val_accuracy": value}
+    result = {"settings": settings, "warmup": warmup, **measured,
+              "tokens": {"procedural": 0, "semantic": 9}}
+    return {"result": result, "log": [{"stage": "train", "step": 3, "tokens": 9, **measured}]}
+
+
+def made_up(values):
+    """{row: accuracies or losses, one for each seed} -> what read_results gives."""
     found = {}
-    for c in cells:
-        for seed, value in enumerate(values.get((c.row, c.column), ())):
-            tokens = {"procedural": 10 * (c.settings["warmup"] != "none"), "semantic": 5}
-            settings = {"seed": seed, "steps": 9, "warmup": c.settings["warmup"], "data": c.column}
-            result = {"val_accuracy": value, "val_loss": value, "tokens": tokens, "settings": settings}
-            found[script.name_of(c, seed)] = {"result": result}
-            for warm in c.mixture.values() or [c.settings] * (c.settings["warmup"] != "none"):
-                found[script.warmup_of(warm, seed)[0]] = {"result": result | {"settings": settings | {"steps": 0}},
-                                                                  "learned": {"verdict": learned}}
+    for row, seeds in values.items():
+        for seed, value in enumerate(seeds):
+            found[row.folder(seed)] = record(row.column, row.name, seed, value)
+            if row.warmup:
+                verdict = "not learned" if seed == 1 else "learned"
+                found[analyze.warmup_folder(row.warmup, seed)] = {
+                    **record(row.column, "set", seed, 0.0), "learned": {"verdict": verdict}}
     return found
 
 
-def test_gains_are_paired_by_seed_and_more_is_better():
-    cells = [script.Cell(row, data, {"data": data, "warmup": row}) for data in ("haystack", "code") for row in ("none", "set")]
-    found = made_up_results(cells, {("none", "haystack"): (0.1, 0.2, 0.9), ("set", "haystack"): (0.3, 0.4),
-                                    ("none", "code"): (2.0, 3.0), ("set", "code"): (2.5, 3.5)})
-    found[script.name_of(cells[1], 2)] = {"failed": "no room"}
-    entries = {(e["row"], e["column"]): e for e in script.compare(cells, 3, found)}
-    gains = {key: (e["n"], e["pairs"], e["gain"]) for key, e in entries.items()}
-    assert gains["set", "haystack"] == (2, 2, pytest.approx(0.2)) and gains["set", "code"] == (2, 2, pytest.approx(-0.5))
-    assert gains["none", "haystack"][:2] == (3, 0) and entries["set", "haystack"]["failed"] == [(2, "no room")]
-    assert "failed: set | haystack | seed 2: no room" in script.table_lines("table", list(entries.values()))
+def kept(found, folder):
+    """The same as folders of runs."""
+    for name, each in found.items():
+        (folder / name).mkdir(parents=True)
+        lines = "".join(json.dumps(point) + "\n" for point in each["log"])
+        (folder / name / "log.jsonl").write_text(lines)
+        for part in each.keys() - {"log"}:
+            (folder / name / f"{part}.json").write_text(json.dumps(each[part]))
+    return folder
 
 
-@pytest.mark.parametrize("name", list(script.EXPERIMENTS))
-def test_every_experiment_has_a_table_and_a_figure_even_when_half_of_it_is_missing(name, tmp_path):
-    cells, rng = script.EXPERIMENTS[name]("quick"), np.random.default_rng(0)
-    entries = script.compare(cells, 2, made_up_results(cells[::2], {(c.row, c.column): rng.random(2) for c in cells[::2]}))
-    script.draw_comparison(name, entries, tmp_path / "figure.png")
+def test_more_is_better_of_accuracies_and_less_of_losses():
+    found = made_up(SOME) | {TASK[2].folder(1): {"failed": "no room"}}
+    none, warm, late, base, dull, missing = compare(TASK + TEXT, 3, found)
+    assert warm["gain"] == pytest.approx(0.6) and dull["gain"] == pytest.approx(-0.5)
+    assert warm["p"] == pytest.approx(0.1) and warm["interval"][0] > 0 > dull["interval"][0]
+    assert warm["learned"] == "2/3" and dull["learned"] == none["learned"] == ""
+    assert warm["values"] == {0: 0.7, 1: 0.8, 2: 0.9} and len(dull["values"]) == 2
+    assert not any("gain" in entry for entry in (none, base, late, missing))
+    text = "\n".join(table_lines([none, warm, late, base, dull, missing]))
+    assert "| none | 20.0% | 3 |" in text and "| set | 80.0% | 3 | 60.0% |" in text
+    assert "| none | 2.5000 | 2 |" in text and "| dull | 3.0000 | 2 | -0.5000 |" in text
+    assert "no result yet: late" in text and "no result yet: missing" in text
+    assert "failed: sorting | late | 1: no room" in text and "| 0.1000 | 2/3 |" in text
+
+
+@pytest.mark.parametrize("name", list(analyze.EXPERIMENTS))
+def test_an_experiment_has_a_table_and_a_figure_of_every_seed_though_half_is_missing(
+        name, tmp_path, monkeypatch):
+    rows, r = analyze.EXPERIMENTS[name]("quick"), np.random.default_rng(0)
+    values = {row: r.random(2).tolist() for row in rows[::2]}
+    entries = compare(rows, 2, made_up(values))
+    text = "\n".join(table_lines(entries))
+    assert all(row.name in text for row in rows)
+    shown, keep = [], analyze.keep_figure
+
+    def look(figure, path):
+        for axis in figure.axes:
+            shown.extend((axis.get_title(), pytest.approx(line.get_xdata()))
+                         for line in axis.lines if line.get_marker() == "o")
+        keep(figure, path)
+
+    monkeypatch.setattr(analyze, "keep_figure", look)
+    analyze.draw(entries, tmp_path / "figure.png")
+    assert shown == [(entry["row"].column, values[entry["row"]]) for entry in entries
+                     if entry["row"] in values]
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert all(str(c.row) in "\n".join(script.table_lines(name, entries)) for c in cells)
-    script.verdict_lines(name, entries)
 
 
-def test_what_was_measured_on_other_held_out_rows_is_not_compared():
-    cells = [script.Cell(row, "code", {"data": "code", "warmup": row}) for row in ("none", "set")]
-    found = made_up_results(cells, {("none", "code"): (2.0, 2.0), ("set", "code"): (1.5, 1.0, 0.5)})
-    for cell, seed, batches in ((0, 0, 40), (0, 1, 40), (1, 0, 20), (1, 1, 40), (1, 2, 20)):
-        found[script.name_of(cells[cell], seed)]["result"]["settings"]["eval_batches"] = batches
-    _, entry = script.compare(cells, 3, found)
-    assert entry["values"] == {1: 1.0} and (entry["pairs"], entry["gain"]) == (1, pytest.approx(1.0))
-    assert [seed for seed, why in entry["failed"] if "20 held-out batches" in why] == [0, 2]
-    assert script.on("code", "quick")["eval_batches"] and "eval_batches" not in script.name_of(script.tuned("quick")[0], 0)
+def test_the_dotted_line_of_a_figure_is_the_first_row_and_no_other(tmp_path, monkeypatch):
+    dotted = []
+    monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: dotted.extend(
+        line.get_xdata()[0] for line in figure.axes[0].lines if line.get_linestyle() == ":"))
+    analyze.draw(compare(TASK, 3, made_up({TASK[0]: (0.1, 0.2), TASK[1]: (0.9,)})), tmp_path / "a")
+    assert dotted == [pytest.approx(0.15)]
+    analyze.draw(compare(TASK, 3, made_up({TASK[1]: (0.9,), TASK[2]: (0.5,)})), tmp_path / "a")
+    assert len(dotted) == 1, "there is nothing yet that the others are compared with"
 
 
-def packed(path, records):
-    path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
-    return path
+@pytest.mark.parametrize("none,shuffled,dyck,verdict", [
+    ((0.1, 0.2, 0.15, 0.12), (0.11, 0.1, 0.13, 0.1), (0.9, 0.95, 0.97, 0.9), "supported"),
+    ((0.9, 0.95, 0.97, 0.9), (0.3, 0.31, 0.3, 0.3), (0.5, 0.51, 0.5, 0.49), "contradicted"),
+    ((0.1, 0.2, 0.15, 0.12), (0.7, 0.9, 0.8, 0.85), (0.9, 0.7, 0.8, 0.9), "undecided"),
+    ((0.1, 0.2, 0.15, 0.12), (0.9,), (0.2, 0.7, 0.8, 0.9), "undecided"),
+    ((0.1, 0.2, 0.15, 0.12), (), (0.9, 0.95, 0.97, 0.9), "not run")])
+def test_the_hardest_of_what_a_claim_has_to_beat_decides(none, shuffled, dyck, verdict):
+    column = analyze.TASKS["quick"][0]
+    rows = {row.name: row for row in analyze.controls("quick") if row.column == column}
+    found = made_up({rows["none"]: none, rows["shuffled:dyck"]: shuffled, rows["dyck"]: dyck})
+    claim = Claim("more", "", "controls", column, "dyck", ("shuffled:dyck", "none"))
+    measured, n, _, said = analyze.judge(claim, 4, found)
+    assert said == verdict and n == (0 if verdict == "not run" else len(shuffled))
+    if verdict != "not run":
+        hardest = max((none, "none"), (shuffled, "shuffled:dyck"), key=lambda x: np.mean(x[0]))
+        assert measured.startswith(f"{np.mean(hardest[0]):.1%} ({hardest[1]}) -> ")
 
 
-def test_a_result_counts_more_than_a_failure_wherever_they_are(tmp_path):
-    settings = {"seed": 0, "steps": 1, "warmup": "none", "data": "code"}
-    result = {"settings": settings, "tokens": {"procedural": 0, "semantic": 1}, "val_loss": 1.0, "val_accuracy": 0.5}
-    packed(tmp_path / "a.jsonl.gz", [{"name": "x", "result": result, "learned": {"verdict": "learned"}}])
-    packed(tmp_path / "b.jsonl.gz", [{"name": "x", "failed": "no room"}, {"name": "y", "failed": "no room"}])
-    found = script.read_results(tmp_path)
-    assert found == {"x": {"result": result, "learned": {"verdict": "learned"}}, "y": {"failed": "no room"}}
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "result.json").write_text("{")
-    assert script.read_results(tmp_path) == found, "a damaged file hides no good result"
-    (tmp_path / "x" / "result.json").write_text(json.dumps(result | {"val_loss": 2.0}))
-    (tmp_path / "y.failed").write_text("no time")
-    (tmp_path / "z.failed").mkdir()
-    (tmp_path / "x" / "learned.json").write_text("[1]")
-    newer = script.read_results(tmp_path)
-    assert script.finished(tmp_path / "x")
-    assert newer["x"]["result"]["val_loss"] == 2.0 and newer["x"]["learned"] == {"verdict": "learned"}
-    (tmp_path / "x" / "result.json").write_text(json.dumps(result | {"tokens": {}}))
-    assert script.read_results(tmp_path) == {**found, "y": {"failed": "no room"}}
-    assert not script.finished(tmp_path / "x"), "what cannot be read is run again"
+def test_a_claim_of_text_is_supported_by_a_lower_loss():
+    rows = {row.name: row for row in analyze.efficiency("quick") if row.column == "code"}
+    found = made_up({rows["none"]: (2.1, 2.2, 2.15, 2.12), rows["set"]: (1.9, 1.8, 1.95, 1.85)})
+    claim = Claim("less", "", "efficiency", "code", "set", ("none",))
+    assert analyze.judge(claim, 4, found)[3] == "supported"
 
 
-RESULT = {"settings": {"seed": 0, "steps": 1, "warmup": "none", "data": "code"}, "val_loss": 1.0, "val_accuracy": 0.5,
-          "tokens": {"procedural": 0, "semantic": 1}}
+def test_the_report_has_all_claims_and_each_table_with_its_figure(tmp_path, monkeypatch):
+    names = {claim.experiment for claim in analyze.CLAIMS}
+    rows = [row for name in sorted(names) for row in analyze.EXPERIMENTS[name]("quick")]
+    folder = kept(made_up({row: (0.1, 0.2) for row in rows}), tmp_path)
+    call(monkeypatch, "report", "--results", folder, "--seeds", 2)
+    text = (tmp_path / "report.md").read_text()
+    for claim in analyze.CLAIMS:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {claim.text} |")]
+        assert "not run" not in line, "its rows are in its experiment"
+    for name in names:
+        assert f"## {name} (quick)" in text and f"![{name}]({name}-quick.png)" in text
+        assert (tmp_path / f"{name}-quick.png").read_bytes().startswith(b"\x89PNG")
+    assert "(paper)" not in text
 
 
-@pytest.mark.parametrize("record", [
-    {"name": "a", "result": {}}, {"name": "a"}, {"result": RESULT}, [1], {"name": "a", "failed": "no", "log": []},
-    {"name": "a", "result": RESULT, "log": [{}]}, {"name": "a", "result": RESULT, "learned": 3},
-    *({"name": "a", "result": {k: v for k, v in RESULT.items() if k != key}} for key in RESULT),
-    {"name": "a", "result": RESULT | {"tokens": {"procedural": 1}}}, {"name": "a", "result": RESULT | {"settings": {"seed": 1}}}])
-def test_a_packed_file_that_lacks_what_the_tables_need_is_refused(record, tmp_path, refused):
-    for command in ("claims", "report"):
-        assert "cannot read" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", [record]))
-        assert "it is empty" in refused(script, command, "--results", packed(tmp_path / "r.jsonl.gz", []))
-    whole = packed(tmp_path / "r.jsonl.gz", [{"name": "a", "result": RESULT}]).read_bytes()
-    (tmp_path / "r.jsonl.gz").write_bytes(whole[:-9])
-    assert "ended before" in refused(script, "claims", "--results", tmp_path / "r.jsonl.gz"), "cut short"
+# --------------------------------------------------------------------------------------------------
+# Results on the disk
 
 
-def test_figures_show_the_values():
-    row = dict(column="haystack", metric="accuracy", p_holm=0.01, pairs=2)
-    entries = [row | dict(row="none", mean=0.2, half=0.1, n=2, pairs=0, gain=math.nan, values={0: 0.1, 1: 0.3}, line="", x=0.5),
-               row | dict(row="set", mean=0.9, half=0.2, n=2, gain=0.7, values={0: 0.8, 1: 1.0}, line="a", x=0.5),
-               row | dict(row="eca", mean=0.1, half=0.3, n=2, gain=-0.1, values={0: 0.0, 1: 0.2}, line="a", x=1.0)]
-    plt = script.pyplot()
-    image = script.draw_heat_map(plt.figure().gca(), entries, ["none", "set", "eca"], ["haystack"])
-    assert np.allclose(image.get_array().ravel(), [0, 70, -10]) and image.get_cmap().name == "RdBu", "red is worse"
-    assert [text.get_text() for text in image.axes.texts] == ["20.0%*", "90.0%*", "10.0%*"]
-    axis = plt.figure().gca()
-    script.draw_points(axis, entries, ["none", "set", "eca"])
-    dots = [list(line.get_xdata()) for line in axis.lines if line.get_alpha()]
-    assert dots == [[0.1, 0.3], [0.8, 1.0], [0.0, 0.2]]
-    axis = plt.figure().gca()
-    script.draw_lines(axis, entries, ["a"], log=False)
-    (bars,) = axis.containers
-    assert list(bars.lines[0].get_xdata()) == [0.5, 1.0] and list(bars.lines[0].get_ydata()) == [0.9, 0.1]
-    assert [list(end.get_ydata()) for end in bars.lines[1]] == [pytest.approx([0.7, -0.2]), pytest.approx([1.1, 0.4])]
-    plt.close("all")
-
-
-def test_a_part_of_an_experiment_keeps_what_it_is_compared_with():
-    cells = script.table("quick")
-    assert script.chosen(cells, "") == cells
-    some = script.chosen(cells, "haystack.*set")
-    assert [c.row for c in some] == ["none", "set, full", "set, attn", "set, full, fresh embeddings", "set, attn, fresh embeddings"]
-    assert {c.column for c in some} == {cells[0].column}
-    for pattern, word in (("nothing", "haystack"), ("(", "regular expression")):
-        with pytest.raises(UserError, match=word):
-            script.chosen(cells, pattern)
-
-
-def test_the_share_of_the_text_is_interpolated_between_runs():
-    cells = [c for c in script.efficiency("quick") if c.column == "docs" and c.line in ("none", "set", "union")]
-    losses = {("none", 1.0): 2.0, ("set", 1.0): 1.9, ("set", 0.85): 1.98, ("set", 0.7): 2.02, ("set", 0.55): 2.1,
-              ("union", 1.0): 2.05, ("union", 0.85): 2.1, ("union", 0.7): 2.2, ("union", 0.55): 2.3}
-    found = made_up_results(cells, {(c.row, c.column): [losses[c.line, c.x]] * 2 for c in cells if (c.line, c.x) in losses})
-    entries = script.compare(cells, 2, found)
-    assert script.shares(entries, "set") == {0: pytest.approx(math.sqrt(0.85 * 0.7)), 1: pytest.approx(math.sqrt(0.85 * 0.7))}
-    assert script.shares(entries, "union") == {0: math.inf, 1: math.inf}, "never reached"
-    early, first, second = script.verdict_lines("efficiency", entries)
-    assert early.startswith("docs: at the first evaluation, after a fifth of the text, the loss is")
-    assert "77% ± 0% of the text in 2 of 2 seeds" in first and "no less than all of the text in any of 2 seeds" in second
-
-
-def test_how_many_seeds_found_the_needle_is_counted_for_each_start():
-    cells = script.embeddings("quick")
-    values = {(c.row, c.column): [0.95, 0.2] for c in cells if c.row.startswith(("none", "dyck, attn", "set, attn, all fresh"))}
-    lines = script.verdict_lines("embeddings", script.compare(cells, 2, made_up_results(cells, values)))
-    assert lines[1:3] == ["| seeds with more than 90 % right | dyck | set |", "|---|---|---|"]
-    assert "| attn, all fresh | 1 of 2 | 1 of 2 |" in lines and "| attn, head at the mean | 1 of 2 | - |" in lines and len(lines) == 8
-    assert script.verdict_lines("embeddings", script.compare(cells, 2, {})) == []
-
-
-def test_best_is_compared_with_best_and_with_the_luck_of_more_seeds():
-    cells = script.grid("quick")
-    values = {(c.row, c.column): [3.0, 3.1] for c in cells} | {(cells[3].row, "docs"): [2.0, 2.2], (cells[-1].row, "docs"): [2.1, 2.1]}
-    (line,) = script.verdict_lines("grid", script.compare(cells, 2, made_up_results(cells, values)))
-    assert cells[3].row in line and cells[-1].row in line and "gain 0.0000" in line
-    cells = script.controls("quick")
-    haystack = cells[0].column
-    values = {(c.row, c.column): [0.5] * 4 if c.row == "none" else [0.7] * 2 for c in cells} | {("none", haystack): [0.1, 0.2, 0.8, 0.3]}
-    line = script.verdict_lines("controls", script.compare(cells, 2, made_up_results(cells, values)))[0]
-    assert line.startswith(f"{haystack}: the best of 4 seeds of no warm-up has 80.0%") and "70.0% (dyck)" in line
-
-
-@pytest.mark.parametrize("none,dyck,learned,verdict", [
-    ((0.10, 0.11, 0.12), (0.90, 0.95, 0.97), "learned", "supported"), ((0.9, 0.95, 0.97), (0.1, 0.12, 0.11), "learned", "contradicted"),
-    ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), "learned", "undecided"), ((0.1, 0.11, 0.12), (0.9, 0.9, 0.9), "not learned", "supported (warm-up not learned)"),
-    ((0.9, 0.95, 0.97), (0.1, 0.12, 0.11), "not learned", "undecided: worse (warm-up not learned)"),
-    ((0.1,), (0.9,), "learned", "undecided (one seed)"), ((0.1, 0.1), (), "learned", "undecided (not run)")])
-def test_verdicts_on_made_up_results_of_every_kind(none, dyck, learned, verdict):
-    cells = [c for c in script.table("quick") if c.settings["data"].startswith("haystack")]
-    (column,) = {c.column for c in cells}
-    found = made_up_results(cells, {("none", column): none, ("dyck, attn", column): dyck, ("eca, full", column): none}, learned)
-    rows = {row["claim"].text: row for row in script.claims(found, 3, ("quick",))}
-    row = rows["Dyck helps recall"]
-    assert row["verdict"] == verdict and row["n"] == min(len(none), len(dyck))
-    (line,) = [line for line in script.claims_lines(list(rows.values())) if line.startswith("| Dyck helps recall |")]
-    assert f"| {row['n']} | " in line and line.endswith(f"| {verdict} | `table --only haystack` |")
-
-
-def judged(cells, values, learned="learned", budget="quick", gate=None):
-    """{claim: row} of claims on made-up values {row: one value for each seed} of one column of cells."""
-    found = made_up_results(cells, {(c.row, c.column): values[c.row] for c in cells if c.row in values}, learned)
-    if gate:
-        gate(found)
-    return {row["claim"].text: row for row in script.claims(found, 8, (budget,))}
-
-
-def around(mean, n=6, spread=0.01, seed=0):
-    return list(mean + spread * np.random.default_rng(seed).standard_normal(n))
-
-
-def test_a_claim_about_less_text_compares_less_with_all_and_names_the_share():
-    cells = [c for c in script.efficiency("quick") if c.column == "code"]
-    losses = {"none": 3.0, "set": 2.8, "union": 2.7, "dyck": 4.0}
-    values = {c.row: around(losses.get(c.line, 5.0) - c.x, seed=i) for i, c in enumerate(cells)}
-    row = judged(cells, values)["union with 85 % of the code beats none with all"]
-    assert row["verdict"] == "supported" and "are enough in 6 of 6 seeds" in row["measured"]
-    values |= {c.row: around(5.0 - c.x, seed=i) for i, c in enumerate(cells) if c.line == "union"}
-    row = judged(cells, values)["union with 85 % of the code beats none with all"]
-    assert row["verdict"] == "contradicted" and "all of the text is not enough in 6 of 6 seeds" in row["measured"]
-
-
-@pytest.mark.parametrize("none,dyck,shuffled,verdict", [(0.1, 0.9, 0.1, "supported"), (0.3, 0.05, 0.01, "contradicted"),
-                                                        (0.1, 0.5, 0.9, "contradicted"), (0.5, 0.5001, 0.1, "undecided")])
-def test_a_control_speaks_only_where_the_warm_up_itself_helps(none, dyck, shuffled, verdict):
-    cells = [c for c in script.controls("quick") if c.column == script.TASKS["quick"][0]]
-    values = {"none": around(none, seed=1), "dyck": around(dyck, seed=2), "shuffled:dyck": around(shuffled, seed=3)}
-    assert judged(cells, values)["Dyck helps recall, and more than shuffled Dyck"]["verdict"] == verdict
-
-
-def test_seeds_that_do_not_count_are_dropped_before_a_row_is_chosen():
-    cells = [c for c in script.table("quick") if c.column == script.TASKS["quick"][0]]
-    values = {"none": around(0.1, seed=1), "dyck, full": around(0.3, seed=2), "dyck, attn": around(0.2, seed=3)}
-
-    def no_answer_for_most_of_dyck(found):
-        for name in list(found):
-            if name.startswith("warmup-") and "-s0-" not in name and "-s1-" not in name:
-                del found[name]["learned"]
-    row = judged(cells, values, gate=no_answer_for_most_of_dyck)["Dyck helps recall"]
-    assert row["n"] == 2 and "dyck, full" in row["measured"]
-    row = judged(cells, {"none": values["none"], "dyck, full": values["dyck, full"][:1], "dyck, attn": values["dyck, attn"]})
-    assert "dyck, attn" in row["Dyck helps recall"]["measured"], "one lucky seed does not stand for all"
-
-
-def test_the_row_that_was_chosen_of_several_is_named_and_pays_for_it():
-    cells = [c for c in script.table("quick") if c.column == script.TASKS["quick"][0]]
-    alone = {"none": around(0.14, 3), "dyck, attn": around(0.2, 3, seed=1)}
-    entries = script.compare(cells, 3, made_up_results(cells, {(c.row, c.column): alone[c.row] for c in cells if c.row in alone}))
-    (claim,) = [claim for claim in script.CLAIMS if claim.text == "Dyck helps recall"]
-    once = script.judge(claim, entries, "quick")
-    alone["dyck, full"] = around(0.1, 3, seed=2)
-    entries = script.compare(cells, 3, made_up_results(cells, {(c.row, c.column): alone[c.row] for c in cells if c.row in alone}))
-    twice = script.judge(claim, entries, "quick")
-    assert twice["p"] == pytest.approx(2 * once["p"]) and "chosen of 2 rows: dyck, attn" in twice["measured"]
-
-
-def test_of_two_comparisons_the_weaker_one_is_shown_whole():
-    cells = [c for c in script.controls("quick") if c.column == script.TASKS["quick"][0]]
-    values = {"none": around(0.1, seed=1), "dyck": around(0.9, seed=2), "shuffled:dyck": around(0.8, spread=0.1, seed=3)}
-    row = judged(cells, values)["Dyck helps recall, and more than shuffled Dyck"]
-    a, b, gain = (float(word) for word in re.match(r"([\d.]+)% -> ([\d.]+)%, gain ([\d.]+)%", row["measured"]).groups())
-    assert b - a == pytest.approx(gain, abs=0.11) and row["measured"].endswith("(against shuffled:dyck)")
-
-
-def test_a_claim_has_to_beat_the_hardest_of_its_rows():
-    cells = [c for c in script.controls("quick") if c.column == script.TASKS["quick"][0]]
-    values = {"none": around(0.1, seed=1), "dyck": around(0.5, seed=2), "none, ramp of 0.2": around(0.1, seed=3),
-              "none, 4 times the steps": around(0.6, n=3, seed=4)}
-    text = "Dyck helps recall more than other rates, ramps or four times the steps"
-    row = judged(cells, values)[text]
-    assert row["gain"] == pytest.approx(-0.1, abs=0.02) and row["measured"].endswith("(against none, 4 times the steps)")
-    assert judged(cells, values | {"none, 4 times the steps": [0.2]})[text]["verdict"] == "undecided (one seed)"
-
-
-def test_a_claim_about_harm_is_shown_in_the_published_direction():
-    cells = [c for c in script.table("quick") if c.column == "reversed_addition"]
-    row = judged(cells, {"none": around(0.76, seed=1), "set, full": around(0.44, seed=2)})["set, whole model, hurts reversed addition"]
-    assert re.match(r"7\d\.\d% -> 4\d\.\d%", row["measured"]) and row["verdict"] == "supported"
-
-
-def test_the_readme_shows_what_the_published_results_say():
-    found, readme = script.read_results(ROOT / "assets" / "results.jsonl.gz"), (ROOT / "README.md").read_text()
-    seeds = script.seeds_in(found)
-    starts = script.needle_lines(script.compare(script.embeddings("quick"), seeds, found))
-    for lines in (script.claims_lines(script.claims(found, seeds)), starts):
-        assert "\n".join(lines) in readme, "a table of README.md is not that of assets/results.jsonl.gz"
-
-
-def test_holms_correction_is_over_all_rows_of_claims():
-    cells = script.table("quick")
-    rng = np.random.default_rng(1)
-    rows = script.claims(made_up_results(cells, {(c.row, c.column): rng.random(3) for c in cells}), 3, ("quick",))
-    assert len(rows) == len(script.CLAIMS)
-    wanted = script.holm([1.0 if math.isnan(row["p"]) else row["p"] for row in rows])
-    assert all(math.isnan(row["p"]) or row["p_holm"] == pytest.approx(p) for row, p in zip(rows, wanted))
-
-
-def test_on_an_empty_folder_claims_says_what_to_run_first_and_how_long_it_takes(tmp_path, monkeypatch, capsys):
-    call(monkeypatch, "claims", "--results", tmp_path)
-    printed = capsys.readouterr().out
-    assert printed.index("analyze.py table") < printed.index("analyze.py transfer") and "minutes" in printed
-
-
-def test_the_report_holds_the_claims_and_every_table_with_its_picture(tmp_path, monkeypatch, refused):
-    assert "says what to run" in refused(script, "report", "--results", tmp_path)
-    found = {}
-    for name in ("table", "length"):
-        cells = script.EXPERIMENTS[name]("quick")
-        found |= made_up_results(cells, {(c.row, c.column): [0.1, 0.2] for c in cells})
-    packed(tmp_path / "r.jsonl.gz", [{"name": name, **record} for name, record in found.items()])
-    call(monkeypatch, "report", "--results", tmp_path / "r.jsonl.gz", "--seeds", 2, "--to", tmp_path / "out")
-    text = (tmp_path / "out" / "report.md").read_text()
-    for word in ("| Dyck helps recall | 11.3 -> 96.9 % |", "## table (quick)", "![length](length-quick.png)"):
-        assert word in text
-    assert (tmp_path / "out" / "length-quick.png").exists() and "## grid" not in text
-    (tmp_path / "bad.gz").write_bytes(b"no")
-    assert "cannot read" in refused(script, "claims", "--results", tmp_path / "bad.gz")
-    (tmp_path / "bad.gz").write_bytes(gzip.compress(b"[1]\n"))
-    assert "cannot read" in refused(script, "claims", "--results", tmp_path / "bad.gz")
-
-
-def test_a_damaged_result_is_a_failed_run_and_hides_no_other(small, tmp_path, monkeypatch, capsys, in_process):
-    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
-    for path in tmp_path.glob("*/learned.json"):
-        path.write_text('{"verd')
-    next(tmp_path.glob("*-none-*/result.json")).write_text("")
-    (tmp_path / "other.failed").write_bytes(b"\xff")
+def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: TASK[:2] + TEXT[:2])
+    folder, elsewhere = kept(made_up(SOME), tmp_path / "r"), tmp_path / "elsewhere"
+    (folder / f"{TEXT[0].folder(2)}.failed").write_text("no room\n")
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, "table", "--show", "--results", folder)
+    told = capsys.readouterr().out.partition("figure: ")[0]
+    assert "| set | 80.0% |" in told and "failed: code | none | 2: no room" in told
+    elsewhere.mkdir()
+    call(monkeypatch, "pack", elsewhere / "all.jsonl.gz", "--results", folder)
     capsys.readouterr()
-    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path, "--show")
-    printed = capsys.readouterr().out
-    assert "failed: none | text | seed 0: cannot read" in printed and "| set " in printed
-    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
-    assert "1 done already, 1 to go" in capsys.readouterr().out, "and it heals"
+    call(monkeypatch, "table", "--show", "--results", elsewhere / "all.jsonl.gz")
+    assert capsys.readouterr().out.partition("figure: ")[0] == told
+    monkeypatch.setattr(analyze, "call_train", None)  # nothing may be run
+    call(monkeypatch, "table", "--seeds", 2, "--results", elsewhere)
+    assert "0 runs to go" in capsys.readouterr().out
+    call(monkeypatch, "curves", "sorting", "--results", elsewhere)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_stopped_run_is_not_a_failed_one_and_nothing_new_begins(prose, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=lambda *a, **k: calls.append(a) or SimpleNamespace(returncode=130, stderr="")))
-    assert script.run_once(cell("none", prose), 0, tmp_path, {}) == "stopped" and len(calls) == 1
-    script.STOPPING.set()
-    try:
-        assert script.run_once(cell("set", prose, warmup="set:length=4", warmup_steps=3), 0, tmp_path, {}) == "stopped"
-    finally:
-        script.STOPPING.clear()
-    assert len(calls) == 1 and not list(tmp_path.glob("*.failed"))
+GOOD = {"name": TASK[0].folder(0), **record("sorting", "none", 0, 0.5)}
+RECORDS = [[1], 3, {**GOOD, "name": [1]}, {**GOOD, "result": {}}, {**GOOD, "learned": 3},
+           {**GOOD, "result": GOOD["result"] | {"val_accuracy": "0.5"}},
+           {**GOOD, "result": None, "failed": "why"}, {**GOOD, "log": [{}]}]
+BYTES = [b"", b"no", gzip.compress(b"\xff\n"), gzip.compress(b"[" * 200_000),
+         gzip.compress(json.dumps(GOOD).encode())[:-9]]
 
 
-def test_sweeps_that_make_no_sense_are_refused(refused, tmp_path):
-    assert "at least 1" in refused(script, "table", "--seeds", "0")
-    assert "no run of table is finished" in refused(script, "table", "--show", "--results", tmp_path)
-    (tmp_path / "file").write_text("")
-    assert "cannot make" in refused(script, "table", "--results", tmp_path / "file" / "r")
-    assert "invalid choice" in refused(script, "table", "--budget", "lavish")
+@pytest.mark.parametrize("content", [
+    *(gzip.compress(json.dumps(each).encode()) for each in RECORDS), *BYTES])
+def test_a_packed_file_that_is_damaged_or_of_another_form_is_refused(content, tmp_path, refused,
+                                                                     monkeypatch):
+    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: TASK)
+    (tmp_path / "r.jsonl.gz").write_bytes(content)
+    for where in (tmp_path / "r.jsonl.gz", tmp_path):
+        assert "r.jsonl.gz" in refused(analyze, "table", "--show", "--results", where)
 
 
-# Operations on weights
+@pytest.mark.parametrize("name,content", [
+    ("result", b"{"), ("result", b"[1]"), ("result", b"{}"), ("result", b"\xff"), ("learned", b"{"),
+    ("result", json.dumps(GOOD["result"] | {"val_accuracy": "x"}).encode()), ("learned", b"[1]")])
+def test_a_damaged_result_is_refused(name, content, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: TASK)
+    folder = kept({TASK[0].folder(0): record("sorting", "none", 0, 0.5)}, tmp_path)
+    (folder / TASK[0].folder(0) / f"{name}.json").write_bytes(content)
+    assert f"{name}.json" in refused(analyze, "table", "--show", "--results", tmp_path)
 
 
-def warm_model(seed=0):
-    torch.manual_seed(seed)
+# --------------------------------------------------------------------------------------------------
+# Curves
+
+
+def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch):
+    drawn, signals = {}, (signal.SIGINT, signal.SIGTERM)
+    handlers = {wanted: signal.getsignal(wanted) for wanted in signals}
+    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 99)
+    flags = (f"--data {tmp_path}/text --size 1_1_8 --block_size 32 --batch_size 4 --steps 4 "
+             "--eval_every 2 --eval_rows 4 --warmup_steps 2 --warmup_batch_size 4")
+    for seed, warmup, out in ((0, "set", "a"), (1, "set", "b"), (0, "none", "c")):
+        more = f" --warmup {warmup} --seed {seed} --out {tmp_path}/{out}"
+        train.run(train.parse(shlex.split(flags + more))[0])
+        entries = map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines())
+        drawn[out] = [entry["val_loss"] for entry in entries
+                      if entry["stage"] == "train" and entry["step"] and "val_loss" in entry]
+    for wanted, handler in handlers.items():
+        signal.signal(wanted, handler)
+    (tmp_path / "text").unlink()  # runs can be looked at where their data are gone
+    found = {}
+
+    def look(figure, path):
+        for line in figure.axes[0].lines:
+            label = "" if line.get_label().startswith("_") else line.get_label()
+            found.setdefault(label, []).append(list(line.get_ydata()))
+            assert list(line.get_xdata()) == [2 * 4 * 32, 4 * 4 * 32]
+
+    monkeypatch.setattr(analyze, "keep_figure", look)
+    call(monkeypatch, "curves", *(tmp_path / out for out in "abc"))
+    assert sorted(found.pop("")) == sorted(drawn.values())
+    mean = np.mean([drawn["a"], drawn["b"]], 0)
+    assert found == {"set, full, random, fit (n = 2)": [pytest.approx(mean)],
+                     "none (n = 1)": [drawn["c"]]}
+
+
+@pytest.mark.parametrize("settings,point,word", [
+    ({"data": "docs"}, {}, "different data"), ({"seed": None}, {}, "b"), ({}, None, "b"),
+    ({"data": 3}, {}, "b"), ({}, {"step": None}, "b"), ({}, {"tokens": "x"}, "b")])
+def test_curves_refuse_what_is_no_run_or_does_not_compare(settings, point, word, tmp_path, refused):
+    a, b = (record("code", "none", 0, 2.0) for _ in "ab")
+    b["result"]["settings"] |= settings
+    b["log"] = [] if point is None else [b["log"][0] | point]
+    folder = kept({"a": a, "b": b}, tmp_path)
+    for name in "ab":
+        (folder / name / "result.json").rename(folder / name / "config.json")
+    runs = [folder / "b"] if point is None else [folder / "a", folder / "b"]
+    assert word in refused(analyze, "curves", *runs, "--picture", tmp_path / "c")
+    assert "config.json" in refused(analyze, "curves", tmp_path) and not (tmp_path / "c").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Changed weights
+
+
+def before_and_after(change):
+    """The parameters of a model of 2 layers of 4 heads, 8 wide, before and after a change."""
+    torch.manual_seed(0)
     model = GPT(GPTConfig(20, 12, 2, 4, 32))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))
-    return model
-
-
-def before_and_after(operation, sharpness=None):
-    model = warm_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    script.operate(model, operation, 1, sharpness)
+    blur = np.array([[0.5, 0.1, 0.6, 0.9], [0.8, 0.4, 0.2, 0.7]])
+    analyze.change_weights(model, change, 1, blur)
     return before, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("operation", ["shuffled", "redrawn", "noise 0.5", "scaled 2"])
-def test_operations_change_attention_and_mlps_alone_and_are_the_same_each_time(operation):
-    before, after = before_and_after(operation)
-    for name in before:
-        assert torch.equal(before[name], after[name]) == (part_of(name) not in ("attn", "mlp")), name
-    again = before_and_after(operation)[1]
-    assert all(torch.equal(after[name], again[name]) for name in after)
+@pytest.mark.parametrize("change", ["shuffled", "redrawn", "noise 0.5", "scaled 2"])
+def test_a_change_is_to_attention_and_mlps_alone_and_keeps_what_it_promises(change):
+    before, after = before_and_after(change)
+    again = before_and_after(change)[1]
+    for name, was in before.items():
+        now = after[name]
+        assert torch.equal(now, again[name]), "the same seed, the same change"
+        assert torch.equal(now, was) == (part_of(name) not in ("attn", "mlp")), name
+        if change == "shuffled":
+            assert torch.equal(now.flatten().sort().values, was.flatten().sort().values)
+        elif part_of(name) in ("attn", "mlp") and was.numel() > 1000:
+            noise = (now - was).std().item()
+            if change == "redrawn":
+                assert now.mean().item() == pytest.approx(was.mean().item(), abs=0.1)
+                assert now.std().item() == pytest.approx(was.std().item(), rel=0.1)
+                assert noise > was.std().item()
+            elif change == "noise 0.5":
+                assert noise == pytest.approx(0.5 * was.std().item(), rel=0.1)
+            else:
+                assert torch.equal(now, 2 * was)
 
 
-def test_operations_keep_what_they_promise():
-    before, after = before_and_after("shuffled")
-    assert all(torch.equal(before[n].flatten().sort().values, after[n].flatten().sort().values) for n in before)
-    before, after = before_and_after("scaled 0.5")
-    matrices = [n for n in before if part_of(n) in ("attn", "mlp")]
-    assert all(torch.equal(after[n], before[n] * 0.5) for n in matrices)
-    before, after = before_and_after("redrawn")
-    big = [n for n in matrices if before[n].numel() >= 1024]
-    assert all(abs(after[n].mean() - before[n].mean()) < 0.15 and abs(after[n].std() / before[n].std() - 1) < 0.1 for n in big)
-    before, after = before_and_after("noise 0.5")
-    assert all(abs((after[n] - before[n]).std() / before[n].std() - 0.5) < 0.05 for n in big)
-    model, idx = warm_model().eval(), torch.randint(20, (2, 12))
-    logits = model(idx)
-    script.operate(model, "noise 0", 1)
-    script.operate(model, "scaled 1", 1)
-    assert torch.equal(model(idx), logits), "nothing asked for, nothing changed"
+HEADS = set(itertools.product(range(2), range(4)))
+SHARP, BLURRED = {(0, 1), (1, 2)}, {(0, 3), (1, 0)}  # by the entropies above
 
 
-@pytest.mark.parametrize("operation,replaced", [("without sharp", {(0, 1), (1, 2)}), ("without blurred", {(0, 3), (1, 0)}),
-                                                ("only sharp", {(0, 0), (0, 2), (0, 3), (1, 0), (1, 1), (1, 3)})])
-def test_heads_are_kept_or_replaced_by_their_entropy(operation, replaced):
-    sharpness = np.array([[0.5, 0.1, 0.6, 0.9], [0.8, 0.4, 0.2, 0.7]])
-    before, after = before_and_after(operation, sharpness)
+@pytest.mark.parametrize("change,wanted", [
+    ("without sharp", SHARP), ("without blurred", BLURRED), ("without random", 2),
+    ("only sharp", HEADS - SHARP), ("only blurred", HEADS - BLURRED), ("only random", 6)])
+def test_heads_are_replaced_by_their_entropy_and_nothing_else_is(change, wanted):
+    before, after = before_and_after(change)
+    replaced = set()
+    for layer, head in HEADS:
+        inside = [head * 8 + i for i in range(8)]
+        rows = [place * 32 + i for place in range(3) for i in inside]
+        name = f"h.{layer}.attn.c_"
+        same = [torch.equal(weights[0][place], weights[1][place]) for weights, place in (
+            ((before[f"{name}attn.weight"], after[f"{name}attn.weight"]), rows),
+            ((before[f"{name}attn.bias"], after[f"{name}attn.bias"]), rows),
+            ((before[f"{name}proj.weight"].t(), after[f"{name}proj.weight"].t()), inside))]
+        assert len(set(same)) == 1, "all of a head or nothing"
+        if not same[0]:
+            replaced.add((layer, head))
+    assert replaced == wanted or len(replaced) == wanted
     for name in before:
         if "c_attn" not in name and "attn.c_proj.weight" not in name:
             assert torch.equal(before[name], after[name]), name
-    for layer in range(2):
-        for head in range(4):
-            inside = slice(8 * head, 8 * head + 8)
-            for i in range(3):
-                name, rows = f"h.{layer}.attn.c_attn.weight", slice(32 * i + 8 * head, 32 * i + 8 * head + 8)
-                assert torch.equal(before[name][rows], after[name][rows]) == ((layer, head) not in replaced)
-            name = f"h.{layer}.attn.c_proj.weight"
-            assert torch.equal(before[name][:, inside], after[name][:, inside]) == ((layer, head) not in replaced)
 
 
-def test_a_warm_up_is_operated_on_and_taken_up(in_process, prose, tmp_path, monkeypatch, capsys):
-    def operated(budget):
-        """Operated."""
-        warm = dict(warmup="set:length=4", warmup_steps=3)
-        cells = [cell("none", prose), cell("as it is", prose, **warm)]
-        return cells + [script.Cell(row, "text", cells[1].settings, row) for row in ("shuffled", "scaled 1", "only sharp")]
-    monkeypatch.setitem(script.EXPERIMENTS, "weights", operated)
-    call(monkeypatch, "weights", "--seeds", 1, "--results", tmp_path)
-    assert "failed" not in capsys.readouterr().out
-    losses = {row["row"]: float(row["mean"]) for row in csv.DictReader(open(tmp_path / "weights-quick.csv"))}
-    assert losses["scaled 1"] == losses["as it is"] and len(set(losses.values())) == 4
-    spent = {json.loads(p.read_text())["tokens"]["procedural"] for p in tmp_path.glob("*/result.json")}
-    assert spent == {0, 3 * 8 * 9}
+# --------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+def small(prose, steps=4):
+    flags = (f"--data {shlex.quote(str(prose))} --size 1_2_8 --block_size 32 --batch_size 4 "
+             f"--eval_rows 4 --steps {steps} --device cpu")
+    warmup = ("--data haystack --size 1_2_8 --warmup set:length=4 --warmup_steps 3 "
+              "--warmup_batch_size 4 --steps 0 --device cpu")
+    return [Row("prose", "none", f"{flags} --warmup none"), Row("prose", "set", flags, warmup),
+            Row("prose", "shuffled", flags, warmup, "shuffled"),
+            Row("prose", "bad", f"{flags} --warmup none --size 3_2_5")]
+
+
+def test_a_sweep_runs_what_is_missing_and_lists_what_failed(prose, tmp_path, monkeypatch, capsys):
+    rows = small(prose)
+    monkeypatch.setitem(analyze.EXPERIMENTS, "weights", lambda budget: rows)
+    order = ("weights", "--seeds", 1, "--jobs", 2, "--results", tmp_path)
+    call(monkeypatch, *order)
+    told = capsys.readouterr().out
+    assert "4 runs to go" in told and "no result yet: bad" in told
+    assert "failed: prose | bad | 0: the width 5 is no multiple of the 2 heads" in told
+    folders = [row.folder(0) for row in rows[:3]]
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in folders]
+    assert len({result["val_loss"] for result in results}) == 3
+    assert [result["tokens"]["procedural"] for result in results] == [0, 108, 108]  # 3 x 4 x 9
+    assert results[2]["warmup"] == "set:length=4 (shuffled)"
+    assert len(list(tmp_path.glob("warmup-*"))) == 1 and not list(tmp_path.glob("*.changed.pt"))
+    assert told.count("| 0/1 |") == 2, "three steps teach nothing"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    call(monkeypatch, *order)
+    assert "1 runs to go" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+
+
+def test_an_interrupted_sweep_goes_on(prose, tmp_path, monkeypatch, capsys):
+    row = small(prose, steps=2000)[0]
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import analyze, data\n"
+            f"row = analyze.Row({row.column!r}, {row.name!r}, {row.train!r})\n"
+            "analyze.EXPERIMENTS['table'] = lambda budget: [row]\ndata.run_main(analyze.main)")
+    sweep = subprocess.Popen([sys.executable, "-c", code, "table", "--seeds", "2", "--results",
+                              str(tmp_path)], start_new_session=True, stdout=subprocess.DEVNULL)
+    run = tmp_path / row.folder(0)
+    while not (run / "ckpt.pt").exists() and sweep.poll() is None:
+        time.sleep(0.02)
+    os.killpg(sweep.pid, signal.SIGINT)
+    assert sweep.wait(60) == 130 and not (run / "result.json").exists()
+    assert not list(tmp_path.glob("*.failed")) and not (tmp_path / row.folder(1)).exists()
+    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: [row])
+    call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
+    assert "seed 0: done" in capsys.readouterr().out and (run / "result.json").exists()
+
+
+def test_two_sweeps_or_two_runs_are_never_in_one_folder(prose, tmp_path, monkeypatch, capfd,
+                                                        refused):
+    pytest.importorskip("fcntl")
+    rows = small(prose)[:1]
+    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: rows)
+    order = ("table", "--seeds", 1, "--results", tmp_path)
+    with lock(tmp_path / ".lock"):
+        assert "another process" in refused(analyze, *order)
+    with lock(tmp_path / rows[0].folder(0) / ".lock"):  # a run that outlived its sweep
+        call(monkeypatch, *order)
+    told = capfd.readouterr().out
+    assert "seed 0: stopped" in told and "failed" not in told
+    assert not list(tmp_path.glob("*.failed")) and not list(tmp_path.glob("*/result.json"))
+
+
+def test_a_part_of_an_experiment_keeps_what_it_is_compared_with(tmp_path, monkeypatch, capfd,
+                                                                refused):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: TASK + TEXT)
+    call(monkeypatch, "table", "--show", "--only", "sorting | set")
+    told = capfd.readouterr().out
+    assert "no result yet: none; set\n" in told and "code" not in told
+    assert "--only x" in refused(analyze, "table", "--show", "--only", "x")
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(analyze, "table", "--results", "file/r")

@@ -1,854 +1,923 @@
-"""Rules and tasks against slow oracles, masks token by token, purity of batches, corpora, specs that are refused."""
+"""Rules and tasks against slow oracles; rows and specs; text, token files, published corpora."""
 import collections
-import contextlib
-import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import tiktoken.load
+import torch
+from torch.utils.data import DataLoader
 
 import data
 from conftest import Mirror
-from data import RULES, TASKS, UserError, make_source
-
-RNG = np.random.default_rng
-PAD = -7  # stands for nothing in the oracles
+from data import UserError, make_data
 
 
-def rows_of(name, n=200, seed=0, **params):
-    """Rows of a rule as lists: (tokens without pads, which of them count)."""
-    params = {**data.parameters(RULES[name]), **params}
-    tokens, mask = RULES[name](RNG(seed), n, **params)
-    assert tokens.shape == mask.shape and mask.dtype == bool
-    pad = params["vocab"] + 1 if "vocab" in params else None
-    for t, m in zip(tokens.tolist(), mask.tolist()):
-        length = t.index(pad) if pad in t else len(t)
-        assert all(x == pad for x in t[length:]) and not any(m[length:]), "pads stand at the end and never count"
-        yield t[:length], m[:length]
+def examples(spec, pad, n=200, longest=math.inf):
+    """Rows as (prompt, answer), told apart by what counts. Checks the loss mask and the pads."""
+    rows = make_data(spec).train
+    rows.longest = longest
+    for x, y in zip(*(tensor.tolist() for tensor in rows.__getitems__(range(n)))):
+        counted = [t for t in range(len(y)) if y[t] != -1]
+        begin, end = counted[0] + 1, counted[-1] + 2
+        assert y == [-1] * (begin - 1) + x[begin:end] + [-1] * (len(y) - end + 1)
+        assert x[end:] == [pad] * (len(x) - end)
+        yield x[:begin], x[begin:end]
 
 
-def split_at(tokens, separator):
+def split_at(bar, tokens):
     pieces = [[]]
     for token in tokens:
-        pieces.append([]) if token == separator else pieces[-1].append(token)
+        if token == bar:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
     return pieces
 
 
+# Procedural rules
+
+
+def unique(x):
+    return [token for t, token in enumerate(x) if token not in x[:t]]
+
+
+def delete_first(x, t):
+    at = x.index(*t) if t[0] in x else len(x)
+    return x[:at] + x[at + 1:]
+
+
 def run_stack(operations):
-    stack = []
-    for op in operations:
-        if op == 0:
-            stack.pop()
+    left = []
+    for t, operation in enumerate(operations):
+        if operation:
+            assert operation not in left, "what is on the stack is not pushed"
+            assert len(left) <= 1 or t < len(operations) - 1, "the last one is a pop"
+            left.append(operation)
         else:
-            assert op not in stack, "what is on the stack is never pushed"
-            stack.append(op)
-    return stack[::-1]
+            assert len(left) > 1, "at one symbol or fewer: push"
+            left.pop()
+    return left[::-1]
 
 
-def without_first(x, target):
-    x = list(x)
-    if target in x:
-        x.remove(target)
-    return x
+ORACLES = {"identity": list, "reverse": lambda x: x[::-1], "sort": sorted, "set": unique,
+           "union": lambda x, y: unique(x + y), "delete": delete_first, "stack": run_stack}
 
 
-ORACLES = {
-    "identity": lambda x: x, "reverse": lambda x: x[::-1], "sort": lambda x: sorted(x),
-    "set": lambda x: list(dict.fromkeys(x)), "union": lambda x, y: list(dict.fromkeys(x + y)),
-    "delete": lambda x, t: without_first(x, t[0]), "stack": run_stack}
-
-
-@pytest.mark.parametrize("length", [20, (2, 20), 64, 3])
+@pytest.mark.parametrize("low,high", [(20, 20), (64, 64), (2, 9)])
+@pytest.mark.parametrize("vocab", [100, 7])
 @pytest.mark.parametrize("name", ORACLES)
-def test_input_output_rules_agree_with_plain_python_and_count_exactly_the_output(name, length):
-    for vocab in (100, 6):
-        lengths = set()
-        for tokens, counted in rows_of(name, length=length, vocab=vocab):
-            *inputs, output = split_at(tokens, vocab)
-            assert output == ORACLES[name](*inputs)
-            assert all(0 <= t <= vocab for t in tokens)
-            assert counted == [False] * (len(tokens) - len(output)) + [True] * len(output)
-            lengths.add(sum(map(len, inputs)) if name == "union" else len(inputs[0]))
-        low, high = length if isinstance(length, tuple) else (length, length)
-        expected = {n // 2 * 2 for n in range(low, high + 1)} if name == "union" else set(range(low, high + 1))
-        assert lengths == expected
+def test_rules_with_input_and_output_agree_with_plain_python(name, vocab, low, high):
+    lengths = set()
+    for prompt, answer in examples(f"{name}:length={low}-{high},vocab={vocab}", pad=vocab + 1):
+        *inputs, rest = split_at(vocab, prompt)
+        assert rest == [] and answer == ORACLES[name](*inputs)
+        least = 0 if name == "stack" else 1
+        assert all(least <= token < vocab for token in sum(inputs, answer))
+        lengths.add(len(inputs[0]))
+    halves = 2 if name == "union" else 1
+    assert lengths == {length // halves for length in range(low, high + 1)}
 
 
-def test_symbols_are_uniform_from_1_to_vocab_minus_1():
-    tokens, _ = RULES["identity"](RNG(0), 5000, length=20, vocab=11)
-    share = np.bincount(tokens[:, :20].ravel(), minlength=13) / 100_000
-    assert share[[0, 11, 12]].sum() == 0
-    assert np.allclose(share[1:11], 0.1, atol=0.005)
+def test_symbols_are_uniform_and_the_one_to_delete_may_be_absent():
+    seen, absent = collections.Counter(), 0
+    for prompt, _ in examples("delete:vocab=11", pad=12, n=3000):
+        seen.update(prompt[:20])
+        seen[prompt[-2]] += 1
+        absent += prompt[-2] not in prompt[:20]
+    assert sorted(seen) == list(range(1, 11))
+    assert all(abs(count - 6300) < 5 * math.sqrt(6300) for count in seen.values())
+    assert abs(absent / 3000 - 0.9 ** 20) < 0.03
 
 
-def test_stack_pushes_as_often_as_published_and_ends_with_a_pop():
+def test_the_stack_pushes_as_often_as_published():
     pushes, chances = np.zeros(20), np.zeros(20)
-    for tokens, _ in rows_of("stack", 4000, length=20):
+    for prompt, _ in examples("stack", pad=101, n=3000):
         depth = 0
-        for t, op in enumerate(tokens[:20]):
-            if depth >= 2 and t < 19:
-                pushes[t] += op != 0
+        for t, operation in enumerate(prompt[:19]):
+            if depth > 1:
+                pushes[t] += operation != 0
                 chances[t] += 1
-            else:
-                assert (op != 0) == (depth <= 1), "one symbol or fewer: push; the last operation: pop"
-            depth += 1 if op else -1
+            depth += 1 if operation else -1
     share = pushes[2:19] / chances[2:19]
-    assert np.allclose(share[:11], 0.75, atol=0.03) and np.allclose(share[11:], 0.25, atol=0.03)
+    assert np.allclose(share[:11], 0.75, atol=0.04) and np.allclose(share[11:], 0.25, atol=0.04)
 
 
-def test_dyck_is_balanced_and_each_closing_bracket_is_of_its_partners_type():
-    for k, length in ((1, 2), (3, 40), (64, 128)):
-        for tokens, counted in rows_of("dyck", k=k, length=length):
-            stack = []
-            for token in tokens:
-                if token < k:
-                    stack.append(token)
-                else:
-                    assert stack.pop() == token - k
-            assert not stack and all(counted)
+def dyck_next(row, left, k, p):
+    """What may follow a row that has `left` tokens to come, and how probably."""
+    opened = []
+    for token in row:
+        opened.append(token) if token < k else opened.pop()
+    opens = 1 if not opened else 0 if len(opened) == left else p
+    chances = dict.fromkeys(range(k), opens / k)
+    if opened:
+        chances[k + opened[-1]] = 1 - opens
+    return chances
 
 
-@pytest.mark.parametrize("p", [0.49, 0.2])
-def test_dyck_opens_with_probability_p_where_it_may(p):
-    tokens, _ = RULES["dyck"](RNG(1), 3000, k=4, length=64, p=p)
-    opens = tokens < 4
-    depth = np.cumsum(np.where(opens, 1, -1), axis=1) - np.where(opens, 1, -1)
-    free = (depth > 0) & (depth < 64 - np.arange(64))
-    assert abs(opens[free].mean() - p) < 4 * math.sqrt(p * (1 - p) / free.sum())
-    assert np.allclose(np.bincount(tokens[opens]) / opens.sum(), 0.25, atol=0.01)
+def dyck_shuffle_next(row, left, k, p, depth):
+    count = collections.Counter(row)
+    opened = [kind for kind in range(k) if count[kind] > count[k + kind]]
+    full = sum(count[kind] - count[k + kind] for kind in range(k)) == depth
+    opens = 1 if not opened else 0 if full else p
+    return dict.fromkeys(range(k), opens / k) | {k + kind: (1 - opens) / len(opened)
+                                                 for kind in opened}
 
 
-def test_dyck_sequences_have_the_frequencies_of_the_process():
-    """All sequences of length 6 with one type: the walk's own probabilities, by hand."""
-    p = 0.49
-    tokens, _ = RULES["dyck"](RNG(2), 40000, k=1, length=6)
-    seen = collections.Counter(map(tuple, (tokens == 0).tolist()))
-    for word, count in seen.items():
-        probability, depth = 1.0, 0
-        for t, opening in enumerate(word):
-            if 0 < depth < 6 - t:
-                probability *= p if opening else 1 - p
-            depth += 1 if opening else -1
-        assert abs(count / 40000 - probability) < 0.012
-    assert len(seen) == 5  # the Catalan number
+@pytest.mark.parametrize("name,follows,length,parameters", [
+    ("dyck", dyck_next, 6, dict(k=1, p=0.5)), ("dyck", dyck_next, 6, dict(k=2, p=0.3)),
+    ("dyck_shuffle", dyck_shuffle_next, 5, dict(k=2, p=0.4, depth=2)),
+    ("dyck_shuffle", dyck_shuffle_next, 4, dict(k=3, p=0.7, depth=3))])
+def test_brackets_have_the_frequencies_of_the_exact_process(name, follows, length, parameters):
+    expected = {(): 20_000.0}
+    for t in range(length):
+        longer = {}
+        for row, count in expected.items():
+            for token, chance in follows(row, length - t, **parameters).items():
+                longer[row + (token,)] = count * chance
+        expected = longer
+    r, draw = random.Random(1), data.RULES[name].make
+    seen = collections.Counter()
+    for _ in range(20_000):
+        seen[tuple(draw(r, length=length, **parameters)[1])] += 1
+    for row in seen.keys() | expected.keys():
+        assert expected[row] or not seen[row]
+        assert abs(seen[row] - expected[row]) <= 5 * math.sqrt(expected[row]) + 3
 
 
-def slow_dyck_shuffle(rng, k, length, p, depth):
-    word, still_open = [], collections.Counter()
-    for _ in range(length):
-        total = still_open.total()
-        if total == 0 or total < depth and rng.random() < p:
-            bracket = int(rng.integers(k))
-            still_open[bracket] += 1
-        else:
-            kinds = [b for b in range(k) if still_open[b]]
-            bracket = kinds[rng.integers(len(kinds))]
-            still_open[bracket] -= 1
-            bracket += k
-        word.append(bracket)
-    return tuple(word)
+@pytest.mark.parametrize("name,follows,length,parameters", [
+    ("dyck", dyck_next, 128, dict(k=64, p=0.5)), ("dyck", dyck_next, 63, dict(k=3, p=0.8)),
+    ("dyck_shuffle", dyck_shuffle_next, 128, dict(k=16, p=0.5, depth=16)),
+    ("dyck_shuffle", dyck_shuffle_next, 99, dict(k=5, p=0.9, depth=3))])
+def test_long_bracket_sequences_hold_what_the_process_allows(name, follows, length, parameters):
+    given = "".join(f",{key}={value}" for key, value in parameters.items())
+    length -= length % 2 if name == "dyck" else 0
+    for first, others in examples(f"{name}:length={length}{given}", 2 * parameters["k"] + 1, 30):
+        row = first + others
+        assert len(first) == 1 and len(row) == length
+        for t, token in enumerate(row):
+            assert follows(row[:t], length - t, **parameters)[token] > 0
 
 
-def test_dyck_shuffle_closes_only_what_is_open_and_stays_within_its_depth():
-    for tokens, counted in rows_of("dyck_shuffle", k=5, length=200, depth=4):
-        still_open = collections.Counter()
-        for token in tokens:
-            still_open[token % 5] += 1 if token < 5 else -1
-            assert min(still_open.values()) >= 0 and still_open.total() <= 4
-        assert all(counted)
-
-
-def test_dyck_shuffle_has_the_frequencies_of_a_slow_generator():
-    n, rng = 20000, RNG(3)
-    tokens, _ = RULES["dyck_shuffle"](RNG(4), n, k=2, length=5, depth=3)
-    fast = collections.Counter(map(tuple, tokens.tolist()))
-    slow = collections.Counter(slow_dyck_shuffle(rng, 2, 5, 0.5, 3) for _ in range(n))
-    assert set(fast) == set(slow)
-    for word in slow:
-        assert abs(fast[word] - slow[word]) < 5 * math.sqrt(2 * slow[word]) + 5
-
-
-@pytest.mark.parametrize("rule", [30, 90, 110])
-def test_eca_follows_the_rule_table(rule):
-    table = {tuple(map(int, f"{i:03b}")): rule >> i & 1 for i in range(8)}
-    for tokens, counted in rows_of("eca", 50, rule=rule, width=7, length=40):
+@pytest.mark.parametrize("rule,image", [
+    (30, lambda left, cell, right: left ^ (cell | right)),
+    (90, lambda left, cell, right: left ^ right),
+    (110, lambda left, cell, right: (cell | right) - (left & cell & right))])
+def test_each_row_of_the_automaton_is_the_rules_image_of_the_one_before(rule, image):
+    first_rows = []
+    for prompt, answer in examples(f"eca:rule={rule},width=7,length=40", pad=None):
+        cells = prompt + answer
+        assert (len(prompt), len(answer)) == (7, 33)
         for t in range(7, 40):
-            row, cell = divmod(t, 7)
-            above = tokens[(row - 1) * 7:row * 7]
-            assert tokens[t] == table[above[cell - 1], above[cell], above[(cell + 1) % 7]]
-        assert counted == [False] * 7 + [True] * 33
+            row, place = divmod(t - 7, 7)
+            above = cells[7 * row:7 * row + 7]
+            assert cells[t] == image(above[place - 1], above[place], above[(place + 1) % 7])
+        first_rows.append(prompt)
+    assert np.mean(first_rows) == pytest.approx(0.5, abs=0.05)
 
 
-# Tasks
+# Algorithmic tasks
 
 
-def decode_number(digits, least_first=False):
-    return int("".join(map(str, digits[::-1] if least_first else digits)))
+@pytest.mark.parametrize("spec", ["addition", "addition:digits=1", "multiplication",
+                                  "reversed_addition", "multiplication:digits=2"])
+def test_arithmetic_is_right_digit_by_digit(spec):
+    order = -1 if spec.startswith("reversed") else 1
+    for prompt, answer in examples(spec, pad=12):
+        first, second = split_at(10, prompt[:-1])
+        a, b = (int("".join(map(str, digits[::order]))) for digits in (first, second))
+        assert prompt[-1] == 11 and len(str(a)) == len(str(b)) == len(first) == len(second)
+        result = str(a * b if spec.startswith("multi") else a + b)[::order]
+        assert answer == [20 + int(digit) for digit in result] + [30]
 
 
-@pytest.mark.parametrize("name,digits,sign", [("addition", 5, "+"), ("reversed_addition", 10, "+"), ("addition", 1, "+"),
-                                              ("multiplication", 5, "*"), ("multiplication", 9, "*"),
-                                              ("addition", 17, "+")])
-def test_arithmetic_tasks_are_right_digit_by_digit(name, digits, sign):
-    tokens, mask = TASKS[name](RNG(0), 300, digits=digits)
-    assert tokens.shape[1] == (5 if sign == "*" else 3) * digits + 4
-    least_first = name == "reversed_addition"
-    for t, m in zip(tokens.tolist(), mask.tolist()):
-        a, b = decode_number(t[:digits], least_first), decode_number(t[digits + 1:2 * digits + 1], least_first)
-        assert 10 ** (digits - 1) <= min(a, b) and max(a, b) < 10 ** digits
-        answer = str(a * b if sign == "*" else a + b)[::-1 if least_first else 1]
-        expected = [20 + int(d) for d in answer] + [30]
-        end = 2 * digits + 2 + len(expected)
-        assert (t[digits], t[2 * digits + 1]) == (10, 11)
-        assert t[2 * digits + 2:end] == expected and set(t[end:]) <= {12}
-        assert m == [2 * digits + 2 <= i < end for i in range(len(t))]
-
-
-def test_haystack_asks_for_one_of_its_keys_and_counts_the_value_alone():
-    tokens, mask = TASKS["haystack"](RNG(0), 500, pairs=30)
-    assert tokens.shape == (500, 63)
-    sizes = set()
-    for t, m in zip(tokens.tolist(), mask.tolist()):
-        end = t.index(0)
-        query, answer = t[end - 2:end]
-        pairs = dict(zip(t[:end - 2:2], t[1:end - 2:2]))
-        assert len(pairs) == (end - 2) // 2 and set(pairs) <= set(range(128, 158))
-        assert all(1 <= v <= 127 for v in pairs.values())
-        assert pairs[query - 30] == answer and not any(t[end:])
-        assert [i for i, counts in enumerate(m) if counts] == [end - 1]
-        sizes.add(len(pairs))
-    assert sizes == set(range(1, 31))
+def test_haystack_asks_for_one_of_its_keys_and_counts_its_value_alone():
+    sizes, places, in_order = set(), set(), 0
+    assert (make_data("haystack").block_size, make_data("haystack").vocab_size) == (63, 256)
+    for prompt, answer in examples("haystack", pad=0, n=2000):
+        keys, values, place = prompt[:-1:2], prompt[1:-1:2], prompt.index(prompt[-1] - 30) // 2
+        assert len(set(keys)) == len(keys) == len(values) and set(keys) <= set(range(128, 158))
+        assert set(values) <= set(range(1, 128)) and answer == [values[place]]
+        sizes.add(len(keys))
+        places.add(place)
+        in_order += keys == sorted(keys)
+    assert sizes == set(range(1, 31)) and places == set(range(30)) and in_order < 300
 
 
 def test_sorting_sorts():
-    tokens, mask = TASKS["sorting"](RNG(0), 100, numbers=7, below=50)
-    for t, m in zip(tokens.tolist(), mask.tolist()):
-        assert t[7] == 50 and t[8:] == sorted(t[:7]) and m == [False] * 8 + [True] * 7
+    for prompt, answer in examples("sorting:numbers=7,below=50", pad=None):
+        assert len(prompt) == 8 and prompt[-1] == 50 and set(prompt[:-1]) <= set(range(50))
+        assert answer == sorted(prompt[:-1])
 
 
-@pytest.mark.parametrize("spec", ["addition:digits=2", "haystack:pairs=2"])
-def test_no_training_batch_holds_a_held_out_example(spec):
-    def examples(split, seed, batches):
-        source = make_source(spec, split, seed)
-        return {row.tobytes() for i in range(batches) for row in source.batch(i, 1000)[0]}
-    held_out = examples("val", 0, 4)
-    training = examples("train", 0, 150)
-    assert held_out and training and not held_out & training
-    assert held_out == examples("val", 0, 4) != examples("val", 1, 4)
-    if spec.startswith("addition"):
-        assert len(held_out | training) == 90 * 90, "between them they are all there is"
+@pytest.mark.parametrize("spec,different", [("addition:digits=1", 81), ("haystack:pairs=1", 127),
+                                            ("sorting:numbers=2,below=8", 64)])
+def test_an_example_is_for_training_or_for_validation_never_both(spec, different):
+    def prompts(split, seed):
+        x, y = getattr(make_data(spec, seed), split).__getitems__(range(1500))
+        ends = (y != -1).int().argmax(1)
+        return {tuple(row[:end + 1]) for row, end in zip(x.tolist(), ends)}
+    train, val = prompts("train", 0), prompts("val", 0)
+    assert val and not train & val and len(train | val) == different
+    assert prompts("train", 1) == train and prompts("val", 1) == val
 
 
-# Sources
+# Rows, specs, and how they are written
 
 
-ANY = ["dyck:k=4,length=30", "set+union:length=2-9", "shuffled:stack", "eca", "haystack", "math", "code"]
+@pytest.mark.parametrize("spec", ["dyck:k=4,length=30", "set+union:length=2-9", "shuffled:stack",
+                                  "eca", "haystack", "TEXT"])
+def test_a_row_is_a_pure_function_of_seed_split_and_number(spec, prose):
+    spec = str(prose) if spec == "TEXT" else spec
+    one, two = make_data(spec, 3).train, make_data(spec, 3).train
+    x, y = one.__getitems__(range(9))
+    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (9, one.block_size)
+    for i in (7, 0, 8):
+        assert torch.equal(two[i][0], x[i]) and torch.equal(two[i][1], y[i])
+    groups = [[8, 2], [5], [0, 1, 3, 4, 6, 7]]
+    loader = DataLoader(two, batch_sampler=groups, collate_fn=tuple, num_workers=1)
+    for rows, loaded in zip(groups, loader, strict=True):
+        assert torch.equal(loaded[0], x[rows]) and torch.equal(loaded[1], y[rows])
+    assert not torch.equal(make_data(spec, 3).val.__getitems__(range(9))[0], x)
+    assert not torch.equal(make_data(spec, 4).train.__getitems__(range(9))[0], x)
 
 
-@pytest.mark.parametrize("spec", ANY)
-def test_a_batch_is_a_pure_function_of_seed_split_and_index(spec):
-    one, two = make_source(spec, seed=3), make_source(spec, seed=3)
-    x, y = one.batch(5, 6)
-    assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (6, one.block_size)
-    assert x.min() >= 0 and max(x.max(), y.max()) < one.vocab_size and y.min() >= -1
-    two.batch(90, 2)
-    assert all(np.array_equal(a, b) for a, b in zip((x, y), two.batch(5, 6)))
-    halves = [two.batch(10, 3), two.batch(11, 3)]
-    assert np.array_equal(np.concatenate([h[0] for h in halves]), x), "rows do not depend on the size of a batch"
-    assert not np.array_equal(make_source(spec, "val", 3).batch(5, 6)[0], x)
-    assert not np.array_equal(make_source(spec, seed=4).batch(5, 6)[0], x)
-
-
-def test_rows_that_cross_a_chunk_are_the_same_rows():
-    source = make_source("dyck:length=4096,k=2")
-    edge = source.chunk_rows
-    x, _ = source.batch(1, edge - 1)
-    assert np.array_equal(x[0], source.batch(edge - 1, 1)[0][0]) and np.array_equal(x[1], source.batch(edge, 1)[0][0])
-
-
-@pytest.mark.parametrize("spec", ["dyck:k=4,length=30", "set:length=2-9", "haystack", "addition"])
-def test_targets_are_the_next_tokens_where_the_rule_counts_them(spec):
-    source = make_source(spec)
-    name, params, _ = data.parse_member(spec, {**RULES, **TASKS})
-    tokens, mask = source.draw(np.random.default_rng((0, 0, 0)), source.chunk_rows)
-    x, y = source.batch(0, 50)
-    for b in range(50):
-        for t in range(source.block_size):
-            follows = t + 1 < source.block_size and mask[b, t + 1]
-            assert x[b, t] == tokens[b, t] and y[b, t] == (tokens[b, t + 1] if follows else -1)
-
-
-def test_members_of_a_mixture_share_symbols_and_have_separators_of_their_own():
-    source = make_source("0.7*set:length=20+0.3*dyck:k=10,length=24")
-    assert source.vocab_size == 100 + 2 + 1 and source.block_size == 41
-    x, y = source.batch(0, 4000)
-    is_set, is_dyck = (x == 100).any(1), (x == 101).any(1)
-    assert not (is_set & is_dyck).any() and (is_set | is_dyck).all()
-    assert abs(is_set.mean() - 0.7) < 0.03
-    assert (x[is_dyck, 0] == 101).all() and (x[is_dyck][:, 1:25] < 20).all() and (x[is_dyck][:, 25:] == 102).all()
-    assert (y[is_dyck][:, 0] >= 0).sum() == is_dyck.sum() and (y[is_set][:, :20] == -1).all()
-
-
-def test_members_without_parameters_take_those_of_the_last():
-    _, members = data.parse_rules("0.7*set+0.3*union:length=32")
-    assert [(w, n, p["length"]) for w, n, p in members] == [(0.7, "set", 32), (0.3, "union", 32)]
-    assert [p["length"] for _, _, p in data.parse_rules("set:length=8+union:length=32")[1]] == [8, 32]
-
-
-@pytest.mark.parametrize("spec", ["dyck:k=4,length=30", "set:length=2-9", "set+union"])
-def test_the_shuffled_control_permutes_tokens_and_keeps_places_that_count(spec):
-    plain, shuffled = make_source(spec), make_source("shuffled:" + spec)
-    pad = plain.pad if "set" in spec else -1
-    (x, y), (sx, sy) = plain.batch(0, 300), shuffled.batch(0, 300)
-    assert np.array_equal((sx == pad).sum(1), (np.sort(sx) == pad).sum(1)) and sx.shape == x.shape
-    places = np.arange(x.shape[1])
-    assert ((sx == pad) == (places >= (sx != pad).sum(1, keepdims=True))).all(), "pads stay at the end"
-    assert (sy[(sy != -1)] == np.roll(sx, -1, axis=1)[sy != -1]).all()
-    tokens, mask = plain.generate(RNG(0), 200)
-    s_tokens, s_mask = shuffled.generate(RNG(0), 200)
-    assert np.array_equal(np.sort(tokens), np.sort(s_tokens)) and not np.array_equal(tokens, s_tokens)
-    assert np.array_equal(mask, s_mask)
-
-
-def test_the_curriculum_cuts_input_lengths_within_the_same_block():
-    full, short = make_source("set:length=20"), make_source("set:length=20", longest=4)
-    assert short.block_size == full.block_size == 41 and short.vocab_size == full.vocab_size and full.longest == 20
-    x, _ = short.batch(0, 10)
-    assert (x[:, 4] == 100).all() and (x[:, 9:] == 101).all()
-
-
-# Corpora
-
-
-def test_a_folder_is_split_by_document_and_every_window_comes_once_per_epoch(prose):
-    train, val = (make_source(str(prose), split, block_size=32) for split in ("train", "val"))
-    texts = [f.read_text() for f in prose.iterdir()]
-    parts = [set(bytes(b if b < 256 else 0 for b in s.tokens).decode().split("\0")) - {""} for s in (train, val)]
-    assert sorted(parts[0] | parts[1]) == sorted(texts) and not parts[0] & parts[1]
-    assert 0.03 < len(val.tokens) / (len(train.tokens) + len(val.tokens)) < 0.15
-    starts = train.epoch(0)
-    assert len(set(starts.tolist())) == train.windows and starts.max() + 33 <= len(train.tokens)
-    x, y = train.batch(0, train.windows)
-    assert np.array_equal(x[:, 1:], y[:, :-1]) and not np.array_equal(train.batch(1, train.windows)[0], x)
-
-
-def test_the_text_warm_up_reads_the_first_epoch_from_its_other_end(prose):
-    train, other = (make_source(str(prose), split, block_size=32) for split in ("train", "warmup"))
-    n = train.windows
-    assert np.array_equal(train.batch(0, n)[0][::-1], other.batch(0, n)[0])
-
-
-def test_validation_windows_do_not_depend_on_the_seed(prose):
-    assert np.array_equal(*(make_source(str(prose), "val", seed, 32).batch(0, 3)[0] for seed in (0, 1)))
-
-
-def test_the_cache_is_keyed_by_content_and_tokenised_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "cache"))
-    text = tmp_path / "a.txt"
-    text.write_text("hello world " * 200)
-    one = data.tokenise_files(str(text), "bytes")
-    assert "tokenising" in capsys.readouterr().out
-    assert data.tokenise_files(str(text), "bytes") == one and not capsys.readouterr().out
-    text.write_text("hello there " * 200)
-    assert data.tokenise_files(str(text), "bytes") != one
-    assert [p for p in (tmp_path / "cache").iterdir() if p.name.startswith("tmp-")] == []
-
-
-def test_jsonl_with_text_or_content(tmp_path):
-    lines = [json.dumps({("text", "content")[i % 2]: f"document {i} " * 9}) for i in range(40)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    source = make_source(str(tmp_path / "a.jsonl"), block_size=16)
-    assert "document" in source.decode(source.batch(0, 4)[0].ravel())
-
-
-def test_nanogpt_folders_with_and_without_a_meta_file(tmp_path):
-    for part in ("train", "val"):
-        np.arange(1000, dtype=np.uint16).tofile(tmp_path / f"{part}.bin")
-    source = make_source(str(tmp_path), block_size=16)
-    assert source.vocab_size == 50257 and source.batch(0, 4)[0].max() < 1000
-    letters = {i: chr(i) for i in range(1000)}
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1000, "itos": letters, "stoi": {}}))
-    source = make_source(str(tmp_path), block_size=16)
-    assert source.vocab_size == 1000 and source.decode([97, 98]) == "ab" and source.token_bytes[200] == 2
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 10, "itos": {i: "x" for i in range(10)}}))
-    with pytest.raises(UserError, match="vocabulary"):
-        make_source(str(tmp_path), block_size=16).batch(0, 40)
-
-
-def test_a_meta_file_with_code_in_it_is_not_run(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-    np.zeros(99, np.uint16).tofile(tmp_path / "train.bin")
-    np.zeros(99, np.uint16).tofile(tmp_path / "val.bin")
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(UserError, match="meta"):
-        make_source(str(tmp_path))
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_the_bytes_tokenizer_returns_every_text():
-    tokenizer = data.load_tokenizer("bytes")
-    text = "plain, naïve, 日本語, \U0001f600\r\n\t" + "".join(map(chr, range(32, 400)))
-    assert tokenizer.encode_ordinary(text) == list(text.encode()) and tokenizer.decode(list(text.encode())) == text
-    assert tokenizer.n_vocab == 257 and data.bytes_per_token(tokenizer).tolist() == [1] * 256 + [0]
-
-
-def test_code_is_python_and_docs_are_english():
-    code = make_source("code")
-    assert "def " in "".join(code.decode(row) for row in code.batch(0, 40)[0])
-    words = "Return the value of x if it is given."
-    raw = f'def f(x):\n    """{words}\n\n    {words * 6}"""\n    return "not this"\n'.encode()
-    assert data.docstrings(raw)[0].startswith(words) and "not this" not in data.docstrings(raw)[0]
-    assert data.docstrings(b"def f(:") == []
-
-
-def polynomial_value(text, x):
-    return eval(text, {"x": x})  # our own generator's output, with ** and * as Python writes them
-
-
-def test_every_answer_of_the_mathematics_corpus_is_right():
-    rng, kinds = RNG(0), collections.Counter()
-    for _ in range(6000):
-        question, answer = data.math_question(lambda low, high: int(rng.integers(low, high + 1)))
-        kinds[question.split()[0]] += 1
-        if m := re.fullmatch(r"What is (-?\d+) ([-+*]) \(?(-?\d+)\)?\?", question):
-            assert int(answer) == {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[m[2]](int(m[1]), int(m[3]))
-        elif m := re.fullmatch(r"Divide (-?\d+) by (\d+)\.", question):
-            assert int(answer) * int(m[2]) == int(m[1])
-        elif m := re.fullmatch(r"Solve (.*) = (-?\d+) for x\.", question):
-            assert polynomial_value(m[1], int(answer)) == int(m[2])
-        elif m := re.fullmatch(r"Which is larger, (\d+)/(\d+) or (\d+)/(\d+)\?", question):
-            p, q, r, s = map(int, m.groups())
-            assert answer == ("equal" if p * s == r * q else f"{p}/{q}" if p / q > r / s else f"{r}/{s}")
-        elif m := re.fullmatch(r"Is (-?\d+) less than (-?\d+)\?", question):
-            assert answer == ("yes" if int(m[1]) < int(m[2]) else "no")
-        elif m := re.fullmatch(r"Does (\d+) divide (\d+)\?", question):
-            assert answer == ("yes" if int(m[2]) % int(m[1]) == 0 else "no")
-        elif m := re.fullmatch(r"What remains when (\d+) is divided by (\d+)\?", question):
-            assert int(answer) == int(m[1]) % int(m[2])
-        elif m := re.fullmatch(r"Write (\d+) in base (\d+)\.", question):
-            assert int(answer, int(m[2])) == int(m[1])
-        elif m := re.fullmatch(r"Which number is (\w+) in base (\d+)\?", question):
-            assert int(answer) == int(m[1], int(m[2]))
-        elif m := re.fullmatch(r"Let f\(x\) = (.*)\. What is f\((-?\d+)\)\?", question):
-            assert int(answer) == polynomial_value(m[1], int(m[2]))
-        elif m := re.fullmatch(r"Find the derivative of (.*) with respect to x\.", question):
-            for x in (-2, 0, 3):  # cubics at most: the central difference with h = 1 is off by the cubic coefficient
-                slope = (polynomial_value(m[1], x - 2) - 8 * polynomial_value(m[1], x - 1)
-                         + 8 * polynomial_value(m[1], x + 1) - polynomial_value(m[1], x + 2)) / 12
-                assert slope == polynomial_value(answer, x)
-        elif m := re.fullmatch(r"Expand (.*)\.", question):
-            assert all(polynomial_value(m[1], x) == polynomial_value(answer, x) for x in (-3, 0, 1, 5))
+def test_members_of_a_mixture_have_shares_lengths_and_bars_of_their_own():
+    spec, sets = "0.7*set:length=20+0.3*dyck:k=10,length=24", 0
+    assert (make_data(spec).vocab_size, make_data(spec).block_size) == (103, 42)
+    for prompt, answer in examples(spec, pad=102, n=3000):
+        if prompt[-1] == 100:
+            sets += 1
+            assert len(prompt) == 21 and answer == unique(prompt[:-1])
         else:
-            raise AssertionError(question)
-    assert len(kinds) >= 9
+            assert prompt == [101] and len(answer) == 24 and max(answer) < 20
+    assert abs(sets / 3000 - 0.7) < 0.05
+    bars = [prompt[-1] for prompt, _ in examples("set+reverse", pad=102, n=3000)]
+    assert set(bars) == {100, 101} and abs(bars.count(100) / 3000 - 0.5) < 0.05
 
 
-def test_no_mathematics_question_is_in_both_splits():
-    def questions(split):
-        source = make_source("math", split)
-        text = "".join(source.decode(row) for row in source.batch(0, 400)[0])
-        return set(text.split("\n")[2:-2:1])
-    train, val = ({q for q in questions(split) if q.endswith(("?", "."))} for split in ("train", "val"))
-    assert len(train) > 500 and len(val) > 500 and not train & val
+@pytest.mark.parametrize("spec,pad", [("dyck:k=4,length=30", 9), ("set:length=2-9", 101),
+                                      ("set+union", 102)])
+def test_the_shuffled_control_has_the_same_tokens_and_as_many_that_count(spec, pad):
+    plain, shuffled = list(examples(spec, pad)), list(examples("shuffled:" + spec, pad))
+    for (prompt, answer), (other_prompt, other_answer) in zip(plain, shuffled):
+        assert len(answer) == len(other_answer)
+        assert sorted(prompt + answer) == sorted(other_prompt + other_answer)
+    assert sum(row == other for row, other in zip(plain, shuffled)) < 20
 
 
-# What a person sees, and what is refused
+def test_a_curriculum_cuts_the_length_of_inputs_and_nothing_else():
+    assert {len(prompt) for prompt, _ in examples("set", pad=101, longest=4)} == {5}
+    varied = examples("set:length=3-20", pad=101, longest=4)
+    assert {len(prompt) for prompt, _ in varied} == {4, 5}
+    rows = make_data("set").train
+    rows.longest = 4
+    assert rows[0][0].shape == (41,)
 
 
-@pytest.mark.parametrize("spec,expected", [
-    ("identity:length=3", r"\d+ \d+ \d+ \| «\d+ \d+ \d+»"), ("stack:length=5", r"[\dpo ]+ \| «[\d ]+»[ _]*"),
-    ("dyck:k=3,length=8", r"[(\[{] «[()\[\]{} ]+»"), ("eca:width=8,length=24", r"([·█]{8}\n){2}[·█]{8}"),
-    ("haystack:pairs=1", r"k0: \d+ \?k0 «\d+» _"), ("addition:digits=2", r"\d\d\+\d\d=«\d+\.»_?"),
-    ("sorting:numbers=2", r"\d+ \d+ \| «\d+ \d+»"), ("set+dyck", r"(\|dyck\| «[()\d ]+»|[\d ]+\|set\| «[\d ]+»)[ _]*")])
-def test_sequences_are_shown_as_a_person_would_write_them(spec, expected, capsys):
-    data.show(spec, 4, 0, "train", "bytes")
-    shown = capsys.readouterr().out.strip().split("\n\n")[1:]
-    assert len(shown) == 4 and all(re.fullmatch(expected, row) for row in shown), shown
-
-
-def test_list_names_everything(script):
-    listing = script("data.py", "list").stdout
-    assert all(name in listing for name in [*RULES, *TASKS, "code", "docs", "math", "k=16", "pairs=30"])
-
-
-@pytest.mark.parametrize("spec", ["dyck:k=0", "eca:rule=256", "dyck:length=7", "dyck:p=2", "set:length=9-2", "dyck:length=2-8",
-                                  "set:vocab=2", "set:wide=3", "set:length", "set:length=x", "dyke", "set+dyke", "haystack:pairs=65",
-                                  "addition:digits=0", "multiplication:digits=10", "-1*set+union", "a*set", "union:length=1", "eca:width=16,length=16",
-                                  "shuffled:haystack", "no/such/file", "addition:digits=1,digits=1", "set:length=0", ""])
+@pytest.mark.parametrize("spec", [
+    "", "dyke", "set+dyke", "no/such/file", "shuffled:", "set+haystack", "dyck:k=0", "eca:rule=256",
+    "dyck:p=2", "dyck:p=nan", "set:length=9-2", "set:vocab=2", "set:wide=3", "set:length",
+    "set:length=x", "set:length=0", "haystack:pairs=65", "addition:digits=0", "-1*set+union",
+    "a*set", "1e308*set+1e308*union", f"set:length={'9' * 400}", "x" * 300, "eca:length=8"])
 def test_bad_specs_are_refused_in_one_line(spec, refused):
     refused(data, "show", spec)
 
 
-def test_an_unknown_name_is_answered_with_those_there_are(refused):
+@pytest.mark.parametrize("spec", ["dyck:length=1-5", "union:length=1-3", "eca:length=17-20",
+                                  "stack:vocab=3,length=1-9", "set: length = 2-9, vocab = 5"])
+def test_odd_specs_make_rows(spec):
+    x, y = make_data(spec).train.__getitems__(range(300))
+    assert x.shape == y.shape and (y != -1).any()
+
+
+def test_a_refusal_says_what_there_is(refused):
     line = refused(data, "show", "dyk")
-    assert "dyck" in line and "haystack" in line and "code" in line
+    assert all(name in line for name in (*data.RULES, *data.TASKS, *data.CORPORA))
+    assert "takes k=16, length=128, p=0.5" in refused(data, "show", "dyck:depth=3")
+    with pytest.raises(UserError, match="41 tokens, more than 40"):
+        make_data("set:length=20", block_size=40)
 
 
-def test_a_sequence_longer_than_the_block_is_refused():
-    with pytest.raises(UserError, match="longer than the block of 40"):
-        make_source("set:length=20", block_size=40)
+@pytest.mark.parametrize("spec,row", [
+    ("identity:length=3", r"\d+ \d+ \d+ \| «\d+ \d+ \d+»"),
+    ("stack:length=5", r"(\d+ |pop )+\| «[\d ]+»[ _]*"),
+    ("dyck:k=3,length=8", r"[(\[{] «[()\[\]{} ]{13}»"), ("dyck:k=9,length=4", r"\(\d «[()\d ]+»"),
+    ("eca:width=8,length=24", r"[·█]{8}\n«[·█]{8}\n[·█]{8}»"),
+    ("haystack:pairs=1", r"k0: \d+ \?k0 «\d+» _"), ("addition:digits=2", r"\d\d\+\d\d=«\d+\.»_?"),
+    ("sorting:numbers=2", r"\d+ \d+ \| «\d+ \d+»"),
+    ("multiplication:digits=1", r"\d\*\d=«\d+\.»_*"),
+    ("set+dyck", r"(\|dyck\| «[()\d ]+»|[\d ]+\|set\| «[\d ]+»)[ _]*")])
+def test_rows_are_shown_as_a_person_would_write_them(spec, row, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["data.py", "show", spec, "-n", "5"])
+    data.main()
+    first, *shown = capsys.readouterr().out.strip("\n").split("\n\n")
+    assert first.startswith(spec) and len(shown) == 5
+    for text in shown:
+        assert re.fullmatch(row, text)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00binary", b"too short", b"nul \0 byte"])
-def test_empty_binary_and_short_corpora_are_refused(content, tmp_path, refused):
-    (tmp_path / "corpus.txt").write_bytes(content)
-    refused(data, "show", tmp_path / "corpus.txt")
+def test_list_names_everything_with_its_parameters(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["data.py", "list"])
+    data.main()
+    listed = capsys.readouterr().out
+    for name in (*data.RULES, *data.TASKS, *data.CORPORA):
+        assert re.search(rf"^  {name} +\S", listed, re.M)
+    assert "k=16, length=128, p=0.5" in listed and "pairs=30" in listed and "PATH" in listed
 
 
-def test_line_separators_within_a_document_do_not_end_it(tmp_path):
-    text = "one\u2028two\x85three\x0bfour " * 40
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text + str(i)}, ensure_ascii=False) + "\n" for i in range(9)))
-    source = make_source(str(tmp_path / "a.jsonl"), block_size=64)
-    assert "one\u2028two\x85three" in source.decode(source.tokens[:1000])
+@pytest.mark.parametrize("spec", [
+    "set:length=5", "set+union:length=6", "stack", "dyck:k=3", "dyck:k=20", "haystack", "addition",
+    "sorting", "eca:width=8,length=24", "shuffled:set", "dyck:k=3+eca", "eca+set:length=4"])
+def test_what_a_person_writes_is_read_as_it_was_written(spec):
+    source = make_data(spec)
+    for i in range(20):
+        x, y = source.train[i]
+        if source.kind == "task":
+            x = x[:int((y != -1).int().argmax()) + 1]  # the prompt: digits of answers look the same
+        assert source.read(source.write(x)) == x.tolist()
+    with pytest.raises(UserError, match="is not written as"):
+        source.read("nonsense")
 
 
-def test_bad_json_lines_and_empty_folders_are_refused(tmp_path, refused):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"title": "no text"}\n')
-    assert "line 2" in refused(data, "show", tmp_path / "a.jsonl")
-    (tmp_path / "empty").mkdir()
-    refused(data, "show", tmp_path / "empty")
+# Tokenizers
 
 
-def test_a_vocabulary_that_cannot_be_fetched_names_the_offline_tokenizer(tmp_path, script):
-    text = tmp_path / "a.txt"
-    text.write_text("hello world " * 99)
-    nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path / "tiktoken")}
-    done = script("data.py", "show", text, "--tokenizer", "gpt2", env=nowhere)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--tokenizer bytes" in done.stderr
-    assert script("data.py", "show", text, "--tokenizer", "klingon").returncode == 2
+def test_the_bytes_tokenizer_returns_every_text(prose):
+    tokenizer = data.load_tokenizer("bytes")
+    text = "plain, naïve, 日本語, \U0001f600\r\n\t\0" + "".join(map(chr, range(32, 400)))
+    assert list(tokenizer.encode(text)) == list(text.encode())
+    assert (tokenizer.vocab_size, tokenizer.end) == (257, 256)
+    source = make_data(str(prose))
+    assert source.write(source.read(text)) == text
 
 
-def test_an_unwritable_cache_is_named(tmp_path, monkeypatch, refused):
-    (tmp_path / "a.txt").write_text("hello world " * 99)
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "file" / "cache"))
-    assert "NANOWARM_CACHE" in refused(data, "show", tmp_path / "a.txt")
+def write_vocabulary(folder):
+    """One in GPT-2's format, of 256 bytes and 50,000 pairs -> {checksum of a file: of GPT-2's}"""
+    order = sorted(range(256), key=lambda b: (not chr(b).isprintable() or chr(b) == " ", b))
+    letters = [chr(b) if i < 188 else chr(256 + i - 188) for i, b in enumerate(order)]
+    pairs = [a + b for a in letters for b in letters][:50_000]
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+    (folder / "vocab.bpe").write_text("\n".join(merges) + "\n")
+    words = enumerate([*letters, *pairs, "<|endoftext|>"])
+    (folder / "encoder.json").write_text(json.dumps({word: i for i, word in words}))
+    known = {"vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+             "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
+    return {hashlib.sha256((folder / name).read_bytes()).hexdigest(): checksum
+            for name, checksum in known.items()}
 
 
-# Published corpora ----------------------------------------------------------------------------------------------------
+def test_gpt2s_vocabulary_is_fetched_checked_and_used(tmp_path, monkeypatch, refused):
+    """tiktoken's own loading, led to a server here and to the checksums of its files."""
+    same, server, load = write_vocabulary(tmp_path), Mirror(tmp_path), tiktoken.load
+    read_file = load.read_file
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(load, "read_file",
+                        lambda url: read_file(f"{server.url}/{url.split('/')[-1]}"))
+    monkeypatch.setattr(load, "check_hash", lambda raw, expected:
+                        same.get(hashlib.sha256(raw).hexdigest()) == expected)
+    text = "naïve <|endoftext|> 日本語 \ud800" + " " * 1_100_000 + "\n" * 60_000
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": text}))
+    server.faults["vocab.bpe"] = ["corrupt", "refuse"]
+    for reason in ("ValueError", "HTTPError"):
+        line = refused(data, "show", path, "--tokenizer", "gpt2")
+        assert reason in line and "--tokenizer bytes" in line
+    source = make_data(str(path), tokenizer="gpt2")
+    server.close()
+    *tokens, end = [*source.train.tokens(0), *source.val.tokens(0)]
+    assert source.vocab_size == 50257 and end == 50256 not in tokens
+    assert source.write(tokens) == text.replace("\ud800", "\ufffd")
+    assert "klingon" in refused(data, "show", path, "--tokenizer", "klingon")
 
 
-def contents(folder):
-    """Every file of a prepared corpus, as bytes."""
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+# Text
 
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(data, "RETRY_AFTER", (0.01,) * 5)
+    monkeypatch.setattr(data, "PAUSES", (0,) * 5)
     return tmp_path / "cache"
 
 
-def prepare(name, **changes):
-    return data.prepare(name, **{"tokenizer_name": None if name == "deepmind_math" else "bytes", "val_tokens": 20_000,
-                                 "tokens": 3_000_000 if name == "c4" else 60_000, **changes})
+def write(folder, files):
+    for name, content in files.items():
+        content = content if isinstance(content, bytes) else content.encode()
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return str(folder)
+
+
+def texts_of(tokens):
+    *texts, rest = split_at(256, tokens.tolist())
+    assert rest == [], "every document is ended"
+    return [bytes(text).decode() for text in texts]
+
+
+def tokenise(path):
+    return data.tokenise(str(path), data.load_tokenizer("bytes"))
+
+
+def documents(path):
+    return texts_of(np.fromfile(tokenise(path) / "tokens.bin", np.uint16))
+
+
+def written(rows):
+    return "".join(chr(t) if t < 256 else "\0" for t in rows.tokens(0))
+
+
+@pytest.mark.parametrize("train,val,test", [
+    ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"), ("train.txt", "val.txt", "test.txt"),
+    ("train/1.txt", "Validation/1.txt", "test/1.txt"),
+    ("a-train-0.json.gz", "a-validation-0.json.gz", "a_test.json.gz")])
+def test_files_and_folders_named_train_and_validation_are_these(train, val, test, tmp_path, capsys):
+    files = {train: "to learn " * 4, val: "to check " * 90, test: "a test", "README.gz": "about it"}
+    if "json" in train:
+        files = {name: json.dumps({"text": text}) for name, text in files.items()}
+    source = make_data(write(tmp_path, files), block_size=8)
+    assert written(source.train) == "to learn " * 4 + "\0"
+    assert written(source.val) == "to check " * 90 + "\0"
+    said = capsys.readouterr().out
+    assert Path(test).name in said and "README.gz" in said
+    assert "training: 37 tokens in 1 doc" in said and "validation: 811 tokens in 1 doc" in said
+
+
+@pytest.mark.parametrize("files", [
+    {"README": "about", "input.txt": "a line of text\n" * 30_000}, {"a.txt": "0123456789" * 99},
+    {"train.txt": "a line\n" * 99}, {"test.txt": "a line\n" * 99, "train.txt": "b" * 200},
+    {f"{i}.txt": f"{i} " * (70 + i) for i in range(60)}])
+def test_else_the_last_tenth_of_the_tokens_is_held_out(files, tmp_path, capsys):
+    source = make_data(write(tmp_path, files), block_size=8)
+    train, val, said = written(source.train), written(source.val), capsys.readouterr().out
+    left_out = ["test.txt"] if "train.txt" in files and "test.txt" in files else []
+    kept = [text for name, text in files.items() if name not in left_out]
+    assert sorted((train + val).split("\0")) == sorted(["", *kept])
+    assert len(val) / len(train + val) == pytest.approx(0.1, abs=0.011)
+    assert train.endswith("\0") == (len(files) > 2), "cut where a document ends, if that is near"
+    assert all(name in said for name in left_out)
+    for name, part in (("training", train), ("validation", val)):
+        assert f"{name}: {len(part):,} tokens in {part.count(chr(0))} documents" in said
+
+
+@pytest.mark.parametrize("name,content,expected", [
+    ("a.jsonl", '{"text": "one"}\n\n{"text": null}\n{"content": "two"}\n \n', ["one", "two"]),
+    ("a.NDJSON", '{"text": "\\ud800x"}\n{"text": "y", "n": NaN}', ["?x", "y"]),
+    ("a.Json", b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}', ["one", "two"]),
+    ("a.JSONL.gz", '{"text": "one"}', ["one"]), ("a.txt.gz", "one", ["one"]),
+    ("a.jsonl", '{"text": "a\u2028b\x85c"}', ["a\u2028b\x85c"]),
+    ("a.txt", b"\xef\xbb\xbfone\r\ntwo\0", ["one\r\ntwo\0"]),
+    ("a.txt", "one<|endoftext|>two<|endoftext|>", ["one", "two"]),
+    ("a.py", "y" * 1_048_570 + "<|endoftext|>日本\n" * 2, ["y" * 1_048_570, "日本\n", "日本\n"])])
+def test_text_is_read_document_by_document(name, content, expected, tmp_path):
+    write(tmp_path, {name: content})
+    assert documents(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize("name,content,reason", [
+    ("a.jsonl", '{"text": "fine"}\n\n{"title": "none"}\n', "line 3"), ("a.json", "[1]", "line 1"),
+    ("a.ndjson", '{"text": 5}', "line 1"), ("a.json", "[" * 100_000, "line 1"),
+    ("a.txt", b"\xff\xfe\x00binary", "UTF-8"), ("a.txt", b"x" * 99_999 + b"\xff", "not UTF-8"),
+    ("a.txt", "", "too short"), ("a.txt", "too short", "too short"), ("a.gz", "", "too short"),
+    ("a.jsonl", '{"text": null}', "too short"), ("a/b.png", b"\x89PNG\xff", "no files")])
+def test_what_is_no_text_or_too_little_is_refused(name, content, reason, tmp_path, refused):
+    write(tmp_path, {name: content})
+    assert reason in refused(data, "show", tmp_path / name.split("/")[0])
+
+
+def test_pictures_and_hidden_files_beside_text_are_skipped(tmp_path, capsys):
+    write(tmp_path, {"a.txt": "text", "photo.png": b"\x89PNG\xff", "desktop.ini": b"\xff\xfeA\0",
+                     ".git/HEAD": "main", "folder/b.txt": "more", ".hidden": "secret"})
+    assert sorted(documents(tmp_path)) == ["more", "text"]
+    said = capsys.readouterr().out
+    assert "photo.png" in said and "desktop.ini" in said
+
+
+def test_text_is_tokenised_once_and_again_if_path_size_or_time_change(tmp_path, own_cache, capsys):
+    path, copy = tmp_path / "a.txt", tmp_path / "b.txt"
+    path.write_text("hello world")
+    folders = [tokenise(path)]
+    capsys.readouterr()
+    assert tokenise(path) == folders[0] and not capsys.readouterr().out
+    shutil.copy2(path, copy)
+    folders.append(tokenise(copy))
+    os.utime(path, ns=(0, 1))
+    folders.append(tokenise(path))
+    path.write_text("hello there, world")
+    os.utime(path, ns=(0, 1))
+    folders.append(tokenise(path))
+    assert len(set(folders)) == 4 and documents(path) == ["hello there, world"]
+
+
+def forked(function, *args):
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork a process")
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def run_until_killed(owner, name, n, function, *args):
+    """Calls the function in a process that is killed when it calls owner.name for the n-th time."""
+    def run():
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def call(*args, **more):
+            if next(calls) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **more)
+        setattr(owner, name, call)
+        function(*args)
+    process = forked(run)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_killed_tokenisation_leaves_nothing_behind_after_the_next(tmp_path, own_cache, prose):
+    run_until_killed(data, "read_text", 30, tokenise, prose)
+    assert list(own_cache.glob("*/tokens.bin"))
+    folder = tokenise(write(tmp_path / "other", {"a.txt": "other"}))
+    assert sorted(own_cache.iterdir()) == sorted([folder, own_cache / "lock"])
+
+
+def test_two_processes_that_tokenise_at_once_make_one_folder(prose, own_cache, monkeypatch, capfd):
+    original = data.write_tokens
+    monkeypatch.setattr(data, "write_tokens", lambda *args: time.sleep(0.1) or original(*args))
+    processes = [forked(tokenise, prose), forked(tokenise, prose)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert capfd.readouterr().out.count("tokenising") == 1 and len(documents(prose)) == 60
+    assert len(list(own_cache.glob("*/tokens.bin"))) == 1
+
+
+MEASURE = """
+import data, re, sys
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()  # in kB; ru_maxrss would begin with that of pytest
+data.tokenise(sys.argv[1], data.load_tokenizer("bytes"))
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("end", ["\n", " "])
+def test_memory_stays_flat_however_large_the_text_and_long_its_lines(end, tmp_path):
+    status = Path("/proc/self/status")
+    if not status.exists() or "VmHWM" not in status.read_text():
+        pytest.skip("this system does not say how much memory a process has used")
+    write(tmp_path, {"a.txt": f"a line of text about nothing in particular{end}" * 1_400_000})
+    command = [sys.executable, "-c", MEASURE, tmp_path / "a.txt"]
+    said = subprocess.check_output(command, text=True, cwd=Path(data.__file__).parent)
+    assert int(said.split()[-1]) < 40_000  # kB, for 60 MB of text
+
+
+def test_code_is_python_and_docs_are_docstrings(tmp_path, monkeypatch):
+    files = data.python_files()
+    assert Path(random.__file__) in files and Path(json.decoder.__file__) in files
+    assert not [path for path in files if {"site-packages", "test"} & set(path.parts)]
+    monkeypatch.setattr(data, "python_files", lambda *packages: [Path(random.__file__)])
+    assert documents("code") == [Path(random.__file__).read_text()]
+    docs = documents("docs")
+    assert len(docs) > 5 and all(text in random.__doc__ or len(text) >= 200 for text in docs)
+    write(tmp_path, {"bad.py": "def f(:"})
+    assert list(data.docstrings(tmp_path / "bad.py")) == []
+
+
+ANSWERS = {  # what a question is, and what its numbers give
+    r"What is N \+ \(N\)\?": lambda a, b: a + b, r"What is N \* \(N\)\?": lambda a, b: a * b,
+    r"Divide N by N\.": Fraction, r"What remains when N is divided by N\?": lambda a, b: a % b,
+    r"Is N less than N\?": lambda a, b: "yes" if a < b else "no",
+    r"Write N in base 2\.": lambda n: bin(n)[2:],
+    r"Solve N\*x \+ \(N\) = N for x\.": lambda a, b, c: Fraction(c - b, a),
+    r"Let f\(x\) = N\*x\*\*2 \+ N\*x \+ \(N\)\. What is f\(N\)\?":
+        lambda a, b, c, x: a * x * x + b * x + c}
+
+
+def test_answers_of_the_mathematics_corpus_are_right_and_no_question_is_in_both_splits():
+    asked, kinds = {"train": set(), "val": set()}, collections.Counter()
+    for split, questions in asked.items():
+        for problem in itertools.islice(data.problems(split), 4000):
+            question, answer, rest = problem.split("\n")
+            kind, = (kind for kind in ANSWERS
+                     if re.fullmatch(kind.replace("N", r"-?\d+"), question))
+            numbers = re.fullmatch(kind.replace("N", r"(-?\d+)"), question).groups()
+            assert answer == str(ANSWERS[kind](*map(int, numbers))) and rest == ""
+            questions.add(question)
+            kinds[kind] += 1
+    assert not asked["train"] & asked["val"] and kinds.keys() == ANSWERS.keys()
+
+
+def test_the_mathematics_corpus_keeps_its_splits(monkeypatch, own_cache):
+    few = {split: list(itertools.islice(data.problems(split), 99)) for split in ("train", "val")}
+    monkeypatch.setattr(data, "problems", few.get)
+    source = make_data("math", block_size=16)
+    assert written(source.train) == "".join(few["train"])
+    assert written(source.val) == "".join(few["val"])
+
+
+# Tokens in files
+
+
+def token_folder(folder, tokens, dtype="uint16", meta=None):
+    folder.mkdir(exist_ok=True)
+    for name in ("train.bin", "val.bin"):
+        np.asarray(tokens, dtype).tofile(folder / name)
+    if meta:
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return str(folder)
+
+
+def test_every_window_comes_once_per_epoch_in_an_order_that_the_seed_decides(tmp_path):
+    folder = token_folder(tmp_path, np.arange(1001))
+    one, other = make_data(folder, 0, 10), make_data(folder, 1, 10)
+    x, y = one.train.__getitems__(range(300))
+    assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(10))
+    epochs = x[:, 0].view(3, 100).tolist()
+    epochs.append(other.train.__getitems__(range(100))[0][:, 0].tolist())
+    assert all(sorted(epoch) == list(range(0, 1000, 10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    assert torch.equal(*(source.val.__getitems__(range(99))[0] for source in (one, other)))
+    from_the_end = make_data(folder, 0, 10, split="warmup").train.__getitems__(range(100))[0]
+    assert from_the_end[:, 0].tolist() == epochs[0][::-1]
+    assert one.fingerprint() == make_data(folder, 0, 10).fingerprint()
+    assert one.fingerprint() != make_data(token_folder(tmp_path / "b", [3] * 999)).fingerprint()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int32", "int64"])
+def test_the_type_of_numbers_that_meta_names_is_used(dtype, tmp_path):
+    folder = token_folder(tmp_path, range(200), dtype, {"vocab_size": 250, "dtype": dtype})
+    source = make_data(folder, block_size=20)
+    assert source.vocab_size == 250 and source.train.tokens(0).tolist() == list(range(200))
+
+
+@pytest.mark.parametrize("meta,expected", [
+    ({"itos": dict(enumerate("abcde"))}, "abca"), ({}, "0120"), ({"tokenizer": "klingon"}, "0120"),
+    (collections.OrderedDict(itos=list("abcde")), "abca"), ({"itos": {1: "b", 2: "c"}}, "0120")])
+def test_nanogpts_letters_are_printed_and_numbers_where_there_are_none(meta, expected, tmp_path):
+    folder = token_folder(tmp_path, [0, 1, 2, 0] * 30)
+    meta["vocab_size"] = 5
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    source = make_data(folder, block_size=4)
+    assert source.vocab_size == 5
+    assert source.write([0, 1, 2, 0]).replace(" ", "") == expected
+
+
+def test_without_a_meta_file_tokens_are_gpt2s_and_the_header_of_llmc_is_skipped(tmp_path):
+    tokens = np.arange(50_000)
+    header = np.zeros(512, np.uint16)
+    header[:2].view(np.int32)[0] = 20240520
+    for name, content in (("plain", tokens), ("llmc", np.append(header, tokens))):
+        source = make_data(token_folder(tmp_path / name, content))
+        assert source.vocab_size == 50257
+        assert source.train.tokens(0).tolist() == tokens.tolist()
+
+
+@pytest.mark.parametrize("tokens,dtype,reason", [
+    (np.arange(9999), "uint32", "looks like uint32"), ([1] * 999, "uint8", "999 bytes"),
+    (np.arange(9999), "int64", "looks like int64"), ([1] * 9, "uint16", "too short"),
+    (np.append([7] * 2_000_000, 60_000), "uint16", "token 60000"), ([-1] * 999, "int32", "-1")])
+def test_token_files_that_cannot_be_right_are_refused(tokens, dtype, reason, tmp_path, refused):
+    meta = {"vocab_size": 9, "dtype": "int32"} if dtype == "int32" else None
+    assert reason in refused(data, "show", token_folder(tmp_path, tokens, dtype, meta))
+
+
+def test_a_folder_without_val_bin_says_so(tmp_path, refused):
+    folder = token_folder(tmp_path, [1] * 999)
+    (tmp_path / "val.bin").unlink()
+    assert "val.bin" in refused(data, "show", folder)
+
+
+class Trap:
+    """Opens a file for writing where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_meta_files_of_other_types_or_with_code_are_refused_and_never_run(tmp_path, refused):
+    folder = token_folder(tmp_path, [1] * 999)
+    plain = [{"vocab_size": 9, "dtype": dtype}
+             for dtype in ("O", "float64", "S0", "u2,u2", "int8", ["uint16"], None, 2)]
+    plain += [{"vocab_size": size} for size in (0, -1, "9", 1 << 40, None, True)]
+    bad = [pickle.dumps(meta) for meta in [
+        *plain, {}, [9], Trap(tmp_path / "sprung"), np.dtype("O"),
+        {"vocab_size": 5, "itos": Trap(tmp_path / "sprung")}]]
+    for raw in [*bad, b"", b"\x80garbage"]:
+        (tmp_path / "meta.pkl").write_bytes(raw)
+        assert "meta" in refused(data, "show", folder)
+        assert not (tmp_path / "sprung").exists()
+    for text in [*map(json.dumps, plain), "", "[9]", "[" * 100_000]:
+        (tmp_path / "meta.json").write_text(text)
+        assert "meta" in refused(data, "show", folder)
+
+
+# Published corpora
+
+
+ORDER = {"c4": (1_400_000, "bytes"), "codeparrot": (200_000, "bytes"),
+         "wikitext103": (100_000, "bytes"), "deepmind_math": (90_000, None)}
+FIRST = "c4-train.00000-of-01024.json.gz"
+
+
+def prepare(name, source, wanted=None, workers=1):
+    tokens, tokenizer = ORDER[name]
+    wanted = {"train": wanted or tokens, "val": 20_000}
+    return data.prepare(name, wanted, workers, str(source), tokenizer)
+
+
+def contents(folder):
+    """Every file that a preparation leaves, as bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def whole(published, tmp_path_factory):
-    """What an undisturbed preparation of each corpus leaves: from a folder, one worker."""
-    results = {}
-    for name in data.PUBLISHED:
-        os.environ["NANOWARM_CACHE"], before = str(tmp_path_factory.mktemp("whole")), os.environ["NANOWARM_CACHE"]
-        results[name] = contents(prepare(name, source=str(published)))
-        os.environ["NANOWARM_CACHE"] = before
-    return results
+    """What an undisturbed preparation of each corpus leaves: from a folder, with one worker."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOWARM_CACHE", str(tmp_path_factory.mktemp("whole")))
+        return {name: contents(prepare(name, published)) for name in ORDER}
 
 
-@pytest.mark.parametrize("name", list(data.PUBLISHED))
-def test_a_mirror_and_two_workers_give_the_same_bytes_as_a_folder_and_one(name, mirror, own_cache, whole):
-    assert contents(prepare(name, source=mirror.url, workers=2)) == whole[name]
+@pytest.mark.parametrize("name", ORDER)
+def test_a_mirror_gives_the_same_bytes_as_a_folder_and_is_asked_once(
+        name, mirror, own_cache, whole):
+    assert contents(prepare(name, mirror.url, workers=2)) == whole[name]
+    assert contents(prepare(name, mirror.url)) == whole[name]
+    assert len(mirror.requests) == len(set(mirror.requests)), "nothing is fetched twice"
 
 
-def test_documents_come_in_order_each_ended_by_end_of_text(published, own_cache):
-    folder = prepare("c4", source=str(published), tokens=1_000_000)
-    tokens = np.fromfile(folder / "train.bin", np.uint16)
-    with gzip.open(published / "en/c4-train.00000-of-01024.json.gz") as lines:
-        texts = [json.loads(next(lines))["text"] for _ in range(100)]
-    assert len(tokens) == 1_000_000
-    assert bytes(tokens[:2000]).decode("utf-16-le")  # every token fits
-    encoded = np.concatenate([[*text.encode(), 256] for text in texts])
-    assert np.array_equal(tokens[:len(encoded)], encoded)
+@pytest.mark.parametrize("name,file,field,shards", [
+    ("c4", "c4-train.{:05}-of-01024", "text", range(0, 3)),
+    ("codeparrot", "codeparrot-clean-train/resolve/main/file-{:012}", "content", range(1, 3))])
+def test_shards_are_whole_files_in_order_until_there_are_enough(
+        name, file, field, shards, published, own_cache):
+    prepare(name, published)
+    source = make_data(name, tokenizer="bytes", block_size=64)
+    lengths = [len(source.train.tokens(place)) for place in range(len(shards))]
+    assert len(source.train.pieces) == len(shards) and sum(lengths[:-1]) < ORDER[name][0]
+    assert sum(lengths) >= ORDER[name][0]
+    assert len(source.train) == sum((length - 1) // 64 for length in lengths)
+    for place, shard in enumerate(shards):
+        with gzip.open(published / f"{file.format(shard)}.json.gz") as lines:
+            assert texts_of(source.train.tokens(place)) == [json.loads(line)[field]
+                                                            for line in lines]
+
+
+def test_asking_for_more_adds_whole_shards_to_what_is_there(mirror, own_cache, whole):
+    first, = prepare("c4", mirror.url, wanted=300_000).glob("train-*.bin")
+    made, asked = first.stat().st_mtime_ns, len(mirror.requests)
+    assert len(make_data("c4", tokenizer="bytes").train.pieces) == 1
+    assert contents(prepare("c4", mirror.url)) == whole["c4"] and first.stat().st_mtime_ns == made
+    assert [path for path, _ in mirror.requests[asked:]] == [
+        "/c4-train.00001-of-01024.json.gz", "/c4-train.00002-of-01024.json.gz"]
 
 
 def test_wikitext_is_cut_into_articles(published, own_cache):
-    folder = prepare("wikitext103", source=str(published), tokens=10 ** 9)
-    source = data.make_source("wikitext103", tokenizer="bytes", block_size=64)
-    tokens = np.fromfile(folder / "train.bin", np.uint16)
-    articles = "".join(map(chr, np.where(tokens == 256, 0, tokens))).split("\0")
-    assert len(articles) == 201 and not articles[-1]
-    assert all(article.strip().startswith("= Title") and "= = Part = =" in article for article in articles[:-1])
-    assert source.vocab_size == 257 and source.decode(source.batch(0, 1)[0][0])
+    prepare("wikitext103", published, wanted=10)
+    source = make_data("wikitext103", tokenizer="bytes")
+    for rows, articles in ((source.train, 200), (source.val, 20)):
+        titles = [text.strip().split("\n")[0] for text in texts_of(rows.tokens(0))]
+        assert titles == [f"= Title {i} = " for i in range(articles)]
 
 
-@pytest.mark.parametrize("fault", ["cut", "truncate", "corrupt", "refuse", "delay", "no ranges"])
-def test_a_server_that_misbehaves_changes_nothing(fault, mirror, own_cache, whole):
-    for i in range(3):
-        mirror.faults[f"c4-train.{i:05}-of-01024.json.gz"] = [fault, None] if fault != "cut" else ["cut"] * 4
-    mirror.faults["c4-train.00001-of-01024.json.gz"][:0] = ["cut"] if fault == "no ranges" else []
-    assert contents(prepare("c4", source=mirror.url)) == whole["c4"]
+def characters(tokens):
+    alphabet = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
+    return "".join(alphabet[t] if t >= 0 else " " for t in tokens)
 
 
-def test_a_cut_connection_goes_on_from_where_it_broke(mirror, own_cache, published):
-    file = "c4-train.00000-of-01024.json.gz"
-    mirror.faults[file] = ["cut", "cut"]
-    prepare("c4", source=mirror.url, tokens=100_000, val_tokens=1000)
-    spans = [span for path, span in mirror.requests if path.endswith(file)]
-    size = (published / "en" / file).stat().st_size
-    assert spans == [None, f"bytes={size // 2}-", f"bytes={size // 2 + (size - size // 2) // 2}-"]
-
-
-def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(mirror, own_cache, whole):
-    arguments = [sys.executable, data.__file__, "prepare", "c4", "--source", mirror.url, "--val_tokens", "20000",
-                 "--tokens", "3M", "--workers", "2", "--tokenizer", "bytes"]
-    mirror.faults = {"c4-validation.00000-of-00008.json.gz": ["delay"]}  # so that the first is not over too soon
-    rng, kills = np.random.default_rng(0), 0
-    while True:
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            assert process.wait(timeout=rng.uniform(0.3, 1.0) if kills < 6 else 60) == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
-    assert kills and contents(data.prepared_folder("c4", "bytes")) == whole["c4"]
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing in the program may catch it."""
-
-
-@pytest.mark.parametrize("name", ["codeparrot", "deepmind_math"])
-@pytest.mark.parametrize("at", range(1, 9))
-def test_killed_at_each_file_it_puts_in_place_it_ends_with_the_same_bytes(at, name, published, own_cache, whole, monkeypatch):
-    original, count = Path.replace, iter(range(1, 100))
-
-    def dies(self, target):
-        if next(count) == at:
-            raise Killed
-        return original(self, target)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", dies)
-        with contextlib.suppress(Killed):
-            prepare(name, source=str(published))
-    assert contents(prepare(name, source=str(published))) == whole[name]
-
-
-def test_nothing_is_fetched_twice(mirror, own_cache, published, monkeypatch):
-    monkeypatch.setattr(data.Progress, "say", lambda self: self.tokens < 2_500_000 or 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # the preparation breaks off in its second file
-        prepare("c4", source=mirror.url)
-    monkeypatch.undo()
-    monkeypatch.setenv("NANOWARM_CACHE", str(own_cache))
-    before = len(mirror.requests)
-    prepare("c4", source=mirror.url)
-    again = [path for path, _ in mirror.requests[before:]]
-    assert "/en/c4-train.00000-of-01024.json.gz" not in again and "/en/c4-validation.00000-of-00008.json.gz" not in again
-
-
-def test_asking_for_more_goes_on_and_gives_what_asking_at_once_gives(mirror, own_cache, whole):
-    prepare("c4", source=mirror.url, tokens=1_700_000, val_tokens=1000)
-    assert contents(prepare("c4", source=mirror.url)) == whole["c4"]
-    requests = len(mirror.requests)
-    assert contents(prepare("c4", source=mirror.url, tokens=5)) == whole["c4"] and len(mirror.requests) == requests
-
-
-@pytest.mark.parametrize("name,more", [("c4", 5_000_000), ("deepmind_math", 90_000)])
-def test_while_more_is_prepared_what_is_there_stays_as_it_is(name, more, published, own_cache, tmp_path, monkeypatch):
-    folder = prepare(name, source=str(published))
-    before, tokens = contents(folder), np.memmap(folder / "train.bin", np.uint16, mode="r")
-    seen = tokens.copy()
-    with pytest.raises(data.UserError):
-        prepare(name, tokens=10 ** 9 if name == "c4" else more, source=str(tmp_path))  # there is nothing there
-    assert {k: v for k, v in contents(folder).items() if k in ("train.bin", "val.bin", "meta.json")} == {
-        k: v for k, v in before.items() if k in ("train.bin", "val.bin", "meta.json")}
-    data.make_source(name, tokenizer=None if name == "deepmind_math" else "bytes")
-    prepare(name, tokens=more, source=str(published))
-    assert (tokens == seen).all() and (folder / "train.bin").stat().st_size >= 2 * len(tokens)
-    assert not list(folder.glob("*.part"))
-
-
-@pytest.mark.parametrize("damage", ["", "{", "[]"])
-def test_a_damaged_journal_costs_work_and_nothing_else(damage, published, own_cache, whole):
-    folder = prepare("codeparrot", source=str(published))
-    (folder / "meta.json").write_text(damage)
-    (folder / "train.json").write_text(damage)
-    assert contents(prepare("codeparrot", source=str(published))) == whole["codeparrot"]
-
-
-def test_an_archive_that_holds_none_of_the_data_is_refused(refused, own_cache, published, tmp_path):
-    with tarfile.open(tmp_path / "mathematics_dataset-v1.0.tar.gz", "w:gz") as archive:
-        archive.add(published / "en", "other")
-    assert "nothing for val" in refused(data, "prepare", "deepmind_math", "--source", tmp_path)
-    assert not (data.prepared_folder("deepmind_math", "characters") / "meta.json").exists()
-    prepare("deepmind_math", source=str(published))
-
-
-def test_asking_deepmind_math_for_more_takes_more_of_every_module(mirror, own_cache, whole):
-    prepare("deepmind_math", source=mirror.url, tokens=20_000)
-    assert contents(prepare("deepmind_math", source=mirror.url)) == whole["deepmind_math"]
-
-
-def test_a_preparation_that_cannot_go_on_says_why_and_keeps_what_it_has(refused, mirror, own_cache, published, tmp_path):
-    arguments = ("prepare", "c4", "--tokenizer", "bytes", "--val_tokens", "1K", "--workers", "1", "--tokens")
-    assert "is damaged" in refused(data, *arguments, "5M", "--source", damaged_copy(published, tmp_path))
-    line = refused(data, *arguments, "100M", "--source", mirror.url)  # there are four files
-    assert "c4-train.00004" in line and "404" in line and "tokens of train are done" in line
-    assert "not in" in refused(data, *arguments, "200M", "--source", tmp_path)
-    mirror.server.shutdown()
-    mirror.server.server_close()
-    assert "cannot fetch" in refused(data, *arguments, "200M", "--source", mirror.url)
-    assert "neither" in refused(data, *arguments, "200M", "--source", "nonsense://x")
-
-
-def damaged_copy(published, tmp_path):
-    folder = shutil.copytree(published, tmp_path / "damaged")
-    file = folder / "en/c4-train.00001-of-01024.json.gz"
-    file.write_bytes(file.read_bytes()[:-100])
-    return folder
-
-
-def test_bad_orders_of_preparation_are_refused(refused, own_cache, published):
-    assert "invalid choice" in refused(data, "prepare", "c5")
-    assert "such as 700M" in refused(data, "prepare", "c4", "--tokens", "many")
-    assert "at least 1" in refused(data, "prepare", "c4", "--tokens", "0")
-    assert "characters" in refused(data, "prepare", "deepmind_math", "--tokenizer", "bytes")
-    assert "python data.py prepare c4" in refused(data, "show", "c4")
-
-
-def test_one_preparation_of_a_corpus_at_a_time(own_cache, published):
-    folder = data.prepared_folder("c4", "bytes")
-    folder.mkdir(parents=True)
-    with data.only_one(folder), pytest.raises(data.UserError, match="another process"):
-        prepare("c4", source=str(published))
-
-
-def test_memory_stays_flat_however_large_the_corpus(tmp_path, own_cache):
-    document = json.dumps({"text": "a line of text about nothing in particular, " * 200}) + "\n"
-    (tmp_path / "en").mkdir()
-    for name, lines in (("train.00000-of-01024", 7500), ("validation.00000-of-00008", 10)):
-        with gzip.open(tmp_path / f"en/c4-{name}.json.gz", "wt", compresslevel=1) as file:
-            file.writelines(itertools.repeat(document, lines))  # 66 MB of text, 132 MB of tokens
-    code = ("import data, resource, sys\nif __name__ == '__main__':\n"
-            "    data.prepare('c4', int(sys.argv[1]), 1000, 1, sys.argv[2], 'bytes')\n"
-            "    print(*(resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))")
-    (tmp_path / "measure.py").write_text(code)
-    peaks = [subprocess.run([sys.executable, tmp_path / "measure.py", str(tokens), str(tmp_path)], check=True, text=True,
-                            capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(data.__file__).parent)})
-             for tokens in (10 ** 6, 66 * 10 ** 6)]
-    small, large = ([int(mb) for mb in peak.stdout.split()[-2:]] for peak in peaks)
-    assert large[0] < small[0] + 40 and large[1] < small[1] + 40
-
-
-def test_answers_of_problems_are_what_the_loss_counts(published, own_cache):
-    prepare("deepmind_math", source=str(published))
-    for split in ("train", "val"):
-        source = data.make_source("deepmind_math", split, block_size=200)
-        x, y = source.batch(3, 8)
-        for row, targets in zip(x, y):
-            text = "".join(list(data.CHARACTERS)[t] for t in row)
-            assert text.startswith("<problem>What is ")
-            counted = "".join(list(data.CHARACTERS)[t] for t in targets if t >= 0).split("<problem>")
-            sums = [eval(q.removeprefix("What is ").split("?")[0]) for q in text.split("<problem>")[1:] if "<answer>" in q]
-            assert sums[:-1] == list(map(int, counted[:len(sums) - 1])) and len(sums) > 3
+def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(published, own_cache):
+    folder = prepare("deepmind_math", published)
+    sizes = [path.stat().st_size // 2 for path in folder.glob("train-*.bin")]
+    assert len(sizes) == 9 and all(9_900 < size <= 10_001 for size in sizes)
+    source = make_data("deepmind_math", block_size=200)
+    assert source.vocab_size == 97
+    for rows in (source.train, source.val):
+        for x, y in zip(*rows.__getitems__(range(len(rows)))):
+            assert x[0] == 95 and torch.equal(y[:-1][y[:-1] != -1], x[1:][y[:-1] != -1])
+            problems = re.findall(r"<problem>What is ([^?]*)[^<]*<answer>", characters(x))
+            sums = "".join(f"{eval(problem)}<problem>" for problem in problems)
+            counted = characters(y[y != -1])
+            assert sums.startswith(counted) and counted.count("<problem>") >= len(problems) - 1
 
 
 def test_problems_are_found_by_module_and_split(published, own_cache):
-    prepare("deepmind_math", source=str(published))
-    problems = data.make_source("deepmind_math", "val").problems(5)
-    assert list(problems) == ["interpolate/numbers__gcd", "interpolate/algebra__linear_1d",
-                              "interpolate/arithmetic__add_or_sub", "extrapolate/arithmetic__add_or_sub_big"]
-    letters = list(data.CHARACTERS)
-    for part, found in problems.items():
-        assert len(found) == 5
-        for question, answer in found:
-            question, answer = "".join(letters[t] for t in question), "".join(letters[t] for t in answer)
-            assert part.split("/")[1].removesuffix("_big") in question and question.endswith("<answer>")
-            assert str(eval(question.removeprefix("<problem>What is ").split("?")[0])) + "<problem>" == answer
+    prepare("deepmind_math", published)
+    found = make_data("deepmind_math").val.problems(7)
+    assert set(found) == {"interpolate-numbers__gcd", "interpolate-algebra__linear_1d",
+                          "interpolate-arithmetic__add_or_sub",
+                          "extrapolate-arithmetic__add_or_sub_big"}
+    for name, problems in found.items():
+        assert len(problems) == 7 and len({characters(question) for question, _ in problems}) > 3
+        for question, answer in problems:
+            asked = re.fullmatch(r"<problem>What is (\d+) \+ (\d+)\? \((\w+)\)<answer>",
+                                 characters(question))
+            assert asked[3] == name.partition("-")[2]
+            assert characters(answer) == f"{int(asked[1]) + int(asked[2])}<problem>"
 
 
-def write_vocabulary(folder):
-    """A vocabulary in the format of GPT-2's vocab.bpe and encoder.json: 256 bytes and 50,000 pairs of them."""
-    order = sorted(range(256), key=lambda b: (not chr(b).isprintable() or chr(b) == " ", b))
-    letters = {b: chr(b) if chr(b).isprintable() and chr(b) != " " else chr(256 + i - 188) for i, b in enumerate(order)}
-    pairs = [letters[a] + " " + letters[b] for a in order for b in order][:50_000]
-    vocabulary = [letters[b] for b in order] + [pair.replace(" ", "") for pair in pairs] + ["<|endoftext|>"]
-    (folder / "vocab.bpe").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
-    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    return {hashlib.sha256((folder / name).read_bytes()).hexdigest(): expected for name, expected in (
-        ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-        ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"))}
+@pytest.mark.parametrize("faults", [
+    ["cut"] * 4, ["truncate"], ["corrupt"], ["refuse"] * 3, ["cut", "no ranges"], ["empty"],
+    ["cut", "corrupt", "refuse", "truncate"]])
+@pytest.mark.parametrize("name,file", [("codeparrot", "file-000000000001.json.gz"),
+                                       ("wikitext103", "wikitext-103-raw-v1.zip")])
+def test_a_server_that_misbehaves_changes_nothing(name, file, faults, mirror, own_cache, whole):
+    mirror.faults[file] = list(faults)
+    assert contents(prepare(name, mirror.url)) == whole[name] and not mirror.faults[file]
 
 
-def test_gpt2s_vocabulary_is_fetched_checked_and_used(published, mirror, own_cache, tmp_path, monkeypatch, refused):
-    """tiktoken's own loading, with its addresses led to a server here and its checksums to these files'."""
-    (tmp_path / "files").mkdir()
-    expected, server, fetch = write_vocabulary(tmp_path / "files"), Mirror(tmp_path / "files"), tiktoken.load.read_file
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    monkeypatch.setattr(tiktoken.load, "read_file", lambda url: fetch(f"{server.url}/{url.split('/')[-1]}"))
-    monkeypatch.setattr(tiktoken.load, "check_hash", lambda raw, wanted: expected.get(hashlib.sha256(raw).hexdigest()) == wanted)
-    order = ("prepare", "c4", "--tokens", "200K", "--val_tokens", "5K", "--workers", "1", "--source", mirror.url)
-    server.faults = {"vocab.bpe": ["corrupt", "refuse"]}
-    for fault in ("ValueError", "HTTPError"):
-        assert fault in refused(data, *order)
-    monkeypatch.setattr("sys.argv", ["data.py", *order])
-    monkeypatch.setattr(data, "text_pieces", functools.partial(in_this_process, data.text_pieces))
-    data.main()
-    server.server.shutdown()
-    source = make_source("c4", "val", block_size=64)
-    assert source.vocab_size == 50257 and source.tokens.dtype == np.uint16
-    with gzip.open(published / "en/c4-validation.00000-of-00008.json.gz", "rt") as file:
-        first = json.loads(file.readline())["text"]
-    assert source.decode(source.tokens[:2000]).startswith(first + "<|endoftext|>")
-    end = source.tokens.tolist().index(50256)
-    assert source.token_bytes[source.tokens[:end]].sum() == len(first.encode()) > end
+def test_a_cut_connection_goes_on_from_where_it_broke(mirror, own_cache, published):
+    mirror.faults[FIRST] = ["cut", "cut"]
+    prepare("c4", mirror.url, wanted=1000)
+    size = (published / FIRST).stat().st_size
+    spans = [span for path, span in mirror.requests if path == f"/{FIRST}"]
+    assert spans == [None, f"bytes={size // 2}-", f"bytes={size // 2 + (size - size // 2) // 2}-"]
 
 
-def in_this_process(text_pieces, files, names, split, tokenizer, workers, place, progress):
-    """A worker of its own would fetch the vocabulary from where it really is."""
-    data.start_worker.tokenizer = tokenizer
-    for number in range(place[0], len(names)):
-        path = files.get(names[number])
-        for chunk in data.in_chunks(data.records(path, split)):
-            yield data.tokenise_chunk(chunk, True)[0], [number, 0], None
+@pytest.mark.parametrize("fault,reason", [
+    ("truncate", "damaged"), ("corrupt", "damaged"), ("refuse", "503"), ("empty", "empty")])
+def test_a_server_that_never_gets_better_is_refused(fault, reason, mirror, own_cache, whole):
+    mirror.faults["file-000000000002.json.gz"] = [fault] * 5
+    with pytest.raises(UserError, match=f"file-000000000002.json.gz: .*{reason}"):
+        prepare("codeparrot", mirror.url)
+    assert not (own_cache / "codeparrot-bytes/meta.json").exists()
+    assert contents(prepare("codeparrot", mirror.url)) == whole["codeparrot"]
 
 
-def test_bench_says_how_fast_data_are_made_and_what_share_of_a_core_a_consumer_takes(monkeypatch, capfd, refused):
-    monkeypatch.setattr("sys.argv", ["data.py", "bench", "set:length=4", "addition", "--consumer", "100k"])
-    data.main()
-    header, *lines = capfd.readouterr().out.splitlines()
-    assert "core for 0.1M/s" in header and [line.split()[0] for line in lines] == ["set:length=4", "addition"]
-    assert all(float(line.split()[-3]) > 0 and line.split()[-1].endswith("%") for line in lines)
-    assert "unknown" in refused(data, "bench", "nonsense")
+def test_what_cannot_be_prepared_is_refused(mirror, own_cache, published, tmp_path, refused):
+    order = ["prepare", "c4", "--val_tokens", "1K", "--tokens", "90M", "--tokenizer", "bytes",
+             "--workers", "1", "--source"]
+    line = refused(data, *order, mirror.url)
+    assert "c4-train.00004" in line and "404" in line
+    assert "python data.py prepare c4" in refused(data, "show", "c4")
+    mirror.close()
+    assert "cannot fetch" in refused(data, *order, mirror.url)
+    assert "cannot fetch" in refused(data, *order, "nonsense://x")
+    assert "not in" in refused(data, *order, tmp_path / "nowhere")
+    bad = tmp_path / "bad"
+    for content, reason in ((b"", "damaged"), ((published / FIRST).read_bytes()[:-9], "damaged"),
+                            (gzip.compress(b'{"text": "fine"}\n{"url": "x"}\n'), "line 2")):
+        write(bad, {"c4-train.00004-of-01024.json": content})
+        (bad / "c4-train.00004-of-01024.json").rename(bad / "c4-train.00004-of-01024.json.gz")
+        line = refused(data, *order, bad)
+        assert reason in line and "c4-train.00004" in line
+    assert "does not go" in refused(data, "prepare", "deepmind_math", "--tokenizer", "bytes")
+    assert "invalid choice" in refused(data, "prepare", "c5")
+    assert "at least 1" in refused(data, "prepare", "c4", "--tokens", "0")
 
 
-def test_long_rows_come_in_chunks_of_many_and_are_the_same_in_any_batch():
-    source = make_source("dyck:k=4,length=2048")
-    assert source.chunk_rows == 2048 and source.batch(0, 1)[0].dtype == np.int64
-    four = make_source("dyck:k=4,length=2048").batch(512, 4)  # the first rows of the second chunk
-    assert np.array_equal(four[0][:1], source.batch(2048, 1)[0]) and np.array_equal(four[1][3:], source.batch(2051, 1)[1])
+@pytest.mark.parametrize("inside", ["other/a.txt", "../../../../train-easy/outside.txt", None])
+def test_an_archive_that_is_not_the_corpus_is_refused_and_does_no_harm(
+        inside, mirror, published, own_cache, whole, tmp_path):
+    path = tmp_path / "mirror/mathematics_dataset-v1.0.tar.gz"
+    write(path.parent, {path.name: "<html>"})
+    if inside:
+        with tarfile.open(path, "w:gz") as archive:
+            archive.addfile(tarfile.TarInfo(inside), io.BytesIO())
+    mirror.folder = path.parent
+    with pytest.raises(UserError):
+        prepare("deepmind_math", mirror.url)
+    assert not list(tmp_path.rglob("outside.txt"))
+    mirror.folder = published
+    assert contents(prepare("deepmind_math", published)) == whole["deepmind_math"]
 
 
-@pytest.mark.parametrize("spec", ["stack:length=4,vocab=50000", "dyck_shuffle:k=20000,length=4", "set:length=4,vocab=50000", "dyck:k=20000,length=4"])
-def test_large_vocabularies_fit_into_the_symbols_and_the_memory(spec):
-    x, y = make_source(spec).batch(0, 500)
-    assert x.min() >= 0 and 30_000 < x.max() < make_source(spec).vocab_size
+@pytest.mark.parametrize("name,owner,function,n", [
+    ("c4", data, "fetch", 2), ("c4", data, "read_through", 3), ("c4", data.Progress, "add", 900),
+    ("c4", os, "rename", 2), ("c4", os, "replace", 1), ("c4", os, "replace", 4),
+    ("wikitext103", os, "rename", 2), ("deepmind_math", os, "replace", 6),
+    ("deepmind_math", tarfile, "copyfileobj", 4)])
+def test_killed_in_the_middle_the_same_command_ends_with_the_same_bytes(
+        name, owner, function, n, mirror, own_cache, whole):
+    run_until_killed(owner, function, n, prepare, name, mirror.url)
+    folder, = own_cache.iterdir()
+    assert not (folder / "meta.json").exists()
+    data.lock(folder / "lock", wait=True).close()  # its workers go, too
+    assert contents(prepare(name, mirror.url)) == whole[name]
+
+
+def test_one_preparation_of_a_corpus_at_a_time(own_cache, published):
+    with data.lock(own_cache / "c4-bytes/lock"), pytest.raises(UserError, match="another process"):
+        prepare("c4", published)
+    prepare("c4", published, wanted=1000)
