@@ -34,8 +34,9 @@ KINDS = {"text": f"{TEXT} --warmup dyck:k=4,length=32",
 
 def start(kind, folder):
     """A run in a folder, which has a text and a cache of its own."""
-    folder.mkdir(exist_ok=True)
-    (folder / "text").write_text("The quick brown fox jumps over the lazy dog. " * 2000)
+    if not folder.exists():
+        folder.mkdir()
+        (folder / "text").write_text("The quick brown fox jumps over the lazy dog. " * 2000)
     command = [sys.executable, *(TORCHRUN if "two" in kind else []), TRAIN, *KINDS[kind].split()]
     with open(folder / "stderr", "wb") as errors:
         return subprocess.Popen(

@@ -43,7 +43,11 @@ def accepted(flags):
 
 @pytest.mark.parametrize("name,budget", EVERY)
 def test_every_row_and_every_warm_up_is_a_command_line_of_train(name, budget, monkeypatch):
-    for row in analyze.EXPERIMENTS[name](budget):
+    rows = analyze.EXPERIMENTS[name](budget)
+    assert len({(row.column, row.name) for row in rows}) == len(rows)
+    first = {row.column: row for row in reversed(rows)}
+    assert not any(row.warmup for row in first.values()), "what the others are compared with"
+    for row in rows:
         flags = row.train
         for warmup in filter(None, (row.warmup, row.mlp_from)):
             warm = accepted(warmup)
@@ -57,14 +61,6 @@ def test_every_row_and_every_warm_up_is_a_command_line_of_train(name, budget, mo
         settings, _ = train.parse(shlex.split(flags))
         assert settings.warmup == "none"
         assert not row.warmup or parse_size(settings.size) == parse_size(warm.size)
-
-
-@pytest.mark.parametrize("name,budget", EVERY)
-def test_each_row_has_its_place_and_the_first_of_a_column_has_no_warm_up(name, budget):
-    rows = analyze.EXPERIMENTS[name](budget)
-    assert len({(row.column, row.name) for row in rows}) == len(rows)
-    first = {row.column: row for row in reversed(rows)}
-    assert not any(row.warmup or row.change for row in first.values())
 
 
 def test_the_same_flags_are_one_run_whatever_the_row_is_called():
@@ -198,6 +194,9 @@ def test_more_is_better_of_accuracies_and_less_of_losses():
     assert "| none | 2.5000 | 2 |" in text and "| dull | 3.0000 | 2 | -0.5000 |" in text
     assert "no result yet: late" in text and "no result yet: missing" in text
     assert "failed: sorting | late | 1: no room" in text and "| 0.1000 | 2/3 |" in text
+    for seed in range(3):
+        found[analyze.warmup_folder(TASK[1].warmup, seed)]["learned"] = {}
+    assert compare(TASK, 3, found)[1]["learned"] == "", "not asked of mixtures and shuffled rules"
 
 
 @pytest.mark.parametrize("name", list(analyze.EXPERIMENTS))
@@ -251,13 +250,6 @@ def test_the_hardest_of_what_a_claim_has_to_beat_decides(none, shuffled, dyck, v
         assert measured.startswith(f"{np.mean(hardest[0]):.1%} ({hardest[1]}) -> ")
 
 
-def test_a_claim_of_text_is_supported_by_a_lower_loss():
-    rows = {row.name: row for row in analyze.efficiency("quick") if row.column == "code"}
-    found = made_up({rows["none"]: (2.1, 2.2, 2.15, 2.12), rows["set"]: (1.9, 1.8, 1.95, 1.85)})
-    claim = Claim("less", "", "efficiency", "code", "set", ("none",))
-    assert analyze.judge(claim, 4, found)[3] == "supported"
-
-
 def test_the_report_has_all_claims_and_each_table_with_its_figure(tmp_path, monkeypatch):
     names = {claim.experiment for claim in analyze.CLAIMS}
     rows = [row for name in sorted(names) for row in analyze.EXPERIMENTS[name]("quick")]
@@ -298,7 +290,7 @@ def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeyp
 
 
 GOOD = {"name": TASK[0].folder(0), **record("sorting", "none", 0, 0.5)}
-RECORDS = [[1], 3, {**GOOD, "name": [1]}, {**GOOD, "result": {}}, {**GOOD, "learned": 3},
+RECORDS = [[1], 3, {**GOOD, "result": {}}, {**GOOD, "learned": 3},
            {**GOOD, "result": GOOD["result"] | {"val_accuracy": "0.5"}},
            {**GOOD, "result": None, "failed": "why"}, {**GOOD, "log": [{}]}]
 BYTES = [b"", b"no", gzip.compress(b"\xff\n"), gzip.compress(b"[" * 200_000),
