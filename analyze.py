@@ -7,9 +7,10 @@
 
 An experiment is a list of rows, and a row is a command line of train.py, which is run once for each
 seed in a folder of its own below --results. The others are compared with the first row of a column.
+What is compared is said in one place: `measure`.
 """
 import contextlib
-import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -27,14 +28,36 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (RULES, Parser, UserError, kind_of, lock, number, read_json, run_main, write_json,
+from data import (RULES, Parser, UserError, lock, number, read_json, run_main, write_json,
                   written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
-from train import OPERATIONAL, clock
+from train import OPERATIONAL, PRESETS, clock
 
 # --------------------------------------------------------------------------------------------------
-# Experiments
+# Rows are command lines
+
+
+def as_dict(flags):
+    """"--data code --lr 1e-3" -> {"--data": "code", "--lr": "1e-3"}"""
+    words = shlex.split(flags)
+    return dict(zip(words[::2], words[1::2]))
+
+
+def join(*flags):
+    """Flags one after another; of one that comes twice, the later value counts."""
+    return shlex.join(itertools.chain(*as_dict(" ".join(flags)).items()))
+
+
+def folder_of(seed, train, warmup="", change="", mlp_from=""):
+    """Where a run is. The same flags in any order are the same run, whichever experiment asks."""
+    flags = as_dict(train)
+    parts = [sorted(as_dict(part).items()) for part in (train, warmup, mlp_from)]
+    data = Path(flags.get("--data") or flags["--preset"]).name
+    label = ["warmup" if flags.get("--steps") == "0" else data,
+             flags.get("--warmup") or as_dict(warmup).get("--warmup"), flags.get("--transfer"),
+             change, f"{zlib.crc32(repr((parts, change)).encode()):08x}", f"s{seed}"]
+    return re.sub(r"[^\w.=+*-]+", "_", "-".join(filter(None, label)))
 
 
 @dataclass(frozen=True)
@@ -48,235 +71,231 @@ class Row:
     mlp_from: str = ""  # flags of a second warm-up, whose MLPs are taken with the first's attention
 
     def folder(self, seed):
-        """The same flags are the same run, whichever experiment asks."""
-        flags = repr((self.train, self.warmup, self.change, self.mlp_from)).encode()
-        return slug(f"{self.column}-{self.name}-{zlib.crc32(flags):08x}-s{seed}")
-
-
-def slug(text):
-    return re.sub(r"[^\w.=+*-]+", "_", text)
-
-
-def warmup_folder(flags, seed):
-    spec = flags.split("--warmup ")[1].split()[0]
-    return slug(f"warmup-{spec}-{zlib.crc32(flags.encode()):08x}-s{seed}")
+        return folder_of(seed, self.train, self.warmup, self.change, self.mlp_from)
 
 
 # The quick budget (ours) is for two CPU cores: minutes a run. Its tasks have the published model, a
-# quarter of the published rows at twice the rate, and stop once they are solved.
+# quarter of the published rows at twice the rate, and stop once they are solved. Their warm-ups are
+# train.py's, but half as long; those before text have the published batch and rate, and as many
+# tokens as are best in the paper.
 TASK = "--batch_size 250 --lr 2e-3 --eval_every 100 --stop_at 0.9"
 TEXT = ("--device cpu --size 4_4_128 --block_size 256 --batch_size 16 --steps 2500 --lr 3e-3 "
         "--lr_ramp 200")
-QUICK = {"haystack": f"--data haystack {TASK}",
-         "haystack:pairs=15": f"--data haystack:pairs=15 --steps 6000 {TASK}",
-         "reversed_addition": f"--data reversed_addition {TASK}",
-         "sorting": f"--data sorting {TASK}",
-         **{text: f"--data {text} {TEXT}" for text in ("code", "docs", "math")}}
-TEXTS = {"quick": ("code", "docs", "math"), "paper": ("codeparrot", "c4", "deepmind_math")}
-TASKS = {"quick": ("haystack:pairs=15", "reversed_addition", "sorting"),
-         "paper": ("haystack", "addition", "reversed_addition", "multiplication", "sorting")}
-# Before tasks a warm-up has the defaults of train.py; before text the published batch and rate, and
-# as many tokens as are best in the paper.
-BEFORE_TASKS = "--data haystack --warmup_steps 5000"
+BEFORE_TASK = "--data haystack --warmup_steps 5000"
 BEFORE_TEXT = ("--data haystack --size 4_4_128 --warmup_batch_size 64 --warmup_lr 5e-4 "
                "--warmup_lr_schedule constant --warmup_lr_ramp 0 --warmup_dropout 0.1 "
                "--warmup_tokens 4M")
+TASKS = ("recall", "addition", "reversed_addition", "multiplication", "sorting")
+TEXTS = ("code", "english", "math")
+COLUMNS = {
+    "quick": {"recall": f"--data haystack:pairs=15 --steps 6000 {TASK}",
+              "reversed_addition": f"--data reversed_addition {TASK}",
+              "sorting": f"--data sorting {TASK}",
+              "code": f"--data code {TEXT}",
+              "english": f"--data docs {TEXT}",
+              "math": f"--data math {TEXT}"},
+    "paper": {"recall": "--data haystack",
+              **{task: f"--data {task}" for task in TASKS[1:]},
+              "code": "--preset codeparrot",
+              "english": "--preset c4",
+              "math": "--preset deepmind_math"}}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task or a corpus that rows are compared on, and the flags of a run on it."""
+    name: str
+    train: str
+    text: bool
+    quick: bool
+
+
 # Two ways to take a warm-up up before tasks are published: the whole model, with embeddings at the
 # mean of the warm-up's and positions where it has as many; its attention, and all else fresh.
 WHOLE = "--transfer full --embeddings mean --positions fit"
-ATTENTION = "--transfer attn --embeddings random --positions random"
+FRESH = "--embeddings random --positions random"
+ATTENTION = f"--transfer attn {FRESH}"
 OURS = "--transfer attn --embeddings random --positions fit"
 
 
-def flags_of(column, budget):
-    """The flags of a run on a task or a corpus."""
-    if budget == "quick":
-        return QUICK[column]
-    return f"--preset {column}" if column in TEXTS["paper"] else f"--data {column}"
+def none(column, name="none", flags=""):
+    return Row(column.name, name, join(column.train, flags, "--warmup none"))
 
 
-def warmup_of(spec, column, budget):
-    """The flags of a warm-up before a task or a corpus. With --steps 0, any data will do."""
-    if budget == "paper":
-        return f"{flags_of(column, budget)} --warmup {spec} --steps 0"
-    if column not in TEXTS["quick"]:
-        return f"{BEFORE_TASKS} --warmup {spec} --steps 0"
-    if spec == "text":
-        return f"{QUICK[column]} --warmup text --warmup_tokens 4M".replace("2500", "0")
-    long = spec.removeprefix("shuffled:") in ("identity", "sort", "set", "union")
-    return f"{BEFORE_TEXT} --warmup {spec}{':length=64' * long} --steps 0"
+def warm(column, spec, name=None, flags="", warmup="", **rest):
+    """A row with a warm-up, which moves over as published unless `flags` say otherwise: the whole
+    model, before text with positions fresh. `warmup`: flags of the warm-up."""
+    how = "--transfer all" if spec == "text" else "--positions random" if column.text else WHOLE
+    return Row(column.name, name or spec, join(column.train, how, flags),
+               warmup_of(column, spec, warmup), **rest)
 
 
-def none(column, budget, name="none", more=""):
-    return Row(column, name, f"{flags_of(column, budget)} --warmup none {more}".strip())
+def warmup_of(column, spec, flags=""):
+    """The flags of a warm-up. With --steps 0 any data will do; the same are made only once."""
+    before = column.train
+    if column.quick and spec == "text":
+        before += " --warmup_tokens 4M"
+    elif column.quick:
+        before = BEFORE_TEXT if column.text else BEFORE_TASK
+    if column.text and spec.removeprefix("shuffled:") in ("identity", "sort", "set", "union"):
+        spec += ":length=64"  # as published; before tasks it is 20
+    return join(before, flags, f"--warmup {spec} --steps 0")
 
 
-def warm(column, budget, spec, name=None, how=None, more="", **rest):
-    """A row with a warm-up. Text is published with the whole model, and positions fresh."""
-    if how is None:
-        how = "--positions random" if column in TEXTS[budget] else WHOLE
-    if spec == "text":
-        how = "--transfer all"
-    return Row(column, name or spec, f"{flags_of(column, budget)} {how} {more}".strip(),
-               warmup_of(spec, column, budget), **rest)
+# --------------------------------------------------------------------------------------------------
+# Experiments: the rows of a column, the first of which the others are compared with
 
 
-def table(budget):
+def table(column):
     """which warm-up helps which task, moved over in either published way, or in ours"""
-    rows = []
-    specs = ("dyck", "identity", "set", "eca") if budget == "quick" else RULES
-    for task in TASKS[budget]:
-        rows.append(none(task, budget))
-        for spec, (name, how) in itertools.product(specs, (
-                ("whole", WHOLE), ("attention", ATTENTION), ("attention, positions", OURS))):
-            rows.append(warm(task, budget, spec, f"{spec}, {name}", how))
-    return rows
+    yield none(column)
+    for spec in ("dyck", "identity", "set", "eca") if column.quick else RULES:
+        yield warm(column, spec, f"{spec}, whole", WHOLE)
+        yield warm(column, spec, f"{spec}, attention", ATTENTION)
+        yield warm(column, spec, f"{spec}, attention, positions", OURS)
 
 
-def transfer(budget):
+def transfer(column):
     """what has to move over: the whole model, attention, MLPs or norms"""
-    rows = []
-    for column in (TASKS[budget][0], *TEXTS[budget]):
-        rows.append(none(column, budget))
-        for spec, parts in itertools.product(("set", "dyck"), ("full", "attn", "mlp", "norm")):
-            rows.append(warm(column, budget, spec, f"{spec}, {parts}", f"--transfer {parts}"))
-    return rows
+    yield none(column)
+    for spec, parts in itertools.product(("set", "dyck"), ("full", "attn", "mlp", "norm")):
+        yield warm(column, spec, f"{spec}, {parts}", f"--transfer {parts}")
 
 
-def embeddings(budget):
+def embeddings(column):
     """before recall: where token embeddings and positions begin"""
-    task = TASKS[budget][0]
-    rows = [none(task, budget)]
+    yield none(column)
     for spec, parts, start, positions in itertools.product(
             ("dyck", "identity", "set"), ("full", "attn"), ("random", "mean"), ("fit", "random")):
-        how = f"--transfer {parts} --embeddings {start} --positions {positions}"
-        rows.append(warm(task, budget, spec, f"{spec}, {parts}, {start}, {positions}", how))
-    return rows
+        yield warm(column, spec, f"{spec}, {parts}, {start}, {positions}",
+                   f"--transfer {parts} --embeddings {start} --positions {positions}")
 
 
-def controls(budget):
+def controls(column):
     """the critics' controls: shuffled rows, as many tokens of text, a baseline otherwise tuned"""
-    rows = []
-    for column in (TASKS[budget][0], *TEXTS[budget]):
-        text = ["text"] * (column in TEXTS[budget])
-        rows.append(none(column, budget))
-        rows += [warm(column, budget, spec)
-                 for spec in ("dyck", "shuffled:dyck", "set", "shuffled:set", *text)]
-        rows += [none(column, budget, f"none, {more}", f"--{more}")
-                 for more in ("lr_ramp 0", "lr_ramp 1000", "lr 1e-3", "lr 4e-3", "steps 10000")]
-    return rows
+    yield none(column)
+    text = ["text"] if column.text else []
+    for spec in ("dyck", "shuffled:dyck", "set", "shuffled:set", *text):
+        yield warm(column, spec)
+    for more in ("lr_ramp 0", "lr_ramp 1000", "lr 1e-3", "lr 4e-3", "steps 10000"):
+        yield none(column, f"none, {more}", f"--{more}")
 
 
-def changed(budget, changes):
-    """A Dyck warm-up before recall, a set warm-up before code: as it is, and after each change."""
-    rows = []
-    for column, spec in ((TASKS[budget][0], "dyck"), (TEXTS[budget][0], "set")):
-        rows += [none(column, budget), warm(column, budget, spec, "as it is")]
-        rows += [warm(column, budget, spec, change, change=change) for change in changes]
-    return rows
+def changed(column, changes):
+    """A Dyck warm-up before recall, a set warm-up before text: as it is, and after each change."""
+    spec = "set" if column.text else "dyck"
+    yield none(column)
+    yield warm(column, spec, "as it is")
+    for change in changes:
+        yield warm(column, spec, change, change=change)
 
 
-def weights(budget):
+def weights(column):
     """is it the values or the scale: weights shuffled within layers, redrawn, noisy, scaled"""
-    return changed(budget, ("shuffled", "redrawn", "noise 0.1", "noise 0.3", "noise 1",
+    return changed(column, ("shuffled", "redrawn", "noise 0.1", "noise 0.3", "noise 1",
                             "scaled 0.5", "scaled 2"))
 
 
-def heads(budget):
+def heads(column):
     """which heads carry it: the sharpest, most blurred or random quarter alone, or all but these"""
-    return changed(budget, [f"{what} {which}" for what in ("only", "without")
-                            for which in ("sharp", "blurred", "random")])
+    return changed(column, ("only sharp", "only blurred", "only random",
+                            "without sharp", "without blurred", "without random"))
 
 
-def sharpen(budget):
+def sharpen(column):
     """no warm-up, but a penalty on the attention's entropy in its place"""
-    rows = []
-    for column, spec in ((TASKS[budget][0], "dyck"), (TEXTS[budget][1], "set")):
-        rows += [none(column, budget), warm(column, budget, spec)]
-        rows += [none(column, budget, f"penalty {x}", f"--sharpen {x}") for x in (0.01, 0.1, 1)]
-    return rows
+    yield none(column)
+    yield warm(column, "set" if column.text else "dyck")
+    for penalty in (0.01, 0.1, 1):
+        yield none(column, f"penalty {penalty}", f"--sharpen {penalty}")
 
 
-def length(budget):
+def length(column):
     """how much warm-up is best, and where more becomes worse"""
-    rows = []
-    for column in TEXTS[budget]:
-        rows.append(none(column, budget))
-        for spec, tokens in itertools.product(("dyck", "set"), ("1M", "2M", "4M", "8M", "16M")):
-            row = warm(column, budget, spec, f"{spec}, {tokens}")
-            flags = row.warmup.replace(" --warmup_tokens 4M", "") + f" --warmup_tokens {tokens}"
-            rows.append(dataclasses.replace(row, warmup=flags))
-    return rows
+    yield none(column)
+    for spec, tokens in itertools.product(("dyck", "set"), ("1M", "2M", "4M", "8M", "16M")):
+        yield warm(column, spec, f"{spec}, {tokens}", warmup=f"--warmup_tokens {tokens}")
 
 
-def mix(budget):
+def mix(column):
     """set and union in proportions; the attention of one warm-up with the MLPs of another"""
-    rows = []
-    for column in TEXTS[budget]:
-        rows.append(none(column, budget))
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            mixture = f"{share}*set:length=64+{1 - share}*union:length=64"
-            spec = mixture if 0 < share < 1 else "set" if share else "union"
-            rows.append(warm(column, budget, spec, f"{share} set, the rest union"))
-    for task in TASKS[budget]:
-        rows.append(none(task, budget))
-        for spec, parts in itertools.product(("set", "eca"), ("full", "attn", "mlp")):
-            rows.append(warm(task, budget, spec, f"{spec}, {parts}", f"--transfer {parts}"))
-        for a, b in (("set", "eca"), ("eca", "set")):
-            rows.append(warm(task, budget, a, f"attention of {a}, MLPs of {b}", "",
-                             mlp_from=warmup_of(b, task, budget)))
-    return rows
+    yield none(column)
+    if column.text:
+        for spec in ("set", "union"):
+            yield warm(column, spec)
+        for share in (0.25, 0.5, 0.75):
+            yield warm(column, f"{share}*set:length=64+{1 - share}*union:length=64",
+                       f"{share} set, the rest union")
+        return
+    for a, b in (("set", "eca"), ("eca", "set")):
+        yield warm(column, a, f"{a}, whole")
+        for parts in ("attn", "mlp"):
+            yield warm(column, a, f"{a}, {parts}", f"--transfer {parts} {FRESH}")
+        yield warm(column, a, f"attention of {a}, MLPs of {b}", FRESH,
+                   mlp_from=warmup_of(column, b))
 
 
-def efficiency(budget):
+def efficiency(column):
     """how much less text does it take, until the loss is that of the baseline with all of it"""
-    rows, published = [], {"codeparrot": 20_000, "c4": 10_000, "deepmind_math": 50_000}
-    for column in TEXTS[budget]:
-        steps = published.get(column, 2500)
-        rows.append(none(column, budget))
-        rows += [warm(column, budget, spec)
-                 for spec in ("set", "union", "sort", "dyck", "dyck_shuffle", "eca", "text")]
-        for spec, share in itertools.product(("set", "union"), (0.85, 0.7, 0.55)):
-            rows.append(warm(column, budget, spec, f"{spec}, {share:.0%} of the text",
-                             more=f"--steps {round(steps * share)}"))
-    return rows
+    steps = as_dict(column.train).get("--steps") or PRESETS[column.name]["steps"]
+    yield none(column)
+    for spec in ("set", "union", "sort", "dyck", "dyck_shuffle", "eca", "text"):
+        yield warm(column, spec)
+    for spec, share in itertools.product(("set", "union"), (0.85, 0.7, 0.55)):
+        yield warm(column, spec, f"{spec}, {share:.0%} of the text",
+                   f"--steps {round(int(steps) * share)}")
 
 
-def tuned(budget):
+def each_with(column, specs, settings):
+    """The baseline and the warm-ups, all with the same flags, for each of these flags."""
+    for flags in settings:
+        name = flags.replace("--", "")
+        yield none(column, f"none, {name}", flags)
+        for spec in specs:
+            yield warm(column, spec, f"{spec}, {name}", flags)
+
+
+def tuned(column):
     """what rate and ramp are worth to the baseline and beside a warm-up, on text"""
-    rows = []
-    for column, lr, ramp in itertools.product(TEXTS[budget], ("5e-4", "1e-3", "3e-3"), (0, 200)):
-        more = f"--lr {lr} --lr_ramp {ramp}"
-        rows.append(none(column, budget, f"none, {lr}, ramp {ramp}", more))
-        rows += [warm(column, budget, spec, f"{spec}, {lr}, ramp {ramp}", more=more)
-                 for spec in ("set", "union")]
-    return rows
+    return each_with(column, ("set", "union"), [
+        f"--lr {lr} --lr_ramp {ramp}" for lr in ("5e-4", "1e-3", "3e-3") for ramp in (0, 200)])
 
 
-def grid(budget):
+def grid(column):
     """learning rate by weight decay, for none and for a warm-up: best against best"""
-    rows, column = [], TEXTS[budget][1]
-    for decay, lr in itertools.product(("0", "0.1"), ("1e-3", "2e-3", "4e-3", "8e-3")):
-        more = f"--lr {lr} --weight_decay {decay}"
-        rows.append(none(column, budget, f"none, {lr}, decay {decay}", more))
-        rows.append(warm(column, budget, "set", f"set, {lr}, decay {decay}", more=more))
-    return rows
+    return each_with(column, ("set",), [
+        f"--lr {lr} --weight_decay {decay}" for decay in (0, 0.1)
+        for lr in ("1e-3", "2e-3", "4e-3", "8e-3")])
 
 
-def scale(budget):
+def scale(column):
     """the gain over sizes of the model"""
-    rows, column = [], TEXTS[budget][1]
-    for size in ("2_4_64", "4_4_128", "6_8_256") if budget == "quick" else ("gpt2", "24_16_1024"):
-        for row in (none(column, budget), *(warm(column, budget, of) for of in ("dyck", "set"))):
-            flags = [f"{flags.replace('--size 4_4_128', '')} --size {size}" if flags else ""
-                     for flags in (row.train, row.warmup)]
-            rows.append(Row(f"{column}, {size}", row.name, *flags))
+    for size in ("2_4_64", "4_4_128", "6_8_256") if column.quick else ("gpt2", "24_16_1024"):
+        sized = Column(f"{column.name}, {size}", join(column.train, f"--size {size}"),
+                       column.text, column.quick)
+        yield none(sized)
+        for spec in ("dyck", "set"):
+            yield warm(sized, spec, warmup=f"--size {size}")
+
+
+EXPERIMENTS = {  # name: what makes the rows of a column, and of which columns
+    "table": (table, TASKS), "transfer": (transfer, ("recall", *TEXTS)),
+    "embeddings": (embeddings, ("recall",)), "controls": (controls, ("recall", *TEXTS)),
+    "weights": (weights, ("recall", "code")), "heads": (heads, ("recall", "code")),
+    "sharpen": (sharpen, ("recall", "english")), "length": (length, TEXTS),
+    "mix": (mix, (*TEXTS, *TASKS)), "efficiency": (efficiency, TEXTS), "tuned": (tuned, TEXTS),
+    "grid": (grid, ("english",)), "scale": (scale, ("english",))}
+
+
+def rows_of(name, budget):
+    """The rows of an experiment, column by column; a budget may lack some."""
+    make, columns = EXPERIMENTS[name]
+    rows = []
+    for column in filter(COLUMNS[budget].get, columns):
+        flags = COLUMNS[budget][column]
+        name = as_dict(flags).get("--data") or as_dict(flags)["--preset"]
+        rows += make(Column(name, flags, column in TEXTS, budget == "quick"))
     return rows
-
-
-EXPERIMENTS = {make.__name__: make for make in (
-    table, transfer, embeddings, controls, weights, heads, sharpen, length, mix, efficiency, tuned,
-    grid, scale)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,10 +311,9 @@ def change_weights(model, change, seed, blur=None):
     "sharp", "blurred" or "random": that quarter of the heads is kept, or drawn afresh (the others
     the other way round), by `blur`, the entropy of each head (n_layer, n_head)."""
     what, _, which = change.partition(" ")
-    generator = torch.Generator().manual_seed(seed)
     if what in ("only", "without"):
-        replace_heads(model, what == "without", which, seed, blur)
-        return
+        return replace_heads(model, what == "without", which, seed, blur)
+    generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if part_of(name) not in ("attn", "mlp"):
             continue
@@ -311,25 +329,25 @@ def change_weights(model, change, seed, blur=None):
 
 
 def replace_heads(model, replaced, which, seed, blur):
-    """Draws a quarter of the heads afresh, or with replaced=False all the others: their queries,
-    keys, values and output."""
+    """Draws a quarter of the heads afresh, or with replaced=False all the others."""
     order = np.argsort(blur, axis=None)
     if which == "random":
         order = np.random.default_rng(seed).permutation(blur.size)
-    quarter = max(1, blur.size // 4)
-    chosen = order[-quarter:] if which == "blurred" else order[:quarter]
+    elif which == "blurred":
+        order = order[::-1]
+    quarter = np.isin(np.arange(blur.size), order[:max(1, blur.size // 4)])
+    afresh = torch.from_numpy(quarter == replaced).view(blur.shape)
     torch.manual_seed(seed + 2 ** 33)
-    fresh, c = GPT(model.config), model.config
-    width = c.n_embd // c.n_head
-    for i in range(blur.size):
-        if (i in chosen) == replaced:
-            layer, head = divmod(i, c.n_head)
-            ours, theirs = model.h[layer].attn, fresh.h[layer].attn
-            inside = torch.arange(head * width, (head + 1) * width)
-            rows = torch.cat([inside + place * c.n_embd for place in range(3)])  # of q, k and v
-            ours.c_attn.weight[rows] = theirs.c_attn.weight[rows]
-            ours.c_attn.bias[rows] = theirs.c_attn.bias[rows]
-            ours.c_proj.weight[:, inside] = theirs.c_proj.weight[:, inside]
+    for block, other, heads in zip(model.h, GPT(model.config).h, afresh):
+        for ours, theirs in zip(by_head(block.attn, len(heads)), by_head(other.attn, len(heads))):
+            ours[heads] = theirs[heads]
+
+
+def by_head(attn, n_head):
+    """The queries, keys and values, their biases, and the output, with the heads in front."""
+    return [attn.c_attn.weight.unflatten(0, (3, n_head, -1)).transpose(0, 1),
+            attn.c_attn.bias.unflatten(0, (3, n_head, -1)).transpose(0, 1),
+            attn.c_proj.weight.unflatten(1, (n_head, -1)).transpose(0, 1)]
 
 
 def changed_checkpoint(path, change, seed, to):
@@ -364,41 +382,43 @@ def call_train(flags, folder, seed, device):
 
 
 def make_warmup(flags, seed, results, device):
-    """Makes a warm-up unless it is there, and asks whether it was learned -> its checkpoint."""
-    folder = results / warmup_folder(flags, seed)
+    """Makes a warm-up unless it is there, and asks whether it was learned. Returns its checkpoint,
+    as seen from `results`. Raises UserError and Stopped."""
+    folder = results / folder_of(seed, flags)
     if not (folder / "result.json").exists():
         call_train(flags, folder, seed, device)
     if not (folder / "learned.json").exists():
         finding = probe_learned(Opened(folder / "warmup.pt", "cpu"))
         found = {key: value for key, (value, _) in finding.table.items()} if finding else {}
         write_json(folder / "learned.json", json.loads(json.dumps(found, default=float)))
-    return folder / "warmup.pt"
+    return f"{folder.name}/warmup.pt"
 
 
 def make_run(row, seed, results, device, warmups):
     """Runs or resumes a row with one seed. Raises UserError and Stopped."""
-    flags, folder, scratch = row.train, results / row.folder(seed), None
+    flags, folder = row.train, results / row.folder(seed)
+    scratch = results / f"{folder.name}.changed.pt"
     if row.warmup:
         path = warmups[row.warmup, seed].result()
         if row.change:
-            scratch = path = changed_checkpoint(path, row.change, seed, f"{folder}.changed.pt")
-        flags += f" --{'attn_from' if row.mlp_from else 'init'} {Path(path).relative_to(results)}"
+            changed_checkpoint(results / path, row.change, seed, scratch)
+            path = scratch.name
+        flags += f" --{'attn_from' if row.mlp_from else 'init'} {shlex.quote(path)}"
     if row.mlp_from:
-        flags += f" --mlp_from {warmups[row.mlp_from, seed].result().relative_to(results)}"
+        flags += f" --mlp_from {shlex.quote(warmups[row.mlp_from, seed].result())}"
     call_train(flags, folder, seed, device)
-    if scratch:
-        Path(scratch).unlink()
+    scratch.unlink(missing_ok=True)
 
 
 def run_all(rows, seeds, results, jobs, device):
     """Every row with every seed that has no result yet, `jobs` at a time, all rows of a seed first;
     and before these, the warm-ups that they take up."""
-    found, began, counts, warmups = read_results(results), time.time(), {}, {}
-    runs = {}
+    found, runs, warmups = read_results(results), {}, {}
     for seed, row in itertools.product(range(seeds), rows):
         if "result" not in found.get(row.folder(seed), {}):
             runs.setdefault(row.folder(seed), (row, seed))
     print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
+    began, ended = time.time(), itertools.count(1)
 
     def one(row, seed):
         failed = results / f"{row.folder(seed)}.failed"
@@ -411,18 +431,19 @@ def run_all(rows, seeds, results, jobs, device):
         except UserError as error:
             failed.write_text(f"{error}\n")
             state = f"failed: {error}"
-        counts[row, seed] = state
-        left = clock((time.time() - began) / len(counts) * (len(runs) - len(counts)))
-        print(f"[{len(counts)}/{len(runs)}] {row.column} | {row.name} | seed {seed}: {state}; "
-              f"{left} left", flush=True)
+        n = next(ended)
+        left = clock((time.time() - began) / n * (len(runs) - n))
+        print(f"[{n}/{len(runs)}] {row.column} | {row.name} | seed {seed}: {state}; {left} left",
+              flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = []
         for seed in range(seeds):
             ours = [row for row, of in runs.values() if of == seed]
-            for flags in dict.fromkeys(itertools.chain(*((r.warmup, r.mlp_from) for r in ours))):
-                if flags:
-                    warmups[flags, seed] = pool.submit(make_warmup, flags, seed, results, device)
+            for row, flags in itertools.product(ours, ("warmup", "mlp_from")):
+                key = getattr(row, flags), seed
+                if key[0] and key not in warmups:
+                    warmups[key] = pool.submit(make_warmup, *key, results, device)
             futures += [pool.submit(one, row, seed) for row in ours]
         try:
             for future in futures:
@@ -435,44 +456,69 @@ def run_all(rows, seeds, results, jobs, device):
 # --------------------------------------------------------------------------------------------------
 # Results
 
+# What is read has this form, or is refused: nothing later on has to doubt it.
+MEASURED = {"val_loss": float, "val_accuracy": float}
+CONFIG = {"warmup": str, "settings": {
+    "data": str, "tokenizer": (str, type(None)), "steps": float, "seed": float, "transfer": str,
+    "embeddings": str, "positions": str}}
+LOG = [{"step": float, "tokens": float} | MEASURED]
+RUN = {"result": CONFIG | MEASURED, "log": LOG, "learned": dict}
 
-def read_run(path):
-    """A run's folder -> {"result": result.json, "log": evaluations, "learned": of a warm-up}."""
-    record = {"result": read_json(path / "result.json"), "log": read_log(path)}
-    if not {"settings", "val_loss", "val_accuracy", "tokens"} <= record["result"].keys():
-        raise UserError(f"{path / 'result.json'} is not of a run")
-    if (path / "learned.json").exists():
-        record["learned"] = read_json(path / "learned.json")
-    return record
+
+def fits(value, form):
+    """Whether a value has these keys and types. Lists are not empty, numbers finite."""
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), form[key]) for key in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and bool(value) and all(fits(x, form[0]) for x in value)
+    if form is float:
+        return type(value) in (int, float) and abs(value) < 1e15
+    return isinstance(value, form)
+
+
+def checked(value, form, where):
+    if not fits(value, form):
+        raise UserError(f"{where} is not as train.py and analyze.py write it")
+    return value
 
 
 def read_log(path):
-    """The entries of a run's training stage that hold an evaluation."""
+    """The evaluations of a run's training stage. Raises UserError."""
     entries = []
-    with contextlib.suppress(OSError):
-        for line in (path / "log.jsonl").read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
-                entry = json.loads(line)
-                if entry["stage"] == "train" and "val_loss" in entry:
-                    entries.append(entry)
-    return entries
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # half a line
+            entry = json.loads(line)
+            if entry["stage"] == "train" and "val_loss" in entry:
+                entries.append(entry)
+    return checked(entries, LOG, path)
+
+
+def read_packed(path):
+    try:
+        with gzip.open(path, "rt") as file:
+            records = [json.loads(line) for line in file]
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise UserError(f"{path} is not a file that analyze.py pack wrote: {error}") from None
+    for record in checked(records, [{"name": str}], path):
+        checked(record, RUN if "result" in record else {"failed": str}, path)
+    return {record.pop("name"): record for record in records}
 
 
 def read_results(where):
-    """{folder name: record} of the runs in a folder and of the packed files in it, or of one packed
-    file; of runs that failed, {"failed": why}. Raises UserError."""
+    """{folder name: {"result": result.json, "log": evaluations, "learned": of a warm-up}, or of a
+    run that failed {"failed": why}} of a folder and the packed files in it, or of one packed file.
+    Raises UserError."""
     where, found = Path(where), {}
-    for packed in [where] if where.is_file() else sorted(where.glob("*.jsonl.gz")):
-        try:
-            with gzip.open(packed, "rt") as file:
-                found |= {record.pop("name"): record for record in map(json.loads, file)}
-        except (OSError, EOFError, ValueError, KeyError, AttributeError, zlib.error) as error:
-            raise UserError(f"{packed} is not a file that analyze.py pack wrote: {error}") from None
-    for path in sorted(where.glob("*")) if where.is_dir() else ():
-        if path.suffix == ".failed":
-            found.setdefault(path.stem, {"failed": path.read_text().strip()})
-        elif (path / "result.json").exists():
-            found[path.name] = read_run(path)
+    for path in [where] if where.is_file() else sorted(where.glob("*")):
+        result, learned = path / "result.json", path / "learned.json"
+        if path == where or path.suffix == ".gz" and path.is_file():
+            found |= read_packed(path)
+        elif path.suffix == ".failed":
+            found.setdefault(path.stem, {"failed": path.read_text(errors="replace").strip()})
+        elif result.exists():
+            found[path.name] = {"result": checked(read_json(result), RUN["result"], result),
+                                "log": read_log(path / "log.jsonl"),
+                                "learned": read_json(learned) if learned.exists() else {}}
     return found
 
 
@@ -486,24 +532,49 @@ def pack(where, to):
 
 
 # --------------------------------------------------------------------------------------------------
-# Statistics and tables
+# What a run is worth, and whether two settings differ
+
+FOUND = 0.9    # of held-out answers right: a task is learned
+MARGIN = 0.03  # nats per token of text: less is no difference worth having
+
+
+def is_text(record):
+    return record["result"]["settings"]["tokenizer"] is not None
+
+
+def measure(record):
+    """The value of a run, of which less is better: on a task the steps until it was learned, as
+    two evaluations in a row say, or all its steps if it never was; on text the final held-out loss.
+
+    Not the final accuracy: runs find an answer suddenly, each at its own time, so that accuracy
+    only tells where the budget cut them off."""
+    if is_text(record):
+        return record["result"]["val_loss"]
+    for first, second in itertools.pairwise(record["log"]):
+        if min(first["val_accuracy"], second["val_accuracy"]) >= FOUND:
+            return first["step"]
+    return record["result"]["settings"]["steps"]
+
+
+@functools.cache
+def deals(n, of):
+    """All ways to choose n of so many places, or 100,000 random ones; the first is the first n."""
+    if math.comb(of, n) <= 200_000:
+        return np.array(list(itertools.combinations(range(of), n)))
+    chosen = np.random.default_rng(0).random((100_000, of)).argsort(1)[:, :n]
+    chosen[0] = range(n)  # what happened is one of the ways: p is never 0
+    return chosen
 
 
 def permutation_p(a, b):
     """Two-sided p that a and b differ in their mean by chance: the share of all ways to deal their
-    values out again, or of 100,000 random ones, in which the means differ as much or more."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    both, n = np.concatenate([a, b]), len(a)
+    values out again in which the means differ as much or more."""
     if min(len(a), len(b)) < 2:
         return math.nan
-    if math.comb(len(both), n) <= 200_000:
-        deals = np.array(list(itertools.combinations(range(len(both)), n)))
-    else:
-        deals = np.random.default_rng(0).random((100_000, len(both))).argsort(1)[:, :n]
-    sums = both[deals].sum(1)
-    differences = np.abs(sums / n - (both.sum() - sums) / len(b))
-    as_much = abs(a.mean() - b.mean()) - 1e-9 * np.abs(both).max()  # but for rounding
-    return float((differences >= as_much).mean())
+    both = np.array([*a, *b], float)
+    sums = both[deals(len(a), len(both))].sum(1)
+    differences = np.abs(sums / len(a) - (both.sum() - sums) / len(b))
+    return float((differences >= differences[0] - 1e-9 * np.abs(both).max()).mean())  # rounding
 
 
 def bootstrap(a, b):
@@ -514,84 +585,93 @@ def bootstrap(a, b):
     return float(low), float(high)
 
 
-def compare(rows, seeds, found):
-    """An entry for each row: its values by seed, and how they differ from the column's first row's.
-    Of tasks the accuracy, of text minus the loss, so that more is better."""
-    entries, first = [], {}
-    for row in rows:
-        text = "--preset" in row.train or kind_of(shlex.split(row.train)[1]) == "text"
-        values, failed, learned = {}, [], []
+class Outcome:
+    """What came of a row with each seed, as far as there are results."""
+
+    def __init__(self, row, seeds, found):
+        self.row, self.runs, self.failed, verdicts = row, [], [], []
         for seed in range(seeds):
             record = found.get(row.folder(seed), {})
-            if "result" in record:
-                result = record["result"]
-                values[seed] = -result["val_loss"] if text else result["val_accuracy"]
-                if row.warmup:
-                    gate = found.get(warmup_folder(row.warmup, seed), {}).get("learned", {})
-                    learned.append(gate.get("verdict") == "learned")
-            elif "failed" in record:
-                failed.append(f"failed: {row.column} | {row.name} | {seed}: {record['failed']}")
-        entry = {"row": row, "text": text, "values": values, "failed": failed,
-                 "learned": f"{sum(learned)}/{len(learned)}" if learned else ""}
-        base = first.setdefault(row.column, values)
-        if values and base and base is not values:
-            a, b = list(values.values()), list(base.values())
-            entry |= {"gain": np.mean(a) - np.mean(b), "interval": bootstrap(a, b),
-                      "p": permutation_p(a, b)}
-        entries.append(entry)
-    return entries
+            if "failed" in record:
+                self.failed.append(f"{row.column} | {row.name} | {seed}: {record['failed']}")
+            elif record:
+                self.runs.append(record)
+                warmup = found.get(folder_of(seed, row.warmup), {}) if row.warmup else {}
+                verdicts.append(warmup.get("learned", {}).get("verdict"))
+        asked = [verdict == "learned" for verdict in verdicts if verdict]  # not all rules can be
+        self.learned = f"{sum(asked)}/{len(asked)}" if asked else ""
+        self.n, self.values = len(self.runs), [measure(run) for run in self.runs]
+        if self.n:
+            self.mean, self.text = np.mean(self.values), is_text(self.runs[0])
+            self.budget = self.runs[0]["result"]["settings"]["steps"]
+            self.accuracy = np.mean([run["result"]["val_accuracy"] for run in self.runs])
+
+    def show(self, value):
+        return f"{value:.4f}" if self.text else f"{value:,.0f}"
+
+    def against(self, base):
+        """How much less was measured than of a baseline, the 95 % interval of that, and p."""
+        return (base.mean - self.mean, bootstrap(base.values, self.values),
+                permutation_p(base.values, self.values))
 
 
-def show(value, text):
-    return f"{value:.4f}" if text else f"{value:.1%}"
+def compare(rows, seeds, found):
+    """{column: outcomes of its rows}"""
+    columns = {}
+    for row in rows:
+        columns.setdefault(row.column, []).append(Outcome(row, seeds, found))
+    return columns
 
 
-def mean_of(entry):
-    """As it was measured: the accuracy, or the loss."""
-    return abs(np.mean(list(entry["values"].values())))
+# --------------------------------------------------------------------------------------------------
+# Tables and figures
 
 
-def table_lines(entries):
+def table_lines(columns):
     """A table for each column, in Markdown, which reads well in a terminal, too."""
     lines = []
-    for column, here in itertools.groupby(entries, lambda entry: entry["row"].column):
-        here = list(here)
-        measure = "loss" if here[0]["text"] else "accuracy"
-        lines += ["", f"| {column} | {measure} | n | gain over {here[0]['row'].name} | 95 % | p | "
-                  "learned |", "|---|---|---|---|---|---|---|"]
-        for entry in here:
-            text, cells = entry["text"], ["", "", ""]
-            if not entry["values"]:
-                continue
-            if "gain" in entry:
-                ends = " to ".join(show(end, text) for end in entry["interval"])
-                cells = [show(entry["gain"], text), ends, f"{entry['p']:.4f}"]
-            cells = [entry["row"].name, show(mean_of(entry), text), str(len(entry["values"])),
-                     *cells, entry["learned"]]
-            lines.append(f"| {' | '.join(cells)} |")
-        missing = [entry["row"].name for entry in here if not entry["values"]]
+    for column, outcomes in columns.items():
+        there, first = [each for each in outcomes if each.n], outcomes[0]
+        if there:
+            measured = "loss" if there[0].text else f"steps to {FOUND:.0%} | found | accuracy"
+            lines += ["", f"| {column} | {measured} | n | gain over {first.row.name} | 95 % | p | "
+                      "learned |", "|---" * (7 if there[0].text else 9) + "|"]
+        for each in there:
+            cells = [each.row.name, each.show(each.mean)]
+            if not each.text:
+                found = sum(value < each.budget for value in each.values)
+                cells += [f"{found}", f"{each.accuracy:.1%}"]
+            compared = ["", "", ""]
+            if first.n and each is not first:
+                gain, (low, high), p = each.against(first)
+                compared = [each.show(gain), f"{each.show(low)} to {each.show(high)}", f"{p:.4f}"]
+            lines.append(f"| {' | '.join([*cells, str(each.n), *compared, each.learned])} |")
+        missing = [each.row.name for each in outcomes if not each.n]
         lines += ["", f"no result yet: {'; '.join(missing)}"] if missing else []
-    return lines + [line for entry in entries for line in entry["failed"]]
+        lines += [f"failed: {line}" for each in outcomes for line in each.failed]
+    return lines
 
 
-def draw(entries, path):
-    """A panel for each column: every seed a dot, the mean a bar, that of the first row dotted."""
-    entries = [entry for entry in entries if entry["values"]]
-    columns = {}
-    for entry in entries:
-        columns.setdefault(entry["row"].column, []).append(entry)
-    deepest = max(map(len, columns.values()))
+def draw(columns, path):
+    """A panel for each column: every seed a dot, the mean a bar."""
+    columns = {column: outcomes for column, outcomes in columns.items()
+               if any(each.n for each in outcomes)}
     figure, axes = pyplot().subplots(1, len(columns), squeeze=False, figsize=(
-        2 + 4.5 * len(columns), 1.5 + 0.34 * deepest))
-    for axis, (column, here) in zip(axes[0], columns.items()):
-        for y, entry in enumerate(here):
-            values = [abs(value) for value in entry["values"].values()]
-            axis.plot(values, [y] * len(values), "o", color="C0", alpha=0.5)
-            axis.plot([mean_of(entry)], [y], "|", color="black", markersize=16, markeredgewidth=2)
-        axis.axvline(mean_of(here[0]), color="grey", linestyle=":")
-        axis.set_yticks(range(len(here)), [entry["row"].name for entry in here])
-        axis.set(title=column, ylim=(len(here) - 0.5, -0.5),
-                 xlabel="held-out loss (nats per token)" if here[0]["text"] else "accuracy")
+        2 + 4.5 * len(columns), 1.5 + 0.34 * max(map(len, columns.values()))))
+    for axis, (column, outcomes) in zip(axes[0], columns.items()):
+        there, first = [each for each in outcomes if each.n], outcomes[0]
+        for y, each in enumerate(there):
+            axis.plot(each.values, [y] * each.n, "o", color="C0", alpha=0.5)
+            axis.plot([each.mean], [y], "|", color="black", markersize=16, markeredgewidth=2)
+        if not there[0].text:
+            axis.axvline(there[0].budget, color="grey", linestyle=":")
+            axis.set(xlim=(0, None), xlabel=f"steps to {FOUND:.0%} right (dotted: the budget)")
+        else:
+            axis.set_xlabel(f"held-out loss, nats per token (dotted: {first.row.name})")
+            if first.n:
+                axis.axvline(first.mean, color="grey", linestyle=":")
+        axis.set_yticks(range(len(there)), [each.row.name for each in there])
+        axis.set(title=column, ylim=(len(there) - 0.5, -0.5))
     keep_figure(figure, path)
 
 
@@ -602,19 +682,21 @@ def curves(runs, picture):
     data = list(dict.fromkeys(said["settings"]["data"] for _, said, _ in runs))
     if len(data) > 1:
         raise UserError(f"these runs are on different data, and do not compare: {', '.join(data)}")
-    metric = "val_accuracy" if kind_of(data[0]) == "task" else "val_loss"
-    moot = OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
+    metric, ylabel = "val_loss", "held-out loss (nats per token)"
+    if runs[0][1]["settings"]["tokenizer"] is None:
+        metric, ylabel = "val_accuracy", "accuracy on held-out answers"
     groups = {}
     print(f"{'run':44} {'warm-up':20} {'seed':>4} {'tokens':>13} {'loss':>8} {'accuracy':>9}")
     for name, said, points in runs:
-        s, last = said["settings"], points[-1]
-        how = [] if said["warmup"] == "none" else [s["transfer"], s["embeddings"], s["positions"]]
-        label = ", ".join([said["warmup"], *how])
-        alike = [value for key, value in sorted(s.items()) if key not in moot and
-                 not (key in ("transfer", "embeddings", "positions") and not how)]
-        groups.setdefault((label, repr(alike)), []).append(points)
-        print(f"{name:44} {said['warmup']:20} {s['seed']:4} {last['tokens']:13,} "
-              f"{last['val_loss']:8.4f} {last['val_accuracy']:9.2%}")
+        s, last, label = dict(said["settings"]), points[-1], said["warmup"]
+        print(f"{name:44} {label:20} {s['seed']:4} {last['tokens']:13,} {last['val_loss']:8.4f} "
+              f"{last['val_accuracy']:9.2%}")
+        moved = [s.pop(key) for key in ("transfer", "embeddings", "positions")]
+        if label != "none":  # else nothing moved
+            label = ", ".join([label, *moved])
+        moot = OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
+        alike = repr([s[key] for key in sorted(s.keys() - moot)])
+        groups.setdefault((label, alike), []).append(points)
     figure, axis = pyplot().subplots(figsize=(8, 5.5))
     for i, ((label, _), group) in enumerate(groups.items()):
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
@@ -626,26 +708,21 @@ def curves(runs, picture):
         for each in values:
             axis.plot(list(each), list(each.values()), color=f"C{i}", alpha=0.35, linewidth=0.8)
     axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
-    axis.set(title=data[0], xlabel="tokens of training", ylabel={
-        "val_accuracy": "accuracy on held-out answers",
-        "val_loss": "held-out loss (nats per token)"}[metric])
+    axis.set(title=data[0], xlabel="tokens of training", ylabel=ylabel)
     axis.legend()
     keep_figure(figure, picture)
 
 
 def runs_of(patterns, results):
     """What curves draws: folders of runs, or with results those whose names hold one of these."""
-    runs = []
-    if results:
-        for name, record in read_results(results).items():
-            if any(pattern in name for pattern in patterns) and "result" in record:
-                runs.append((name, record["result"], record["log"]))
-    else:
-        for path in map(Path, patterns):
-            runs.append((str(path), read_json(path / "config.json"), read_log(path)))
-    runs = [run for run in runs if run[2]]
+    if not results:
+        return [(str(path), checked(read_json(path / "config.json"), CONFIG, path / "config.json"),
+                 read_log(path / "log.jsonl")) for path in map(Path, patterns)]
+    runs = [(name, record["result"], record["log"]) for name, record in
+            read_results(results).items() if "result" in record
+            and any(pattern in name for pattern in patterns)]
     if not runs:
-        raise UserError(f"no evaluation of a training stage in {', '.join(patterns)}")
+        raise UserError(f"no run in {results} is named like {', '.join(patterns)}")
     return runs
 
 
@@ -679,20 +756,22 @@ CLAIMS = [
 
 
 def judge(claim, seeds, found):
-    """What was measured, how many seeds, p and the verdict: the hardest to beat decides."""
-    entries = compare(EXPERIMENTS[claim.experiment]("quick"), seeds, found)
-    by_name = {entry["row"].name: entry for entry in entries if entry["row"].column == claim.column}
-    better = by_name[claim.better]
-    others = [by_name[name] for name in claim.worse]
-    if not all(entry["values"] for entry in (better, *others)):
+    """What was measured, of how many seeds, p, and the verdict: the hardest to beat decides."""
+    rows = {row.name: row for row in rows_of(claim.experiment, "quick")
+            if row.column == claim.column}
+    ours, *others = [Outcome(rows[name], seeds, found) for name in (claim.better, *claim.worse)]
+    if not all(each.n for each in (ours, *others)):
         return "", 0, math.nan, "not run"
-    hardest = max(others, key=lambda entry: np.mean(list(entry["values"].values())))
-    a, b, text = list(better["values"].values()), list(hardest["values"].values()), better["text"]
-    p, gain, (low, high) = permutation_p(a, b), np.mean(a) - np.mean(b), bootstrap(a, b)
-    verdict = "undecided" if not p < 0.05 else "supported" if gain > 0 else "contradicted"
-    measured = (f"{show(mean_of(hardest), text)} ({hardest['row'].name}) -> "
-                f"{show(mean_of(better), text)}, gain {show(low, text)} to {show(high, text)}")
-    return measured, min(len(a), len(b)), p, verdict
+    hardest = min(others, key=lambda each: each.mean)
+    gain, (low, high), p = ours.against(hardest)
+    verdict = "undecided"
+    if p < 0.05 / len(CLAIMS):  # Bonferroni: one false finding in 20 such lists of claims
+        verdict = "supported" if gain > 0 else "contradicted"
+    elif ours.text and not math.isnan(p) and -MARGIN < low and high < MARGIN:
+        verdict = "no difference beyond the margin"
+    measured = (f"{ours.show(hardest.mean)} ({hardest.row.name}) -> {ours.show(ours.mean)} "
+                f"{'nats' if ours.text else 'steps'}, gain {ours.show(low)} to {ours.show(high)}")
+    return measured, min(hardest.n, ours.n), p, verdict
 
 
 def claims_lines(found, seeds):
@@ -701,19 +780,20 @@ def claims_lines(found, seeds):
     for claim in CLAIMS:
         measured, n, p, verdict = judge(claim, seeds, found)
         command = f"`{claim.experiment} --only {shlex.quote(claim.column)}`"
-        cells = [claim.text, claim.published, measured, str(n), "" if math.isnan(p) else f"{p:.4f}"]
-        lines.append(f"| {' | '.join(cells)} | {verdict} | {command} |")
+        lines.append(f"| {claim.text} | {claim.published} | {measured} | {n} | {p:.4f} | "
+                     f"{verdict} | {command} |")
     return lines
 
 
-def report(found, seeds, folder):
-    """All claims, tables and figures that there are results for, in one Markdown file."""
+def report(results, seeds):
+    """All claims, tables and figures that there are results for, in report.md beside them."""
+    found, folder = read_results(results), results if results.is_dir() else results.parent
     lines = ["# What was found", "", *claims_lines(found, seeds)]
-    for budget, (name, make) in itertools.product(("quick", "paper"), EXPERIMENTS.items()):
-        entries = compare(make(budget), seeds, found)
-        if any("gain" in entry for entry in entries):
-            draw(entries, folder / f"{name}-{budget}.png")
-            lines += ["", f"## {name} ({budget}): {make.__doc__}", *table_lines(entries), "",
+    for budget, (name, (make, _)) in itertools.product(COLUMNS, EXPERIMENTS.items()):
+        columns = compare(rows_of(name, budget), seeds, found)
+        if any(each.n for outcomes in columns.values() for each in outcomes[1:]):
+            draw(columns, folder / f"{name}-{budget}.png")
+            lines += ["", f"## {name} ({budget}): {make.__doc__}", *table_lines(columns), "",
                       f"![{name}]({name}-{budget}.png)"]
     with written_whole(folder / "report.md") as file:
         file.write(("\n".join(lines) + "\n").encode())
@@ -722,7 +802,7 @@ def report(found, seeds, folder):
 
 def experiment(name, args):
     """Runs what is missing of an experiment, or of the part that --only names, and shows it."""
-    rows, results = EXPERIMENTS[name](args.budget), Path(args.results)
+    rows, results = rows_of(name, args.budget), Path(args.results)
     wanted = [row for row in rows if args.only in f"{row.column} | {row.name}"]
     if not wanted:
         raise UserError(f"--only {args.only} is in no \"column | row\" of {name}, such as "
@@ -734,11 +814,11 @@ def experiment(name, args):
         with lock(results / ".lock"):
             run_all(rows, args.seeds, results.resolve(), args.jobs,
                     ["--device", args.device] if args.device else [])
-    entries = compare(rows, args.seeds, read_results(results))
-    print(f"\n{name} ({args.budget}): {EXPERIMENTS[name].__doc__}", *table_lines(entries), sep="\n")
-    if any(entry["values"] for entry in entries):
-        folder = results if results.is_dir() else Path()
-        draw(entries, folder / f"{name}-{args.budget}.png")
+    columns = compare(rows, args.seeds, read_results(results))
+    print(f"\n{name} ({args.budget}): {EXPERIMENTS[name][0].__doc__}", *table_lines(columns),
+          sep="\n")
+    if any(each.n for outcomes in columns.values() for each in outcomes):
+        draw(columns, (results if results.is_dir() else Path()) / f"{name}-{args.budget}.png")
 
 
 def main():
@@ -748,9 +828,9 @@ def main():
     drawer.add_argument("runs", nargs="+", help="folders, or with --results parts of names")
     drawer.add_argument("--results", help="a folder of many runs, or a packed file")
     drawer.add_argument("--picture", default="curves.png", help="(default curves.png)")
-    for name, make in EXPERIMENTS.items():
+    for name, (make, _) in EXPERIMENTS.items():
         runner = commands.add_parser(name, help=make.__doc__)
-        runner.add_argument("--budget", choices=("quick", "paper"), default="quick",
+        runner.add_argument("--budget", choices=COLUMNS, default="quick",
                             help="for two CPU cores, or as published (default quick)")
         runner.add_argument("--only", default="", metavar="TEXT",
                             help="rows with this in \"column | row\", and the first row")
@@ -764,7 +844,7 @@ def main():
     for name, command in commands.choices.items():
         if name != "curves":
             command.add_argument("--results", default="results", help="(default results)")
-            command.add_argument("--seeds", type=number(1, 1000), default=3, help="(default 3)")
+            command.add_argument("--seeds", type=number(1, 1000), default=10, help="(default 10)")
     args = parser.parse_args()
     if args.command == "curves":
         curves(runs_of(args.runs, args.results), args.picture)
@@ -773,8 +853,7 @@ def main():
     elif args.command == "claims":
         print("\n".join(claims_lines(read_results(args.results), args.seeds)))
     elif args.command == "report":
-        results = Path(args.results)
-        report(read_results(results), args.seeds, results if results.is_dir() else results.parent)
+        report(Path(args.results), args.seeds)
     else:
         experiment(args.command, args)
 

@@ -19,7 +19,7 @@ import torch
 
 import analyze
 import train
-from analyze import Claim, Row, compare, permutation_p, table_lines
+from analyze import Claim, Row, compare, measure, permutation_p, table_lines
 from conftest import ROOT
 from data import Rows, lock
 from model import GPT, GPTConfig, parse_size, part_of
@@ -43,7 +43,7 @@ def accepted(flags):
 
 @pytest.mark.parametrize("name,budget", EVERY)
 def test_every_row_and_every_warm_up_is_a_command_line_of_train(name, budget, monkeypatch):
-    rows = analyze.EXPERIMENTS[name](budget)
+    rows = analyze.rows_of(name, budget)
     assert len({(row.column, row.name) for row in rows}) == len(rows)
     first = {row.column: row for row in reversed(rows)}
     assert not any(row.warmup for row in first.values()), "what the others are compared with"
@@ -64,7 +64,7 @@ def test_every_row_and_every_warm_up_is_a_command_line_of_train(name, budget, mo
 
 
 def test_the_same_flags_are_one_run_whatever_the_row_is_called():
-    rows = [row for name, budget in EVERY for row in analyze.EXPERIMENTS[name](budget)]
+    rows = [row for name, budget in EVERY for row in analyze.rows_of(name, budget)]
     folders, flags = {}, {}
     for row in rows:
         said = row.train, row.warmup, row.change, row.mlp_from
@@ -74,7 +74,7 @@ def test_the_same_flags_are_one_run_whatever_the_row_is_called():
     assert max(map(len, flags.values())) == 1, "the same flags in two folders"
     assert rows[0].folder(0) != rows[0].folder(1)
     warmups = {row.warmup for row in rows if row.warmup}
-    assert len({analyze.warmup_folder(warmup, 0) for warmup in warmups}) == len(warmups)
+    assert len({analyze.folder_of(0, warmup) for warmup in warmups}) == len(warmups)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -139,33 +139,43 @@ def test_the_bootstrap_interval_is_around_the_difference_and_as_wide_as_theory_s
 # --------------------------------------------------------------------------------------------------
 # Tables, figures and claims of made-up results
 
+BUDGET = 1000
 TASK = [Row("sorting", "none", "--data sorting --warmup none"),
         Row("sorting", "set", "--data sorting", "--data sorting --warmup set --steps 0"),
         Row("sorting", "late", "--data sorting --lr 1")]
 TEXT = [Row("code", "none", "--data code --warmup none"), Row("code", "dull", "--data code --lr 1"),
         Row("code", "missing", "--data code --lr 2")]
-SOME = {TASK[0]: (0.1, 0.2, 0.3), TASK[1]: (0.7, 0.8, 0.9), TEXT[0]: (2.0, 3.0),
+SOME = {TASK[0]: (900, BUDGET, 800), TASK[1]: (100, 300, 200), TEXT[0]: (2.0, 3.0),
         TEXT[1]: (2.5, 3.5)}
 
 
+def evaluation(step, loss=1.0, accuracy=0.2):
+    return {"stage": "train", "step": step, "tokens": 9 * step, "val_loss": loss,
+            "val_accuracy": accuracy}
+
+
 def record(data, warmup, seed, value):
-    settings = {"data": data, "seed": seed, "tokenizer": "bytes" if data == "code" else None,
-                "transfer": "full", "embeddings": "random", "positions": "fit"}
-    measured = {"val_loss": value, "val_accuracy": value}
-    result = {"settings": settings, "warmup": warmup, **measured,
-              "tokens": {"procedural": 0, "semantic": 9}}
-    return {"result": result, "log": [{"stage": "train", "step": 3, "tokens": 9, **measured}]}
+    """Of a run: on text with this loss at the end, on a task learned after so many steps."""
+    text = data.partition(",")[0] in ("code", "docs", "math")
+    settings = {"data": data, "seed": seed, "steps": BUDGET, "transfer": "full",
+                "embeddings": "random", "positions": "fit", "tokenizer": "bytes" if text else None}
+    log = [evaluation(0), evaluation(BUDGET, value if text else 1.0)]
+    if not text and value < BUDGET:
+        log = [evaluation(0), evaluation(value, accuracy=0.92), evaluation(value + 1, accuracy=0.9)]
+    result = {"settings": settings, "warmup": warmup, "val_loss": log[-1]["val_loss"],
+              "val_accuracy": log[-1]["val_accuracy"]}
+    return {"result": result, "log": log, "learned": {}}
 
 
 def made_up(values):
-    """{row: accuracies or losses, one for each seed} -> what read_results gives."""
+    """{row: what is measured, one for each seed} -> what read_results gives."""
     found = {}
     for row, seeds in values.items():
         for seed, value in enumerate(seeds):
             found[row.folder(seed)] = record(row.column, row.name, seed, value)
             if row.warmup:
                 verdict = "not learned" if seed == 1 else "learned"
-                found[analyze.warmup_folder(row.warmup, seed)] = {
+                found[analyze.folder_of(seed, row.warmup)] = {
                     **record(row.column, "set", seed, 0.0), "learned": {"verdict": verdict}}
     return found
 
@@ -181,31 +191,41 @@ def kept(found, folder):
     return folder
 
 
-def test_more_is_better_of_accuracies_and_less_of_losses():
+@pytest.mark.parametrize("accuracies,steps", [
+    ((0.1, 0.9, 0.95, 1.0), 100), ((0.1, 0.9, 0.8, 0.9, 0.9), 300), ((0.1, 0.89, 0.9), BUDGET),
+    ((0.1, 0.2, 0.3), BUDGET), ((0.9, 0.9), 0), ((0.95,), BUDGET)])
+def test_a_task_is_measured_by_the_first_of_two_good_evaluations_in_a_row(accuracies, steps):
+    run = record("sorting", "none", 0, BUDGET)
+    run["log"] = [evaluation(100 * i, 1.0, accuracy) for i, accuracy in enumerate(accuracies)]
+    assert measure(run) == steps
+    assert measure(record("code", "none", 0, 2.5)) == 2.5, "text by its loss"
+
+
+def test_gains_are_fewer_steps_and_less_loss():
     found = made_up(SOME) | {TASK[2].folder(1): {"failed": "no room"}}
-    none, warm, late, base, dull, missing = compare(TASK + TEXT, 3, found)
-    assert warm["gain"] == pytest.approx(0.6) and dull["gain"] == pytest.approx(-0.5)
-    assert warm["p"] == pytest.approx(0.1) and warm["interval"][0] > 0 > dull["interval"][0]
-    assert warm["learned"] == "2/3" and dull["learned"] == none["learned"] == ""
-    assert warm["values"] == {0: 0.7, 1: 0.8, 2: 0.9} and len(dull["values"]) == 2
-    assert not any("gain" in entry for entry in (none, base, late, missing))
-    text = "\n".join(table_lines([none, warm, late, base, dull, missing]))
-    assert "| none | 20.0% | 3 |" in text and "| set | 80.0% | 3 | 60.0% |" in text
-    assert "| none | 2.5000 | 2 |" in text and "| dull | 3.0000 | 2 | -0.5000 |" in text
-    assert "no result yet: late" in text and "no result yet: missing" in text
-    assert "failed: sorting | late | 1: no room" in text and "| 0.1000 | 2/3 |" in text
+    lines = table_lines(compare(TASK + TEXT, 3, found))
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert ["none", "900", "2", "66.7%", "3"] in [row[:5] for row in cells]
+    warm, dull = ([row for row in cells if row[0] == name][0] for name in ("set", "dull"))
+    assert warm[:6] == ["set", "200", "3", "90.0%", "3", "700"] and warm[7:] == ["0.1000", "2/3"]
+    assert ["none", "2.5000", "2"] in [row[:3] for row in cells]
+    assert dull[:4] == ["dull", "3.0000", "2", "-0.5000"]
+    low, high = map(float, warm[6].split(" to "))
+    assert 500 < low < 700 < high < 900
+    assert "no result yet: late" in lines and "no result yet: missing" in lines
+    assert "failed: sorting | late | 1: no room" in lines
     for seed in range(3):
-        found[analyze.warmup_folder(TASK[1].warmup, seed)]["learned"] = {}
-    assert compare(TASK, 3, found)[1]["learned"] == "", "not asked of mixtures and shuffled rules"
+        found[analyze.folder_of(seed, TASK[1].warmup)]["learned"] = {}
+    assert compare(TASK, 3, found)["sorting"][1].learned == "", "mixtures cannot be asked"
 
 
 @pytest.mark.parametrize("name", list(analyze.EXPERIMENTS))
 def test_an_experiment_has_a_table_and_a_figure_of_every_seed_though_half_is_missing(
         name, tmp_path, monkeypatch):
-    rows, r = analyze.EXPERIMENTS[name]("quick"), np.random.default_rng(0)
-    values = {row: r.random(2).tolist() for row in rows[::2]}
-    entries = compare(rows, 2, made_up(values))
-    text = "\n".join(table_lines(entries))
+    rows, r = analyze.rows_of(name, "quick"), np.random.default_rng(0)
+    values = {row: r.integers(1, BUDGET, 2).tolist() for row in rows[::2]}
+    columns = compare(rows, 2, made_up(values))
+    text = "\n".join(table_lines(columns))
     assert all(row.name in text for row in rows)
     shown, keep = [], analyze.keep_figure
 
@@ -216,44 +236,59 @@ def test_an_experiment_has_a_table_and_a_figure_of_every_seed_though_half_is_mis
         keep(figure, path)
 
     monkeypatch.setattr(analyze, "keep_figure", look)
-    analyze.draw(entries, tmp_path / "figure.png")
-    assert shown == [(entry["row"].column, values[entry["row"]]) for entry in entries
-                     if entry["row"] in values]
+    analyze.draw(columns, tmp_path / "figure.png")
+    assert shown == [(row.column, values[row]) for row in rows if row in values]
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_dotted_line_of_a_figure_is_the_first_row_and_no_other(tmp_path, monkeypatch):
+def test_the_dotted_line_of_a_figure_is_the_budget_or_the_loss_of_the_first_row(tmp_path,
+                                                                               monkeypatch):
     dotted = []
-    monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: dotted.extend(
-        line.get_xdata()[0] for line in figure.axes[0].lines if line.get_linestyle() == ":"))
-    analyze.draw(compare(TASK, 3, made_up({TASK[0]: (0.1, 0.2), TASK[1]: (0.9,)})), tmp_path / "a")
-    assert dotted == [pytest.approx(0.15)]
-    analyze.draw(compare(TASK, 3, made_up({TASK[1]: (0.9,), TASK[2]: (0.5,)})), tmp_path / "a")
-    assert len(dotted) == 1, "there is nothing yet that the others are compared with"
+    monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: dotted.append(
+        [line.get_xdata()[0] for axis in figure.axes for line in axis.lines
+         if line.get_linestyle() == ":"]))
+    analyze.draw(compare(TASK + TEXT, 3, made_up(SOME)), tmp_path / "a")
+    analyze.draw(compare(TEXT, 3, made_up({TEXT[1]: (3.0,), TEXT[2]: (2.5,)})), tmp_path / "a")
+    assert dotted == [[BUDGET, 2.5], []], "nothing yet that the others are compared with"
+
+
+LATE, SOON, MIDDLE = (900, BUDGET, 950, 920, BUDGET, 900), (90, 100, 95, 92, 90, 91), (400,) * 6
 
 
 @pytest.mark.parametrize("none,shuffled,dyck,verdict", [
-    ((0.1, 0.2, 0.15, 0.12), (0.11, 0.1, 0.13, 0.1), (0.9, 0.95, 0.97, 0.9), "supported"),
-    ((0.9, 0.95, 0.97, 0.9), (0.3, 0.31, 0.3, 0.3), (0.5, 0.51, 0.5, 0.49), "contradicted"),
-    ((0.1, 0.2, 0.15, 0.12), (0.7, 0.9, 0.8, 0.85), (0.9, 0.7, 0.8, 0.9), "undecided"),
-    ((0.1, 0.2, 0.15, 0.12), (0.9,), (0.2, 0.7, 0.8, 0.9), "undecided"),
-    ((0.1, 0.2, 0.15, 0.12), (), (0.9, 0.95, 0.97, 0.9), "not run")])
+    (LATE, LATE[1:] + (890,), SOON, "supported"), (LATE, MIDDLE, SOON, "supported"),
+    (SOON, LATE, MIDDLE, "contradicted"), (LATE, MIDDLE, MIDDLE[1:] + (410,), "undecided"),
+    (LATE, MIDDLE[:1], SOON, "undecided"), (LATE, (), SOON, "not run"),
+    (LATE[:3], MIDDLE[:3], SOON[:3], "undecided")])
 def test_the_hardest_of_what_a_claim_has_to_beat_decides(none, shuffled, dyck, verdict):
-    column = analyze.TASKS["quick"][0]
-    rows = {row.name: row for row in analyze.controls("quick") if row.column == column}
+    rows = {row.name: row for row in analyze.rows_of("controls", "quick")
+            if row.column == "haystack:pairs=15"}
     found = made_up({rows["none"]: none, rows["shuffled:dyck"]: shuffled, rows["dyck"]: dyck})
-    claim = Claim("more", "", "controls", column, "dyck", ("shuffled:dyck", "none"))
-    measured, n, _, said = analyze.judge(claim, 4, found)
+    claim = Claim("more", "", "controls", "haystack:pairs=15", "dyck", ("shuffled:dyck", "none"))
+    measured, n, _, said = analyze.judge(claim, 6, found)
     assert said == verdict and n == (0 if verdict == "not run" else len(shuffled))
     if verdict != "not run":
-        hardest = max((none, "none"), (shuffled, "shuffled:dyck"), key=lambda x: np.mean(x[0]))
-        assert measured.startswith(f"{np.mean(hardest[0]):.1%} ({hardest[1]}) -> ")
+        hardest = min((none, "none"), (shuffled, "shuffled:dyck"), key=lambda x: np.mean(x[0]))
+        assert measured.startswith(f"{np.mean(hardest[0]):,.0f} ({hardest[1]}) -> ")
+
+
+@pytest.mark.parametrize("none,warm,verdict", [
+    ((2.0, 2.01, 2.02, 2.0, 2.01, 2.0), (1.9, 1.91, 1.92, 1.9, 1.9, 1.91), "supported"),
+    ((2.0, 2.01, 2.02, 2.0, 2.01, 2.0), (2.01, 2.0, 2.0, 2.02, 2.0, 2.01),
+     "no difference beyond the margin"),
+    ((2.0, 2.2, 2.1, 2.3, 1.9, 2.0), (2.01, 2.2, 2.0, 2.3, 1.9, 2.01), "undecided"),
+    ((2.0,), (2.0,), "undecided")])
+def test_on_text_a_claim_may_also_make_no_difference(none, warm, verdict):
+    rows = {row.name: row for row in analyze.rows_of("efficiency", "quick") if row.column == "docs"}
+    found = made_up({rows["none"]: none, rows["set"]: warm})
+    claim = Claim("helps", "", "efficiency", "docs", "set", ("none",))
+    assert analyze.judge(claim, 6, found)[3] == verdict
 
 
 def test_the_report_has_all_claims_and_each_table_with_its_figure(tmp_path, monkeypatch):
     names = {claim.experiment for claim in analyze.CLAIMS}
-    rows = [row for name in sorted(names) for row in analyze.EXPERIMENTS[name]("quick")]
-    folder = kept(made_up({row: (0.1, 0.2) for row in rows}), tmp_path)
+    rows = [row for name in sorted(names) for row in analyze.rows_of(name, "quick")]
+    folder = kept(made_up({row: (100, 200) for row in rows}), tmp_path)
     call(monkeypatch, "report", "--results", folder, "--seeds", 2)
     text = (tmp_path / "report.md").read_text()
     for claim in analyze.CLAIMS:
@@ -270,13 +305,13 @@ def test_the_report_has_all_claims_and_each_table_with_its_figure(tmp_path, monk
 
 
 def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: TASK[:2] + TEXT[:2])
+    monkeypatch.setattr(analyze, "rows_of", lambda name, budget: TASK[:2] + TEXT[:2])
     folder, elsewhere = kept(made_up(SOME), tmp_path / "r"), tmp_path / "elsewhere"
     (folder / f"{TEXT[0].folder(2)}.failed").write_text("no room\n")
     monkeypatch.chdir(tmp_path)
     call(monkeypatch, "table", "--show", "--results", folder)
     told = capsys.readouterr().out.partition("figure: ")[0]
-    assert "| set | 80.0% |" in told and "failed: code | none | 2: no room" in told
+    assert "| set | 200 | 3 |" in told and "failed: code | none | 2: no room" in told
     elsewhere.mkdir()
     call(monkeypatch, "pack", elsewhere / "all.jsonl.gz", "--results", folder)
     capsys.readouterr()
@@ -289,7 +324,7 @@ def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeyp
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-GOOD = {"name": TASK[0].folder(0), **record("sorting", "none", 0, 0.5)}
+GOOD = {"name": TASK[0].folder(0), **record("sorting", "none", 0, 500)}
 RECORDS = [[1], 3, {**GOOD, "result": {}}, {**GOOD, "learned": 3},
            {**GOOD, "result": GOOD["result"] | {"val_accuracy": "0.5"}},
            {**GOOD, "result": None, "failed": "why"}, {**GOOD, "log": [{}]}]
@@ -301,7 +336,7 @@ BYTES = [b"", b"no", gzip.compress(b"\xff\n"), gzip.compress(b"[" * 200_000),
     *(gzip.compress(json.dumps(each).encode()) for each in RECORDS), *BYTES])
 def test_a_packed_file_that_is_damaged_or_of_another_form_is_refused(content, tmp_path, refused,
                                                                      monkeypatch):
-    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: TASK)
+    monkeypatch.setattr(analyze, "rows_of", lambda name, budget: TASK)
     (tmp_path / "r.jsonl.gz").write_bytes(content)
     for where in (tmp_path / "r.jsonl.gz", tmp_path):
         assert "r.jsonl.gz" in refused(analyze, "table", "--show", "--results", where)
@@ -311,8 +346,8 @@ def test_a_packed_file_that_is_damaged_or_of_another_form_is_refused(content, tm
     ("result", b"{"), ("result", b"[1]"), ("result", b"{}"), ("result", b"\xff"), ("learned", b"{"),
     ("result", json.dumps(GOOD["result"] | {"val_accuracy": "x"}).encode()), ("learned", b"[1]")])
 def test_a_damaged_result_is_refused(name, content, tmp_path, refused, monkeypatch):
-    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: TASK)
-    folder = kept({TASK[0].folder(0): record("sorting", "none", 0, 0.5)}, tmp_path)
+    monkeypatch.setattr(analyze, "rows_of", lambda name, budget: TASK)
+    folder = kept({TASK[0].folder(0): record("sorting", "none", 0, 500)}, tmp_path)
     (folder / TASK[0].folder(0) / f"{name}.json").write_bytes(content)
     assert f"{name}.json" in refused(analyze, "table", "--show", "--results", tmp_path)
 
@@ -449,7 +484,7 @@ def small(prose, steps=4):
 
 def test_a_sweep_runs_what_is_missing_and_lists_what_failed(prose, tmp_path, monkeypatch, capsys):
     rows = small(prose)
-    monkeypatch.setitem(analyze.EXPERIMENTS, "weights", lambda budget: rows)
+    monkeypatch.setattr(analyze, "rows_of", lambda name, budget: rows)
     order = ("weights", "--seeds", 1, "--jobs", 2, "--results", tmp_path)
     call(monkeypatch, *order)
     told = capsys.readouterr().out
@@ -472,7 +507,7 @@ def test_an_interrupted_sweep_goes_on(prose, tmp_path, monkeypatch, capsys):
     row = small(prose, steps=2000)[0]
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import analyze, data\n"
             f"row = analyze.Row({row.column!r}, {row.name!r}, {row.train!r})\n"
-            "analyze.EXPERIMENTS['table'] = lambda budget: [row]\ndata.run_main(analyze.main)")
+            "analyze.rows_of = lambda name, budget: [row]\ndata.run_main(analyze.main)")
     sweep = subprocess.Popen([sys.executable, "-c", code, "table", "--seeds", "2", "--results",
                               str(tmp_path)], start_new_session=True, stdout=subprocess.DEVNULL)
     run = tmp_path / row.folder(0)
@@ -481,7 +516,7 @@ def test_an_interrupted_sweep_goes_on(prose, tmp_path, monkeypatch, capsys):
     os.killpg(sweep.pid, signal.SIGINT)
     assert sweep.wait(60) == 130 and not (run / "result.json").exists()
     assert not list(tmp_path.glob("*.failed")) and not (tmp_path / row.folder(1)).exists()
-    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: [row])
+    monkeypatch.setattr(analyze, "rows_of", lambda name, budget: [row])
     call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
     assert "seed 0: done" in capsys.readouterr().out and (run / "result.json").exists()
 
@@ -490,7 +525,7 @@ def test_two_sweeps_or_two_runs_are_never_in_one_folder(prose, tmp_path, monkeyp
                                                         refused):
     pytest.importorskip("fcntl")
     rows = small(prose)[:1]
-    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: rows)
+    monkeypatch.setattr(analyze, "rows_of", lambda name, budget: rows)
     order = ("table", "--seeds", 1, "--results", tmp_path)
     with lock(tmp_path / ".lock"):
         assert "another process" in refused(analyze, *order)
@@ -504,7 +539,7 @@ def test_two_sweeps_or_two_runs_are_never_in_one_folder(prose, tmp_path, monkeyp
 def test_a_part_of_an_experiment_keeps_what_it_is_compared_with(tmp_path, monkeypatch, capfd,
                                                                 refused):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(analyze.EXPERIMENTS, "table", lambda budget: TASK + TEXT)
+    monkeypatch.setattr(analyze, "rows_of", lambda name, budget: TASK + TEXT)
     call(monkeypatch, "table", "--show", "--only", "sorting | set")
     told = capfd.readouterr().out
     assert "no result yet: none; set\n" in told and "code" not in told
