@@ -9,6 +9,7 @@ An experiment is a list of rows, and a row is a command line of train.py, which 
 seed in a folder of its own below --results. The others are compared with the first row of a column.
 What is compared is said in one place: `measure`.
 """
+import collections
 import contextlib
 import functools
 import gzip
@@ -19,6 +20,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -85,216 +87,194 @@ BEFORE_TASK = "--data haystack --warmup_steps 5000"
 BEFORE_TEXT = ("--data haystack --size 4_4_128 --warmup_batch_size 64 --warmup_lr 5e-4 "
                "--warmup_lr_schedule constant --warmup_lr_ramp 0 --warmup_dropout 0.1 "
                "--warmup_tokens 4M")
-TASKS = ("recall", "addition", "reversed_addition", "multiplication", "sorting")
-TEXTS = ("code", "english", "math")
 COLUMNS = {
     "quick": {"recall": f"--data haystack:pairs=15 --steps 6000 {TASK}",
               "reversed_addition": f"--data reversed_addition {TASK}",
               "sorting": f"--data sorting {TASK}",
               "code": f"--data code {TEXT}",
               "english": f"--data docs {TEXT}",
+              "english, smaller": f"--data docs {TEXT} --size 2_4_64",
+              "english, larger": f"--data docs {TEXT} --size 6_8_256",
               "math": f"--data math {TEXT}"},
     "paper": {"recall": "--data haystack",
-              **{task: f"--data {task}" for task in TASKS[1:]},
+              "addition": "--data addition",
+              "reversed_addition": "--data reversed_addition",
+              "multiplication": "--data multiplication",
+              "sorting": "--data sorting",
               "code": "--preset codeparrot",
               "english": "--preset c4",
+              "english, larger": "--preset c4-350m",
               "math": "--preset deepmind_math"}}
-
-
-@dataclass(frozen=True)
-class Column:
-    """A task or a corpus that rows are compared on, and the flags of a run on it."""
-    name: str
-    train: str
-    text: bool
-    quick: bool
-
+TASKS = ("recall", "addition", "reversed_addition", "multiplication", "sorting")
+TEXTS = ("code", "english", "math")
 
 # Two ways to take a warm-up up before tasks are published: the whole model, with embeddings at the
 # mean of the warm-up's and positions where it has as many; its attention, and all else fresh.
 WHOLE = "--transfer full --embeddings mean --positions fit"
 FRESH = "--embeddings random --positions random"
-ATTENTION = f"--transfer attn {FRESH}"
-OURS = "--transfer attn --embeddings random --positions fit"
+STARTS = {"whole": WHOLE, "attention": f"--transfer attn {FRESH}",
+          "attention, positions": "--transfer attn --embeddings random --positions fit"}
 
 
-def none(column, name="none", flags=""):
-    return Row(column.name, name, join(column.train, flags, "--warmup none"))
+class Column:
+    """A task or a text, and the rows that are compared on it."""
 
+    def __init__(self, name, budget):
+        self.name, self.train, self.quick = name, COLUMNS[budget][name], budget == "quick"
+        self.text = name not in TASKS
+        self.best = "set" if self.text else "dyck"  # the warm-up to look into
 
-def warm(column, spec, name=None, flags="", warmup="", **rest):
-    """A row with a warm-up, which moves over as published unless `flags` say otherwise: the whole
-    model, before text with positions fresh. `warmup`: flags of the warm-up."""
-    how = "--transfer all" if spec == "text" else "--positions random" if column.text else WHOLE
-    return Row(column.name, name or spec, join(column.train, how, flags),
-               warmup_of(column, spec, warmup), **rest)
+    def row(self, spec, name=None, flags="", warmup="", **rest):
+        """A row with this warm-up, or "none". It moves over as published unless `flags` say
+        otherwise: the whole model, before text with positions fresh. `warmup`: the warm-up's."""
+        name, how = name or spec, "--positions random" if self.text else WHOLE
+        if spec == "none":
+            return Row(self.name, name, join(self.train, flags, "--warmup none"))
+        if spec == "text":
+            how = "--transfer all"
+        return Row(self.name, name, join(self.train, how, flags), self.warmup(spec, warmup), **rest)
 
-
-def warmup_of(column, spec, flags=""):
-    """The flags of a warm-up. With --steps 0 any data will do; the same are made only once."""
-    before = column.train
-    if column.quick and spec == "text":
-        before += " --warmup_tokens 4M"
-    elif column.quick:
-        before = BEFORE_TEXT if column.text else BEFORE_TASK
-    if column.text and spec.removeprefix("shuffled:") in ("identity", "sort", "set", "union"):
-        spec += ":length=64"  # as published; before tasks it is 20
-    return join(before, flags, f"--warmup {spec} --steps 0")
+    def warmup(self, spec, flags=""):
+        """The flags of a warm-up. With --steps 0 any data will do: columns share what is alike."""
+        before = self.train
+        if self.quick and spec == "text":
+            before = f"{self.train} --warmup_tokens 4M"
+        elif self.quick and self.text:
+            before = f"{BEFORE_TEXT} --size {as_dict(self.train)['--size']}"
+        elif self.quick:
+            before = BEFORE_TASK
+        if self.text and spec.removeprefix("shuffled:") in ("identity", "sort", "set", "union"):
+            spec += ":length=64"  # as published; before tasks it is 20
+        return join(before, flags, f"--warmup {spec} --steps 0")
 
 
 # --------------------------------------------------------------------------------------------------
-# Experiments: the rows of a column, the first of which the others are compared with
+# Experiments: the rows of a column. The first, without a warm-up, is put before them by `rows_of`.
 
 
 def table(column):
     """which warm-up helps which task, moved over in either published way, or in ours"""
-    yield none(column)
     for spec in ("dyck", "identity", "set", "eca") if column.quick else RULES:
-        yield warm(column, spec, f"{spec}, whole", WHOLE)
-        yield warm(column, spec, f"{spec}, attention", ATTENTION)
-        yield warm(column, spec, f"{spec}, attention, positions", OURS)
+        for start, flags in STARTS.items():
+            yield column.row(spec, f"{spec}, {start}", flags)
 
 
 def transfer(column):
     """what has to move over: the whole model, attention, MLPs or norms"""
-    yield none(column)
     for spec, parts in itertools.product(("set", "dyck"), ("full", "attn", "mlp", "norm")):
-        yield warm(column, spec, f"{spec}, {parts}", f"--transfer {parts}")
+        yield column.row(spec, f"{spec}, {parts}", f"--transfer {parts}")
 
 
 def embeddings(column):
-    """before recall: where token embeddings and positions begin"""
-    yield none(column)
+    """where token embeddings and positions begin"""
     for spec, parts, start, positions in itertools.product(
             ("dyck", "identity", "set"), ("full", "attn"), ("random", "mean"), ("fit", "random")):
-        yield warm(column, spec, f"{spec}, {parts}, {start}, {positions}",
-                   f"--transfer {parts} --embeddings {start} --positions {positions}")
+        yield column.row(spec, f"{spec}, {parts}, {start}, {positions}",
+                         f"--transfer {parts} --embeddings {start} --positions {positions}")
 
 
 def controls(column):
     """the critics' controls: shuffled rows, as many tokens of text, a baseline otherwise tuned"""
-    yield none(column)
-    text = ["text"] if column.text else []
-    for spec in ("dyck", "shuffled:dyck", "set", "shuffled:set", *text):
-        yield warm(column, spec)
+    for spec in ("dyck", "shuffled:dyck", "set", "shuffled:set"):
+        yield column.row(spec)
+    if column.text:
+        yield column.row("text")
     for more in ("lr_ramp 0", "lr_ramp 1000", "lr 1e-3", "lr 4e-3", "steps 10000"):
-        yield none(column, f"none, {more}", f"--{more}")
-
-
-def changed(column, changes):
-    """A Dyck warm-up before recall, a set warm-up before text: as it is, and after each change."""
-    spec = "set" if column.text else "dyck"
-    yield none(column)
-    yield warm(column, spec, "as it is")
-    for change in changes:
-        yield warm(column, spec, change, change=change)
+        yield column.row("none", f"none, {more}", f"--{more}")
 
 
 def weights(column):
     """is it the values or the scale: weights shuffled within layers, redrawn, noisy, scaled"""
-    return changed(column, ("shuffled", "redrawn", "noise 0.1", "noise 0.3", "noise 1",
-                            "scaled 0.5", "scaled 2"))
+    for change in ("", "shuffled", "redrawn", "noise 0.1", "noise 0.3", "noise 1", "scaled 0.5",
+                   "scaled 2"):
+        yield column.row(column.best, change or "as it is", change=change)
 
 
 def heads(column):
     """which heads carry it: the sharpest, most blurred or random quarter alone, or all but these"""
-    return changed(column, ("only sharp", "only blurred", "only random",
-                            "without sharp", "without blurred", "without random"))
+    for change in ("", "only sharp", "only blurred", "only random", "without sharp",
+                   "without blurred", "without random"):
+        yield column.row(column.best, change or "as it is", change=change)
 
 
 def sharpen(column):
     """no warm-up, but a penalty on the attention's entropy in its place"""
-    yield none(column)
-    yield warm(column, "set" if column.text else "dyck")
+    yield column.row(column.best)
     for penalty in (0.01, 0.1, 1):
-        yield none(column, f"penalty {penalty}", f"--sharpen {penalty}")
+        yield column.row("none", f"penalty {penalty}", f"--sharpen {penalty}")
 
 
 def length(column):
     """how much warm-up is best, and where more becomes worse"""
-    yield none(column)
     for spec, tokens in itertools.product(("dyck", "set"), ("1M", "2M", "4M", "8M", "16M")):
-        yield warm(column, spec, f"{spec}, {tokens}", warmup=f"--warmup_tokens {tokens}")
+        yield column.row(spec, f"{spec}, {tokens}", warmup=f"--warmup_tokens {tokens}")
 
 
 def mix(column):
-    """set and union in proportions; the attention of one warm-up with the MLPs of another"""
-    yield none(column)
+    """before text set and union in proportions; before tasks the parts of two warm-ups in one"""
     if column.text:
-        for spec in ("set", "union"):
-            yield warm(column, spec)
+        yield column.row("set")
+        yield column.row("union")
         for share in (0.25, 0.5, 0.75):
-            yield warm(column, f"{share}*set:length=64+{1 - share}*union:length=64",
-                       f"{share} set, the rest union")
+            yield column.row(f"{share}*set:length=64+{1 - share}*union:length=64",
+                             f"{share} set, the rest union")
         return
     for a, b in (("set", "eca"), ("eca", "set")):
-        yield warm(column, a, f"{a}, whole")
+        yield column.row(a, f"{a}, whole")
         for parts in ("attn", "mlp"):
-            yield warm(column, a, f"{a}, {parts}", f"--transfer {parts} {FRESH}")
-        yield warm(column, a, f"attention of {a}, MLPs of {b}", FRESH,
-                   mlp_from=warmup_of(column, b))
+            yield column.row(a, f"{a}, {parts}", f"--transfer {parts} {FRESH}")
+        yield column.row(a, f"attention of {a}, MLPs of {b}", FRESH, mlp_from=column.warmup(b))
 
 
 def efficiency(column):
     """how much less text does it take, until the loss is that of the baseline with all of it"""
-    steps = as_dict(column.train).get("--steps") or PRESETS[column.name]["steps"]
-    yield none(column)
     for spec in ("set", "union", "sort", "dyck", "dyck_shuffle", "eca", "text"):
-        yield warm(column, spec)
+        yield column.row(spec)
+    flags = as_dict(column.train)
+    steps = int(flags.get("--steps") or PRESETS[flags["--preset"]]["steps"])
     for spec, share in itertools.product(("set", "union"), (0.85, 0.7, 0.55)):
-        yield warm(column, spec, f"{spec}, {share:.0%} of the text",
-                   f"--steps {round(int(steps) * share)}")
-
-
-def each_with(column, specs, settings):
-    """The baseline and the warm-ups, all with the same flags, for each of these flags."""
-    for flags in settings:
-        name = flags.replace("--", "")
-        yield none(column, f"none, {name}", flags)
-        for spec in specs:
-            yield warm(column, spec, f"{spec}, {name}", flags)
+        yield column.row(spec, f"{spec}, {share:.0%} of the text", f"--steps {steps * share:.0f}")
 
 
 def tuned(column):
     """what rate and ramp are worth to the baseline and beside a warm-up, on text"""
-    return each_with(column, ("set", "union"), [
-        f"--lr {lr} --lr_ramp {ramp}" for lr in ("5e-4", "1e-3", "3e-3") for ramp in (0, 200)])
+    for lr, ramp, spec in itertools.product(
+            ("5e-4", "1e-3", "3e-3"), (0, 200), ("none", "set", "union")):
+        yield column.row(spec, f"{spec}, {lr}, ramp {ramp}", f"--lr {lr} --lr_ramp {ramp}")
 
 
 def grid(column):
     """learning rate by weight decay, for none and for a warm-up: best against best"""
-    return each_with(column, ("set",), [
-        f"--lr {lr} --weight_decay {decay}" for decay in (0, 0.1)
-        for lr in ("1e-3", "2e-3", "4e-3", "8e-3")])
+    for decay, lr, spec in itertools.product(
+            (0, 0.1), ("1e-3", "2e-3", "4e-3", "8e-3"), ("none", "set")):
+        yield column.row(spec, f"{spec}, {lr}, decay {decay}", f"--lr {lr} --weight_decay {decay}")
 
 
 def scale(column):
     """the gain over sizes of the model"""
-    for size in ("2_4_64", "4_4_128", "6_8_256") if column.quick else ("gpt2", "24_16_1024"):
-        sized = Column(f"{column.name}, {size}", join(column.train, f"--size {size}"),
-                       column.text, column.quick)
-        yield none(sized)
-        for spec in ("dyck", "set"):
-            yield warm(sized, spec, warmup=f"--size {size}")
+    for spec in ("dyck", "set"):
+        yield column.row(spec)
 
 
-EXPERIMENTS = {  # name: what makes the rows of a column, and of which columns
+EXPERIMENTS = {  # name: what makes the rows of a column, and the columns
     "table": (table, TASKS), "transfer": (transfer, ("recall", *TEXTS)),
     "embeddings": (embeddings, ("recall",)), "controls": (controls, ("recall", *TEXTS)),
     "weights": (weights, ("recall", "code")), "heads": (heads, ("recall", "code")),
     "sharpen": (sharpen, ("recall", "english")), "length": (length, TEXTS),
     "mix": (mix, (*TEXTS, *TASKS)), "efficiency": (efficiency, TEXTS), "tuned": (tuned, TEXTS),
-    "grid": (grid, ("english",)), "scale": (scale, ("english",))}
+    "grid": (grid, ("english",)),
+    "scale": (scale, ("english, smaller", "english", "english, larger"))}
 
 
 def rows_of(name, budget):
-    """The rows of an experiment, column by column; a budget may lack some."""
+    """The rows of an experiment, column by column; a budget may lack some of these. The others are
+    compared with the first row of a column."""
     make, columns = EXPERIMENTS[name]
     rows = []
-    for column in filter(COLUMNS[budget].get, columns):
-        flags = COLUMNS[budget][column]
-        name = as_dict(flags).get("--data") or as_dict(flags)["--preset"]
-        rows += make(Column(name, flags, column in TEXTS, budget == "quick"))
+    for column in columns:
+        if column in COLUMNS[budget]:
+            column = Column(column, budget)
+            rows += [column.row("none"), *make(column)]
     return rows
 
 
@@ -357,11 +337,13 @@ def changed_checkpoint(path, change, seed, to):
     change_weights(model, change, seed, entropy_of_heads(c.attention(x), c.real(x)))
     source = state["source"] | {"spec": f"{state['source']['spec']} ({change})"}
     save(to, model, stage="warmup", step=state["step"], tokens=state["tokens"], source=source)
-    return to
 
 
 # --------------------------------------------------------------------------------------------------
 # Running them
+
+
+LOCKS = collections.defaultdict(threading.Lock)  # by folder: one thread makes a warm-up
 
 
 class Stopped(Exception):
@@ -385,35 +367,37 @@ def make_warmup(flags, seed, results, device):
     """Makes a warm-up unless it is there, and asks whether it was learned. Returns its checkpoint,
     as seen from `results`. Raises UserError and Stopped."""
     folder = results / folder_of(seed, flags)
-    if not (folder / "result.json").exists():
-        call_train(flags, folder, seed, device)
-    if not (folder / "learned.json").exists():
-        finding = probe_learned(Opened(folder / "warmup.pt", "cpu"))
-        found = {key: value for key, (value, _) in finding.table.items()} if finding else {}
-        write_json(folder / "learned.json", json.loads(json.dumps(found, default=float)))
+    with LOCKS[folder]:
+        if not (folder / "result.json").exists():
+            call_train(flags, folder, seed, device)
+        if not (folder / "learned.json").exists():
+            finding = probe_learned(Opened(folder / "warmup.pt", "cpu"))
+            found = {key: value for key, (value, _) in finding.table.items()} if finding else {}
+            write_json(folder / "learned.json", json.loads(json.dumps(found, default=float)))
     return f"{folder.name}/warmup.pt"
 
 
-def make_run(row, seed, results, device, warmups):
+def make_run(row, seed, results, device):
     """Runs or resumes a row with one seed. Raises UserError and Stopped."""
-    flags, folder = row.train, results / row.folder(seed)
-    scratch = results / f"{folder.name}.changed.pt"
+    flags, name = row.train, row.folder(seed)
+    scratch = results / f"{name}.changed.pt"
     if row.warmup:
-        path = warmups[row.warmup, seed].result()
+        path = make_warmup(row.warmup, seed, results, device)
         if row.change:
             changed_checkpoint(results / path, row.change, seed, scratch)
             path = scratch.name
         flags += f" --{'attn_from' if row.mlp_from else 'init'} {shlex.quote(path)}"
     if row.mlp_from:
-        flags += f" --mlp_from {shlex.quote(warmups[row.mlp_from, seed].result())}"
-    call_train(flags, folder, seed, device)
+        path = make_warmup(row.mlp_from, seed, results, device)
+        flags += f" --mlp_from {shlex.quote(path)}"
+    call_train(flags, results / name, seed, device)
     scratch.unlink(missing_ok=True)
 
 
 def run_all(rows, seeds, results, jobs, device):
     """Every row with every seed that has no result yet, `jobs` at a time, all rows of a seed first;
     and before these, the warm-ups that they take up."""
-    found, runs, warmups = read_results(results), {}, {}
+    found, runs = read_results(results), {}
     for seed, row in itertools.product(range(seeds), rows):
         if "result" not in found.get(row.folder(seed), {}):
             runs.setdefault(row.folder(seed), (row, seed))
@@ -423,7 +407,7 @@ def run_all(rows, seeds, results, jobs, device):
     def one(row, seed):
         failed = results / f"{row.folder(seed)}.failed"
         try:
-            make_run(row, seed, results, device, warmups)
+            make_run(row, seed, results, device)
             failed.unlink(missing_ok=True)
             state = "done"
         except Stopped:
@@ -436,21 +420,18 @@ def run_all(rows, seeds, results, jobs, device):
         print(f"[{n}/{len(runs)}] {row.column} | {row.name} | seed {seed}: {state}; {left} left",
               flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = []
-        for seed in range(seeds):
-            ours = [row for row, of in runs.values() if of == seed]
-            for row, flags in itertools.product(ours, ("warmup", "mlp_from")):
-                key = getattr(row, flags), seed
-                if key[0] and key not in warmups:
-                    warmups[key] = pool.submit(make_warmup, *key, results, device)
-            futures += [pool.submit(one, row, seed) for row in ours]
-        try:
-            for future in futures:
-                future.result()
-        except KeyboardInterrupt:  # the runs got it, too: each saves and stops
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool, futures = ThreadPoolExecutor(jobs), []
+    for seed in range(seeds):
+        ours = [row for row, of in runs.values() if of == seed]
+        warmups = dict.fromkeys(flags for row in ours for flags in (row.warmup, row.mlp_from))
+        for flags in filter(None, warmups):  # if one fails, its rows say so
+            pool.submit(make_warmup, flags, seed, results, device)
+        futures += [pool.submit(one, row, seed) for row in ours]
+    try:
+        for future in futures:
+            future.result()
+    finally:  # after Ctrl-C, which the runs got, too: each saves and stops
+        pool.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -685,7 +666,7 @@ def curves(runs, picture):
     metric, ylabel = "val_loss", "held-out loss (nats per token)"
     if runs[0][1]["settings"]["tokenizer"] is None:
         metric, ylabel = "val_accuracy", "accuracy on held-out answers"
-    groups = {}
+    groups, moot = {}, OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
     print(f"{'run':44} {'warm-up':20} {'seed':>4} {'tokens':>13} {'loss':>8} {'accuracy':>9}")
     for name, said, points in runs:
         s, last, label = dict(said["settings"]), points[-1], said["warmup"]
@@ -694,19 +675,17 @@ def curves(runs, picture):
         moved = [s.pop(key) for key in ("transfer", "embeddings", "positions")]
         if label != "none":  # else nothing moved
             label = ", ".join([label, *moved])
-        moot = OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
-        alike = repr([s[key] for key in sorted(s.keys() - moot)])
-        groups.setdefault((label, alike), []).append(points)
+        alike = label, repr([s[key] for key in sorted(s.keys() - moot)])
+        # The untrained model's loss would flatten the picture: the first evaluation is left out.
+        curve = {point["tokens"]: point[metric] for point in points[1:] or points}
+        groups.setdefault(alike, []).append(curve)
     figure, axis = pyplot().subplots(figsize=(8, 5.5))
     for i, ((label, _), group) in enumerate(groups.items()):
-        # The untrained model's loss would flatten the picture: the first evaluation is left out.
-        values = [{p["tokens"]: p[metric] for p in points if p["step"] or len(points) == 1}
-                  for points in group]
-        shared = sorted(set(values[0]).intersection(*values))
-        mean = [np.mean([each[tokens] for each in values]) for tokens in shared]
+        shared = sorted(set(group[0]).intersection(*group))
+        mean = [np.mean([curve[tokens] for curve in group]) for tokens in shared]
         axis.plot(shared, mean, color=f"C{i}", linewidth=2.5, label=f"{label} (n = {len(group)})")
-        for each in values:
-            axis.plot(list(each), list(each.values()), color=f"C{i}", alpha=0.35, linewidth=0.8)
+        for curve in group:
+            axis.plot(list(curve), list(curve.values()), color=f"C{i}", alpha=0.35, linewidth=0.8)
     axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
     axis.set(title=data[0], xlabel="tokens of training", ylabel=ylabel)
     axis.legend()
@@ -716,11 +695,12 @@ def curves(runs, picture):
 def runs_of(patterns, results):
     """What curves draws: folders of runs, or with results those whose names hold one of these."""
     if not results:
-        return [(str(path), checked(read_json(path / "config.json"), CONFIG, path / "config.json"),
-                 read_log(path / "log.jsonl")) for path in map(Path, patterns)]
-    runs = [(name, record["result"], record["log"]) for name, record in
-            read_results(results).items() if "result" in record
-            and any(pattern in name for pattern in patterns)]
+        configs = [Path(folder) / "config.json" for folder in patterns]
+        return [(str(path.parent), checked(read_json(path), CONFIG, path),
+                 read_log(path.with_name("log.jsonl"))) for path in configs]
+    runs = [(name, record["result"], record["log"])
+            for name, record in read_results(results).items()
+            if "result" in record and any(pattern in name for pattern in patterns)]
     if not runs:
         raise UserError(f"no run in {results} is named like {', '.join(patterns)}")
     return runs
@@ -741,22 +721,23 @@ class Claim:
     worse: tuple
 
 
-RECALL, ADD = "haystack:pairs=15", "reversed_addition"
 CLAIMS = [
-    Claim("Dyck helps recall", "11.3 -> 96.9 %", "table", RECALL, "dyck, whole", ("none",)),
-    Claim("more than shuffled Dyck", "10.3 -> 96.9 %", "controls", RECALL, "dyck",
+    Claim("Dyck helps recall", "11.3 -> 96.9 %", "table", "recall", "dyck, whole", ("none",)),
+    Claim("more than shuffled Dyck", "10.3 -> 96.9 %", "controls", "recall", "dyck",
           ("shuffled:dyck", "none")),
     Claim("Dyck helps sorting", "82.7 % without", "table", "sorting", "dyck, whole", ("none",)),
-    Claim("rule 110 helps addition", "76.4 -> 91.0 %", "table", ADD, "eca, whole", ("none",)),
-    Claim("it takes the values of the weights", "gain gone", "weights", RECALL, "as it is",
+    Claim("rule 110 helps addition", "76.4 -> 91.0 %", "table", "reversed_addition", "eca, whole",
+          ("none",)),
+    Claim("it takes the values of the weights", "gain gone", "weights", "recall", "as it is",
           ("shuffled", "redrawn")),
     Claim("set helps code", "perplexity 5.47 -> 5.15", "efficiency", "code", "set", ("none",)),
-    Claim("set helps language", "perplexity 62.0 -> 59.9", "efficiency", "docs", "set", ("none",)),
+    Claim("set helps language", "perplexity 62.0 -> 59.9", "efficiency", "english", "set",
+          ("none",)),
 ]
 
 
 def judge(claim, seeds, found):
-    """What was measured, of how many seeds, p, and the verdict: the hardest to beat decides."""
+    """-> (measured, n, p, verdict); the hardest to beat decides."""
     rows = {row.name: row for row in rows_of(claim.experiment, "quick")
             if row.column == claim.column}
     ours, *others = [Outcome(rows[name], seeds, found) for name in (claim.better, *claim.worse)]
@@ -779,9 +760,8 @@ def claims_lines(found, seeds):
              "|---|---|---|---|---|---|---|"]
     for claim in CLAIMS:
         measured, n, p, verdict = judge(claim, seeds, found)
-        command = f"`{claim.experiment} --only {shlex.quote(claim.column)}`"
-        lines.append(f"| {claim.text} | {claim.published} | {measured} | {n} | {p:.4f} | "
-                     f"{verdict} | {command} |")
+        lines.append(f"| {claim.text} | {claim.published} | {measured} | {n} | {p:.4f} | {verdict} "
+                     f"| `{claim.experiment} --only {shlex.quote(claim.column)}` |")
     return lines
 
 
