@@ -84,9 +84,8 @@ TASK = "--batch_size 250 --lr 2e-3 --eval_every 100 --stop_at 0.9"
 TEXT = ("--device cpu --size 4_4_128 --block_size 256 --batch_size 16 --steps 2500 --lr 3e-3 "
         "--lr_ramp 200")
 BEFORE_TASK = "--data haystack --warmup_steps 5000"
-BEFORE_TEXT = ("--data haystack --size 4_4_128 --warmup_batch_size 64 --warmup_lr 5e-4 "
-               "--warmup_lr_schedule constant --warmup_lr_ramp 0 --warmup_dropout 0.1 "
-               "--warmup_tokens 4M")
+BEFORE_TEXT = ("--data haystack --warmup_batch_size 64 --warmup_lr 5e-4 --warmup_lr_ramp 0 "
+               "--warmup_lr_schedule constant --warmup_dropout 0.1 --warmup_tokens 4M")
 COLUMNS = {
     "quick": {"recall": f"--data haystack:pairs=15 --steps 6000 {TASK}",
               "reversed_addition": f"--data reversed_addition {TASK}",
@@ -96,11 +95,11 @@ COLUMNS = {
               "english, smaller": f"--data docs {TEXT} --size 2_4_64",
               "english, larger": f"--data docs {TEXT} --size 6_8_256",
               "math": f"--data math {TEXT}"},
-    "paper": {"recall": "--data haystack",
-              "addition": "--data addition",
-              "reversed_addition": "--data reversed_addition",
-              "multiplication": "--data multiplication",
-              "sorting": "--data sorting",
+    "paper": {"recall": "--data haystack --eval_every 100",
+              "addition": "--data addition --eval_every 100",
+              "reversed_addition": "--data reversed_addition --eval_every 100",
+              "multiplication": "--data multiplication --eval_every 1500",
+              "sorting": "--data sorting --eval_every 100",
               "code": "--preset codeparrot",
               "english": "--preset c4",
               "english, larger": "--preset c4-350m",
@@ -269,13 +268,9 @@ EXPERIMENTS = {  # name: what makes the rows of a column, and the columns
 def rows_of(name, budget):
     """The rows of an experiment, column by column; a budget may lack some of these. The others are
     compared with the first row of a column."""
-    make, columns = EXPERIMENTS[name]
-    rows = []
-    for column in columns:
-        if column in COLUMNS[budget]:
-            column = Column(column, budget)
-            rows += [column.row("none"), *make(column)]
-    return rows
+    make, names = EXPERIMENTS[name]
+    columns = [Column(each, budget) for each in names if each in COLUMNS[budget]]
+    return [row for column in columns for row in (column.row("none"), *make(column))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -386,10 +381,9 @@ def make_run(row, seed, results, device):
         if row.change:
             changed_checkpoint(results / path, row.change, seed, scratch)
             path = scratch.name
-        flags += f" --{'attn_from' if row.mlp_from else 'init'} {shlex.quote(path)}"
+        flags += f" --{'attn_from' if row.mlp_from else 'init'} {path}"
     if row.mlp_from:
-        path = make_warmup(row.mlp_from, seed, results, device)
-        flags += f" --mlp_from {shlex.quote(path)}"
+        flags += f" --mlp_from {make_warmup(row.mlp_from, seed, results, device)}"
     call_train(flags, results / name, seed, device)
     scratch.unlink(missing_ok=True)
 
@@ -788,7 +782,7 @@ def experiment(name, args):
         raise UserError(f"--only {args.only} is in no \"column | row\" of {name}, such as "
                         f"\"{rows[0].column} | {rows[0].name}\"")
     first = {row.column: row for row in reversed(rows)}
-    wanted += [first[row.column] for row in wanted]
+    wanted += [first[row.column] for row in wanted]  # what they are compared with
     rows = [row for row in rows if row in wanted]
     if not args.show:
         with lock(results / ".lock"):

@@ -73,6 +73,9 @@ def test_the_same_flags_are_one_run_whatever_the_row_is_called():
     assert max(map(len, folders.values())) == 1, "different flags in one folder"
     assert max(map(len, flags.values())) == 1, "the same flags in two folders"
     assert rows[0].folder(0) != rows[0].folder(1)
+    assert (Row("a", "b", "--data code --lr 1").folder(0)
+            == Row("c", "d", "--lr 1 --data code").folder(0))
+    assert analyze.join("--data code --lr 1", "--lr 2") == "--data code --lr 2"
     warmups = {row.warmup for row in rows if row.warmup}
     assert len({analyze.folder_of(0, warmup) for warmup in warmups}) == len(warmups)
 
@@ -280,7 +283,8 @@ def test_the_hardest_of_what_a_claim_has_to_beat_decides(none, shuffled, dyck, v
     ((2.0, 2.2, 2.1, 2.3, 1.9, 2.0), (2.01, 2.2, 2.0, 2.3, 1.9, 2.01), "undecided"),
     ((2.0,), (2.0,), "undecided")])
 def test_on_text_a_claim_may_also_make_no_difference(none, warm, verdict):
-    rows = {row.name: row for row in analyze.rows_of("efficiency", "quick") if row.column == "english"}
+    rows = {row.name: row for row in analyze.rows_of("efficiency", "quick")
+            if row.column == "english"}
     found = made_up({rows["none"]: none, rows["set"]: warm})
     claim = Claim("helps", "", "efficiency", "english", "set", ("none",))
     assert analyze.judge(claim, 6, found)[3] == verdict
