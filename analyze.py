@@ -479,21 +479,29 @@ def read_packed(path):
     return {record.pop("name"): record for record in records}
 
 
+def read_run(path):
+    """A run's folder -> {"result": result.json, "log": evaluations, "learned": of a warm-up}"""
+    result, learned = path / "result.json", path / "learned.json"
+    return {"result": checked(read_json(result), RUN["result"], result),
+            "log": read_log(path / "log.jsonl"),
+            "learned": read_json(learned) if learned.exists() else {}}
+
+
 def read_results(where):
-    """{folder name: {"result": result.json, "log": evaluations, "learned": of a warm-up}, or of a
-    run that failed {"failed": why}} of a folder and the packed files in it, or of one packed file.
-    Raises UserError."""
+    """{folder name: what read_run says, or {"failed": why} of a run that did} of a folder and the
+    packed files in it, or of one packed file. Raises UserError."""
     where, found = Path(where), {}
-    for path in [where] if where.is_file() else sorted(where.glob("*")):
-        result, learned = path / "result.json", path / "learned.json"
+    try:
+        paths = [where] if where.is_file() else sorted(where.glob("*"))
+    except OSError as error:
+        raise UserError(f"cannot read {where}: {error.strerror}") from None
+    for path in paths:
         if path == where or path.suffix == ".gz" and path.is_file():
             found |= read_packed(path)
         elif path.suffix == ".failed":
             found.setdefault(path.stem, {"failed": path.read_text(errors="replace").strip()})
-        elif result.exists():
-            found[path.name] = {"result": checked(read_json(result), RUN["result"], result),
-                                "log": read_log(path / "log.jsonl"),
-                                "learned": read_json(learned) if learned.exists() else {}}
+        elif (path / "result.json").exists():
+            found[path.name] = read_run(path)
     return found
 
 
@@ -513,8 +521,8 @@ FOUND = 0.9    # of held-out answers right: a task is learned
 MARGIN = 0.03  # nats per token of text: less is no difference worth having
 
 
-def is_text(record):
-    return record["result"]["settings"]["tokenizer"] is not None
+def is_text(result):
+    return result["settings"]["tokenizer"] is not None
 
 
 def measure(record):
@@ -523,7 +531,7 @@ def measure(record):
 
     Not the final accuracy: runs find an answer suddenly, each at its own time, so that accuracy
     only tells where the budget cut them off."""
-    if is_text(record):
+    if is_text(record["result"]):
         return record["result"]["val_loss"]
     for first, second in itertools.pairwise(record["log"]):
         if min(first["val_accuracy"], second["val_accuracy"]) >= FOUND:
@@ -577,7 +585,7 @@ class Outcome:
         self.learned = f"{sum(asked)}/{len(asked)}" if asked else ""
         self.n, self.values = len(self.runs), [measure(run) for run in self.runs]
         if self.n:
-            self.mean, self.text = np.mean(self.values), is_text(self.runs[0])
+            self.mean, self.text = np.mean(self.values), is_text(self.runs[0]["result"])
             self.budget = self.runs[0]["result"]["settings"]["steps"]
             self.accuracy = np.mean([run["result"]["val_accuracy"] for run in self.runs])
 
@@ -657,9 +665,9 @@ def curves(runs, picture):
     data = list(dict.fromkeys(said["settings"]["data"] for _, said, _ in runs))
     if len(data) > 1:
         raise UserError(f"these runs are on different data, and do not compare: {', '.join(data)}")
-    metric, ylabel = "val_loss", "held-out loss (nats per token)"
-    if runs[0][1]["settings"]["tokenizer"] is None:
-        metric, ylabel = "val_accuracy", "accuracy on held-out answers"
+    metric, ylabel = "val_accuracy", "accuracy on held-out answers"
+    if is_text(runs[0][1]):
+        metric, ylabel = "val_loss", "held-out loss (nats per token)"
     groups, moot = {}, OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
     print(f"{'run':44} {'warm-up':20} {'seed':>4} {'tokens':>13} {'loss':>8} {'accuracy':>9}")
     for name, said, points in runs:

@@ -551,3 +551,4 @@ def test_a_part_of_an_experiment_keeps_what_it_is_compared_with(tmp_path, monkey
     assert "--only x" in refused(analyze, "table", "--show", "--only", "x")
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(analyze, "table", "--results", "file/r")
+    assert "cannot read" in refused(analyze, "claims", "--results", "a/" * 3000)
