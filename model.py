@@ -325,6 +325,8 @@ def read_file(path):
                         "was run") from None
     if not isinstance(state, dict):
         raise ValueError(f"it holds a {type(state).__name__}")
+    if not all(isinstance(state.get(key, {}), dict) for key in ("source", "warmed")):
+        raise ValueError("its source is not as nanowarm writes it")
     if "model_args" in state:
         return state["model_args"], state["model"], {}  # nanoGPT's
     if not {"config", "model"} <= state.keys():

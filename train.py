@@ -32,8 +32,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (PUBLISHED, Parser, UserError, default_tokenizer, kind_of, lock, make_data, number,
-                  read_json, reason_of, remove_scratch, run_main, say, write_json, written_whole)
+from data import (CORPORA, PUBLISHED, Parser, UserError, default_tokenizer, kind_of, lock,
+                  make_data, number, read_json, reason_of, remove_scratch, run_main, say,
+                  write_json, written_whole)
 from eval import evaluate, find_device, held_out_rows, micro_batches, perplexity
 from model import GPT, GPTConfig, attention_maps, load, parse_parts, parse_size, save, transfer
 
@@ -173,6 +174,10 @@ def parse(argv):
         else:
             parser.add_argument(f"--{name}", type=kind, metavar="X", help=text)
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if value == "":
+            raise UserError(f"--{name} is empty")
+    check_environment()
     return settle(given), given
 
 
@@ -242,7 +247,7 @@ def check(s, given, kind):
     """Refuses settings that do not go together. Raises UserError."""
     warmup, data = s["warmup"], s["data"]
     parse_parts(s["transfer"])
-    parse_size(s["size"])
+    GPTConfig(1, 1, *parse_size(s["size"]))
     taken_up = s["init"] or s["attn_from"] or s["mlp_from"]
     for wrong, line in (
             (kind == "rule", f"--data {data} is a rule: --warmup takes rules"),
@@ -273,7 +278,7 @@ def run_name(given):
     for key, value in given.items():
         if key not in OPERATIONAL | {"data", "warmup", "seed", "preset"}:
             name += f"-{key}={value}"
-    name = re.sub(r"[^\w.=+*-]+", "_", name)
+    name = re.sub(r"[^\w.=+*-]+", "_", name, flags=re.ASCII)
     return name if len(name) < 120 else f"{name[:110]}-{zlib.crc32(name.encode()):08x}"
 
 
@@ -300,12 +305,18 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def start_processes(settings):
-    """Joins the other processes of the run, if torchrun started several. Raises UserError."""
-    there = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
-    numbers = there["RANK"].isdecimal() and there["WORLD_SIZE"].isdecimal() and there["MASTER_ADDR"]
-    if any(there.values()) and not (numbers and rank() < world_size()):
+def check_environment():
+    """Refuses what torchrun did not set, or not whole. Raises UserError."""
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"
+    there = {name: os.environ[name] for name in names if name in os.environ}
+    numbers = [value for name, value in there.items() if name != "MASTER_ADDR"]
+    whole = len(there) == len(names) and all(map(str.isdecimal, numbers)) and rank() < world_size()
+    if {"RANK", "WORLD_SIZE"} & there.keys() and not whole:
         raise UserError(f"{there} is not as torchrun sets it: several processes need torchrun")
+
+
+def start_processes(settings):
+    """Joins the other processes of the run, if torchrun started several."""
     for wanted in (signal.SIGINT, signal.SIGTERM):
         signal.signal(wanted, lambda received, frame: SIGNALS.append(received))
     if world_size() > 1:
@@ -422,7 +433,7 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
     try:
         if there.config != model.config or state["fingerprint"] != fingerprint:
             raise ValueError("it is of another model, or of other data")
-        names = ("step", "seconds", "before", "result", "passed", "length")
+        names = ("step", "tokens", "seconds", "before", "result", "passed", "length")
         progress = {key: state[key] for key in names}
         if type(progress["step"]) is not int or not 0 <= progress["step"] <= stage.steps:
             raise ValueError(f"its step is {progress['step']!r}")
@@ -485,18 +496,20 @@ def watched(model, sharpen):
 
 def train(model, data, stage, file, settings, **more):
     """Trains a model for one stage, from where `file` says on, and saves it there with `more`; if
-    that is the end, nothing is left to do. Returns {"before", "result": evaluations, "seconds",
-    ...}. Raises UserError, and Stopped after a signal."""
+    that is the end, nothing is left to do. Returns {"before", "result": evaluations, "tokens",
+    "seconds", ...}. Raises UserError, and Stopped after a signal."""
     s, name = settings, stage.name
+    say(f"[{LABELS[name]}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
+        f"{data.block_size} tokens")
     model.to(s.device).recompute = s.recompute
     optimizer = make_optimizer(model, stage, s)
     scaler = torch.amp.GradScaler(s.device.partition(":")[0], enabled=s.dtype == "float16")
-    progress = {"step": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
+    progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
                 "length": 2 if name == "warmup" and s.warmup_curriculum else None}
     if file.exists():
         progress = resume(file, model, optimizer, scaler, stage, more["fingerprint"])
     first, tokens = progress["step"], stage.batch_size * stage.block_size
-    log = Log(file.parent / "log.jsonl", name, first, stage.steps, tokens, progress["seconds"])
+    log = Log(file, stage, progress)
     rows, held_out = rows_from(data, stage, first, s, progress["length"])
 
     def measure():
@@ -506,10 +519,11 @@ def train(model, data, stage, file, settings, **more):
         return result
 
     def checkpoint(step):
-        progress.update(step=step, seconds=log.seconds())
+        progress.update(step=step, tokens=step * tokens, seconds=log.seconds())
         if rank() == 0:
+            source = {"spec": data.spec, "tokenizer": s.tokenizer, "seed": s.seed}
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 stage=name, tokens=step * tokens, **progress, **more)
+                 stage=name, source=source, **progress, **more)
 
     if not progress["before"]:
         progress["before"] = progress["result"] = measure()
@@ -551,38 +565,44 @@ def train(model, data, stage, file, settings, **more):
     return progress
 
 
+LABELS = {"warmup": "1/2 warm-up", "train": "2/2 train"}
+
+
 class Log:
     """log.jsonl, an object a line, and the same for the eye. On resuming, the lines of a stage
     after its checkpoint are dropped."""
 
-    def __init__(self, path, stage, first, steps, tokens, seconds):
-        self.path, self.stage, self.tokens = path, stage, tokens
-        self.label = "1/2 warm-up" if stage == "warmup" else "2/2 train"
-        self.first, self.steps, self.began = first, steps, time.time() - seconds
+    def __init__(self, file, stage, progress):
+        """file: the stage's checkpoint, which may not be there yet."""
+        self.path, self.stage = file.parent / "log.jsonl", stage
+        self.first, self.tokens = progress["step"], stage.batch_size * stage.block_size
         self.here = time.time()
+        self.began = self.here - progress["seconds"]
+        last = self.first if file.exists() else -1
         if rank() == 0:
-            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-            with written_whole(path) as file:
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+            with written_whole(self.path) as log:
                 for line in lines:
                     with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
                         entry = json.loads(line)
-                        if entry["stage"] != stage or entry["step"] <= first:
-                            file.write(f"{line}\n".encode())
+                        if entry["stage"] != stage.name or entry["step"] <= last:
+                            log.write(f"{line}\n".encode())
 
     def seconds(self):
         return time.time() - self.began
 
     def add(self, step, loss=None, lr=None, result=None):
         """After a step: its loss and learning rate, or an evaluation, or both."""
-        entry = {"stage": self.stage, "step": step, "tokens": step * self.tokens}
+        entry = {"stage": self.stage.name, "step": step, "tokens": step * self.tokens}
+        label, steps = LABELS[self.stage.name], self.stage.steps
         if loss is not None:
             each = (time.time() - self.here) / (step - self.first)
             entry |= {"loss": loss, "lr": lr, "tokens_per_second": round(self.tokens / each)}
-            say(f"[{self.label}] step {step:,}/{self.steps:,} | loss {loss:.3f} | "
-                f"{self.tokens / each:,.0f} tokens/s | {clock(each * (self.steps - step))} left")
+            say(f"[{label}] step {step:,}/{steps:,} | loss {loss:.3f} | "
+                f"{self.tokens / each:,.0f} tokens/s | {clock(each * (steps - step))} left")
         if result:
             entry |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
-            say(f"[{self.label}] {f'step {step:,}' if step else 'before'}: held-out loss "
+            say(f"[{label}] {f'step {step:,}' if step else 'before'}: held-out loss "
                 f"{result['loss']:.3f}, accuracy {result['accuracy']:.1%}")
         if rank() == 0:
             try:
@@ -613,13 +633,7 @@ def run(settings):
     s, out = settings, Path(settings.out)
     start_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
-    with first_process_first():  # bad data are refused before anything is written
-        data = make_data(s.data, s.seed, s.block_size, s.tokenizer)
-        rule = None
-        if s.warmup == "text":
-            rule = make_data(s.data, s.seed, s.block_size, s.tokenizer, split="warmup")
-        elif s.warmup != "none":
-            rule = make_data(s.warmup, s.seed, s.warmup_block_size)
+    data, rule = open_data(s)
     training = stage_of(s, "train", data.block_size)
     s.steps, s.tokens = training.steps, None  # a run is defined by its steps
     if rule:
@@ -628,8 +642,13 @@ def run(settings):
     fingerprint = check_data(data, rule, s)
     model = new_model(data, s, s.tied, s.dropout, s.seed)
     warmed = take_up(model, s)
-    with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext(), first_process_first():
-        finished = open_run(out, s, fingerprint, warmed["spec"])
+    if rule:
+        warm = new_model(rule, s, True, warming.dropout, s.seed + 2 ** 32)
+        move(warm, model, s)  # what does not fit is refused now, not after hours of warm-up
+
+    with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
+        with first_process_first():
+            finished = open_run(out, s, fingerprint, warmed["spec"])
         if finished:
             say(f"{out}: finished in an earlier run")
             return finished
@@ -637,38 +656,45 @@ def run(settings):
         say(f"{out}: {s.size} GPT, {n:,} parameters, context {data.block_size}; {s.device}, "
             f"{s.dtype}, {world_size()} process{'es' if world_size() > 1 else ''}")
 
-    # 1. Warm up.
-    if rule:
-        say(f"[1/2 warm-up] {s.warmup}: {warming.steps:,} steps of {warming.batch_size} x "
-            f"{rule.block_size} tokens")
-        warm = new_model(rule, s, True, warming.dropout, s.seed + 2 ** 32)
-        source = {"spec": s.data if s.warmup == "text" else s.warmup, "tokenizer": s.tokenizer,
-                  "seed": s.seed}
-        warmed = train(warm, rule, warming, out / "warmup.pt", s, source=source,
-                       fingerprint=fingerprint)
-        warmed |= {"tokens": warming.steps * warming.batch_size * rule.block_size, "spec": s.warmup}
+        if rule:  # 1. Warm up.
+            warmed = train(warm, rule, warming, out / "warmup.pt", s, fingerprint=fingerprint)
+            warmed["spec"] = s.warmup
+            move(warm, model, s)  # 2. Move what was learned.
+            del warm  # its memory is wanted now
 
-        # 2. Move what was learned.
-        transfer(warm, model, parse_parts(s.transfer), s.embeddings, s.positions)
-        del warm  # its memory is wanted now
+        # 3. Continue.
+        trained = train(model, data, training, out / "ckpt.pt", s, fingerprint=fingerprint,
+                        warmed=warmed)
+        # 4. Say what came of it.
+        return write_result(out, s, fingerprint, warmed, trained)
 
-    # 3. Continue.
-    say(f"[2/2 train] {s.data}: {training.steps:,} steps of {training.batch_size} x "
-        f"{data.block_size} tokens")
-    source = {"spec": s.data, "tokenizer": s.tokenizer, "seed": s.seed}
-    trained = train(model, data, training, out / "ckpt.pt", s, source=source,
-                    fingerprint=fingerprint, warmed=warmed)
 
-    # 4. Say what came of it.
-    before, after, result = warmed["before"] or {}, warmed["result"] or {}, trained["result"]
+def open_data(settings):
+    """The data of both stages; the second is None where nothing is warmed up. Raises UserError."""
+    s = settings
+    with first_process_first():  # it may have a corpus to tokenise, which the others then find
+        data = make_data(s.data, s.seed, s.block_size, s.tokenizer)
+        if s.warmup == "none":
+            return data, None
+        if s.warmup == "text":
+            return data, make_data(s.data, s.seed, s.block_size, s.tokenizer, split="warmup")
+        return data, make_data(s.warmup, s.seed, s.warmup_block_size)
+
+
+def move(warm, model, settings):
+    transfer(warm, model, parse_parts(settings.transfer), settings.embeddings, settings.positions)
+
+
+def write_result(out, settings, fingerprint, warmed, trained):
+    """Writes result.json, and returns what it holds."""
+    s, before, after = settings, warmed["before"] or {}, warmed["result"] or {}
     found = {
         "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
         "warmup": warmed["spec"], "fingerprint": fingerprint,
         "warmup_first_loss": before.get("loss"), "warmup_first_accuracy": before.get("accuracy"),
         "warmup_loss": after.get("loss"), "warmup_accuracy": after.get("accuracy"),
-        **{f"val_{key}": result[key] for key in ("loss", "accuracy", "exact", "bits_per_byte")},
-        "tokens": {"procedural": warmed["tokens"],
-                   "semantic": trained["step"] * training.batch_size * data.block_size},
+        **{f"val_{key}": value for key, value in trained["result"].items() if key != "tokens"},
+        "tokens": {"procedural": warmed["tokens"], "semantic": trained["tokens"]},
         "seconds": warmed["seconds"] + trained["seconds"]}
     if rank() == 0:
         write_json(out / "result.json", found)
@@ -736,19 +762,29 @@ def open_run(out, settings, fingerprint, warmup):
         raise UserError(f"{settings.data} is not what it was when the run in {out} began: put it "
                         "back, or choose another --out")
     if (out / "result.json").exists():
-        return read_json(out / "result.json")
+        return read_result(out / "result.json")
     if not settings.resume and rank() == 0:
         raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
     return None
 
 
+def read_result(path):
+    """What write_result wrote. Raises UserError."""
+    found = read_json(path)
+    if not {"settings", "val_loss", "val_accuracy", "tokens", "seconds"} <= found.keys():
+        raise UserError(f"{path} is not of a run")
+    return found
+
+
 def environment():
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
-                           capture_output=True, text=True)
+    commit = None
+    with contextlib.suppress(OSError):  # there may be no git
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
+                                capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "device_name": name, "processes": world_size(),
-            "commit": asked.stdout.strip() or None}
+            "commit": commit or None}
 
 
 def summarise(found, settings, given):
@@ -778,9 +814,13 @@ def summarise(found, settings, given):
     say(f"files      {out}: config.json, log.jsonl, ckpt.pt, result.json "
         f"({clock(found['seconds'])})")
     with_it = spent["procedural"] > 0
-    moves = ("out", "resume", "init", "transfer", "embeddings", "positions")
+    moves = ("out", "resume", "init", "attn_from", "mlp_from", "transfer", "embeddings",
+             "positions")
     other = {key: value for key, value in given.items()
              if key not in moves and not key.startswith("warmup")}
+    taken = ["size"] if s.init or s.attn_from or s.mlp_from else []  # from a checkpoint
+    taken += ["tied", "block_size", "tokenizer"] if s.transfer == "all" else []
+    other |= {key: getattr(s, key) for key in taken}
     other["warmup"] = "none" if with_it else "dyck"
     words = [f"--{'no-' if value is False else ''}{key}"
              + ("" if isinstance(value, bool) else f" {shlex.quote(str(value))}")
@@ -800,13 +840,16 @@ def print_plan(settings):
     A token takes 6 operations for each parameter in a matrix product, and 12 * n_layer * n_embd *
     context for attention (PaLM's way to count, arXiv 2204.02311, appendix B)."""
     s, (n_layer, _, d) = settings, parse_size(settings.size)
-    vocab = {"gpt2": 50257, "bytes": 257, "characters": 97}.get(s.tokenizer)
+    known = {"gpt2": 50257, "bytes": 257, "characters": 97} if s.data in CORPORA else {}
+    vocab = known.get(s.tokenizer)
     block_size = s.block_size
     if not vocab or not block_size:
         data = make_data(s.data, 0, block_size, s.tokenizer)
         vocab, block_size = data.vocab_size, data.block_size
     stages = [(stage_of(s, "train", block_size), vocab)]
-    if s.warmup not in ("none", "text"):
+    if s.warmup == "text":
+        stages.insert(0, (stage_of(s, "warmup", block_size), vocab))
+    elif s.warmup != "none":
         rule = make_data(s.warmup, 0, s.warmup_block_size)
         stages.insert(0, (stage_of(s, "warmup", rule.block_size), rule.vocab_size))
     operations = 0
