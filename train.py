@@ -445,6 +445,8 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
                     raise ValueError("its optimiser is of another model")
         optimizer.load_state_dict({"state": saved, "param_groups": plain["param_groups"]})
         scaler.load_state_dict(state["scaler"])
+        for evaluation in (progress["before"], progress["result"]):
+            sum(evaluation[key] for key in ("loss", "accuracy", "exact"))  # they are numbers
         progress["seconds"] = float(progress["seconds"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{file} is no checkpoint to go on from: {reason_of(error)}") from None
@@ -771,8 +773,16 @@ def open_run(out, settings, fingerprint, warmup):
 def read_result(path):
     """What write_result wrote. Raises UserError."""
     found = read_json(path)
-    if not {"settings", "val_loss", "val_accuracy", "tokens", "seconds"} <= found.keys():
-        raise UserError(f"{path} is not of a run")
+    try:
+        numbers = [found[f"val_{key}"] for key in ("loss", "accuracy", "exact")]
+        numbers += [found["tokens"]["procedural"], found["tokens"]["semantic"], found["seconds"]]
+        for key in ("warmup_first_loss", "warmup_first_accuracy", "warmup_loss", "warmup_accuracy",
+                    "val_bits_per_byte"):
+            numbers.append(found[key] or 0.0)  # or null
+        sum(numbers)
+        found["settings"]["data"], found["warmup"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not the result of a run") from None
     return found
 
 
