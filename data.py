@@ -363,9 +363,10 @@ def parse_spec(spec):
         if not 0 < weight <= 1e6:
             raise UserError(f"{text}: a weight is a number above 0 and at most a million")
         members.append((weight, name.strip(), parameters(name.strip(), given)))
-    if len(members) > 1 and any(name in TASKS for _, name, _ in members):
-        raise UserError(f"{spec}: a task does not mix")
-    return spec.startswith("shuffled:"), members
+    shuffled = spec.startswith("shuffled:")
+    if (shuffled or len(members) > 1) and any(name in TASKS for _, name, _ in members):
+        raise UserError(f"{spec}: a task is neither mixed nor shuffled, only rules are")
+    return shuffled, members
 
 
 def parameters(name, given=""):
@@ -955,14 +956,13 @@ TYPES = {name: np.dtype(name) for name in ("uint8", "uint16", "uint32", "int32",
 @functools.lru_cache(maxsize=None)
 def open_tokens(path, dtype):
     """The tokens of a file, left on the disk. Raises UserError."""
-    try:
-        size, start = path.stat().st_size, np.fromfile(path, np.int32, 1)
-        header = 1024 if len(start) and start[0] == 20240520 else 0  # llm.c, modded-nanogpt
-        if (size - header) % dtype.itemsize:
-            raise UserError(f"{path} has {size} bytes: no whole number of {dtype}")
-        return np.memmap(path, dtype, "r", header) if size > header else np.zeros(0, dtype)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not path.is_file():
+        raise UserError(f"{path.name} is missing in {path.parent}")
+    size, start = path.stat().st_size, np.fromfile(path, np.int32, 1)
+    header = 1024 if len(start) and start[0] == 20240520 else 0  # llm.c, modded-nanogpt
+    if (size - header) % dtype.itemsize:
+        raise UserError(f"{path} has {size} bytes: no whole number of {dtype}")
+    return np.memmap(path, dtype, "r", header) if size > header else np.zeros(0, dtype)
 
 
 def check_tokens(path, dtype, vocab_size):
@@ -979,12 +979,29 @@ def check_tokens(path, dtype, vocab_size):
             raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
 
 
+class Unread:
+    """Stands for numpy.dtype: one of a pickle's own making could read anywhere in memory."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+PLAIN = {  # what meta.pkl may name -> what stands for it: nothing that it names is ever called
+    "collections.OrderedDict": lambda: {}, "collections.defaultdict": lambda _: {},
+    "builtins.int": "int", "builtins.str": "str", "numpy.dtype": Unread,
+    "numpy.core.multiarray.scalar": lambda _, raw: int.from_bytes(raw, "little"),
+    "numpy._core.multiarray.scalar": lambda _, raw: int.from_bytes(raw, "little")}
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """nanoGPT's meta.pkl holds plain containers: with anything else it is refused, unrun."""
+    """nanoGPT's meta.pkl holds plain containers and numbers: with anything else it is refused."""
 
     def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
+        if f"{module}.{name}" in PLAIN:
+            return PLAIN[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
@@ -1199,12 +1216,14 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
     folder, name = Path(spec), tokenizer or default_tokenizer(spec)
+    if spec in CORPORA and folder.exists():
+        say(f"{spec} is the corpus of that name (data.py list); your own is ./{spec}")
     if spec in PUBLISHED:
         folder = cache_folder() / f"{spec}-{name}"
         if not (folder / "meta.json").exists():
             more = f" --tokenizer {name}" if tokenizer else ""
             raise UserError(f"{spec} is not prepared here: python data.py prepare {spec}{more}")
-    elif not (folder / "train.bin").exists():
+    elif spec in CORPORA or not (folder / "train.bin").exists():
         folder = tokenise(spec, load_tokenizer(name))
     tokenizer, dtype, files = read_meta(folder)
     windows = Problems if tokenizer.name == "characters" else Windows
@@ -1212,7 +1231,8 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     for part, pieces in files.items():
         pieces = [(folder / name, begin, end) for name, begin, end in pieces]
         if folder == Path(spec):  # somebody else's
-            check_tokens(pieces[0][0], dtype, tokenizer.vocab_size)
+            for path, _, _ in pieces:
+                check_tokens(path, dtype, tokenizer.vocab_size)
         datasets.append(windows(spec, pieces, dtype, block_size or 256, seed,
                                 split if part == "train" else "val"))
     return Data(spec, kind, *datasets, tokenizer.vocab_size, block_size or 256, tokenizer)
