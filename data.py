@@ -383,16 +383,17 @@ def parameters(name, given=""):
         key, _, text = (word.strip() for word in item.partition("="))
         if key not in p:
             raise UserError(f"{name}: bad parameter {item.strip()!r}: it takes {takes}")
-        first, _, last = text.partition("-") if key == "length" else (text, "", "")
-        kind = int if key == "length" else type(p[key])
         least, most = LIMITS.get(key, (0, 10 ** 6))
         try:
-            low, high = kind(first), kind(last or first)
+            if key == "length":
+                values = [int(end) for end in text.split("-", 1)]
+            else:
+                values = [type(p[key])(text)]
         except ValueError:
-            low, high = math.nan, math.nan
-        if not least <= low <= high <= most:
+            values = [math.nan]
+        if not least <= values[0] <= values[-1] <= most:
             raise UserError(f"{name}: {key}={text} is not accepted: from {least} to {most}")
-        p[key] = (low, high) if key == "length" else low
+        p[key] = (values[0], values[-1]) if key == "length" else values[0]
     if name == "eca" and p["length"][0] <= p["width"]:
         raise UserError(f"{name}: a length up to its width is a first row and nothing that follows")
     return p
@@ -545,6 +546,8 @@ def remove_scratch(folder):
 
 PIECE = 1 << 18  # characters, or bytes, that are read at a time
 GZIP = b"\x1f\x8b"
+
+
 def cache_folder():
     return Path(os.environ.get("NANOWARM_CACHE") or "~/.cache/nanowarm").expanduser()
 
@@ -682,9 +685,9 @@ def tokenise(spec, tokenizer):
         train, val, read = ["train"], ["val"], problems
     else:
         train, val = users_files(Path(spec))
-    facts = [os.stat(path) for path in train + val if spec != "math"]
-    key = [4, spec, tokenizer.name, [str(path) for path in train + val],  # 4: how tokens are made
-           [(fact.st_size, fact.st_mtime_ns) for fact in facts]]
+    facts = [(path, os.stat(path)) for path in train + val if spec != "math"]
+    key = [4, spec, tokenizer.name,  # 4: how tokens are made
+           [(str(path), fact.st_size, fact.st_mtime_ns) for path, fact in facts]]
     folder = cache_folder() / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     with lock(cache_folder() / "lock", wait=True):
         remove_scratch(cache_folder())
@@ -878,15 +881,13 @@ def problem_tokens(path, share):
 
 
 def unpack(packed, folder):
-    """Unpacks an archive into a folder, which is there whole or not at all. Raises UserError."""
-    scratch = folder.with_name("unpacking")
+    """Unpacks an archive into a folder of the downloads. Raises UserError."""
     safe = {} if packed.suffix == ".zip" else {"filter": "data"}  # zip is safe without
     try:
-        shutil.unpack_archive(packed, scratch, **safe)
+        shutil.unpack_archive(packed, folder, **safe)
     except (OSError, tarfile.TarError) as error:
         shutil.rmtree(folder.parent, ignore_errors=True)
         raise UserError(f"cannot unpack {packed.name}: {reason_of(error)}") from None
-    scratch.rename(folder)
 
 
 def write_shard(path, source, share, tokenizer, progress, threads):
@@ -918,12 +919,12 @@ def prepare(name, wanted, workers=1, source=None, tokenizer=None):
         fetched = functools.partial(published_file, corpus["url"], source, downloads)
         if meta.exists() and read_json(meta).get("wanted") == wanted:
             return folder  # an archive would be fetched again
+        if "archive" in corpus:
+            unpack(fetched(corpus["archive"]), downloads / "unpacked")
         for split in made:
             progress = Progress(f"{name}, {split}", "tokens", wanted[split])
             files = corpus[split]
             if "archive" in corpus:
-                if not (downloads / "unpacked").exists():
-                    unpack(fetched(corpus["archive"]), downloads / "unpacked")
                 files = sorted(downloads.glob(f"unpacked/{files}"))
             share = wanted[split] // max(1, len(files))  # of each module as much, as published
             for file in files:
@@ -1170,10 +1171,9 @@ class Data:
         if self.kind == "text" and counted is None:
             return self.tokenizer.decode([int(t) for t in tokens]).decode("utf-8", "replace")
         words = self.words(tokens)
-        for i, counts in enumerate(counted if counted is not None else ()):
-            words[i] = ("«" if counts and not (i and counted[i - 1]) else "") + words[i] + (
-                "»" if counts and not (i + 1 < len(counted) and counted[i + 1]) else "")
-        return self.joined(words)
+        if counted is not None:
+            words = [f"«{word}»" if counts else word for word, counts in zip(words, counted)]
+        return re.sub(r"»(\s*)«", r"\1", self.joined(words))
 
     def read(self, text):
         """What a person wrote, as `write` writes it -> tokens, a list. Raises UserError."""
