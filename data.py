@@ -697,12 +697,11 @@ def tokenise(spec, tokenizer):
         random.Random(0).shuffle(train)
         scratch = folder.with_name(f".{folder.name}.tmp")
         scratch.mkdir()
-        progress = Progress(spec, "tokens")
         with written_whole(scratch / "tokens.bin") as file:
-            ends = write_tokens(file, map(read, train), tokenizer, progress)
+            ends = write_tokens(file, map(read, train), tokenizer)
             cut = ends[-1]
             if val:
-                ends += write_tokens(file, map(read, val), tokenizer, progress)
+                ends += write_tokens(file, map(read, val), tokenizer)
         if not val:  # the last tenth is held out, from where a document ends if that is near
             cut -= cut // 10
             near = min(ends, key=lambda end: abs(end - cut))
@@ -730,10 +729,10 @@ def encoded(pieces, tokenizer, threads):
         yield from (future.result() for future in waiting)
 
 
-def write_tokens(file, texts, tokenizer, progress, threads=None):
+def write_tokens(file, texts, tokenizer, threads=None):
     """Streams of text -> tokens in a file. Returns the places in it where documents end."""
     n = begin = file.tell() // tokenizer.dtype.itemsize
-    ends = []
+    ends, progress = [], Progress("tokenised", "tokens")
     for tokens, ends_here in encoded(itertools.chain.from_iterable(texts), tokenizer, threads):
         if ends_here and n + len(tokens) > (ends or [begin])[-1]:  # else the document is empty
             tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
@@ -747,7 +746,7 @@ def write_tokens(file, texts, tokenizer, progress, threads=None):
 class Progress:
     """Says every two seconds how far long work is."""
 
-    def __init__(self, label, unit, wanted=0):
+    def __init__(self, label, unit, wanted=None):
         self.label, self.unit, self.wanted = label, unit, wanted
         self.done, self.began, self.said = 0, time.time(), time.time()
 
@@ -756,9 +755,8 @@ class Progress:
         if time.time() - self.said > 2:
             self.said = time.time()
             rate = self.done / (self.said - self.began)
-            left = max(0, self.wanted - self.done)
-            say(f"{self.label}: {self.done / 1e6:,.1f} M {self.unit}, {rate / 1e6:.2f} M/s, "
-                f"{left / 1e6:,.1f} M to come, in {left / rate / 60:.1f} min")
+            share = f" of {self.wanted / 1e6:,.1f}" if self.wanted else ""
+            say(f"{self.label}: {self.done / 1e6:,.1f}{share} M {self.unit}, {rate / 1e6:.2f} M/s")
 
 
 def meta_of(source, tokenizer, splits):
@@ -890,16 +888,14 @@ def unpack(packed, folder):
         raise UserError(f"cannot unpack {packed.name}: {reason_of(error)}") from None
 
 
-def write_shard(path, source, share, tokenizer, progress, threads):
+def write_shard(path, source, share, tokenizer, threads):
     """A published file -> a file of tokens."""
     with written_whole(path) as file:
         if source.suffix == ".txt":
-            tokens = problem_tokens(source, share)
-            file.write(tokens)
-            progress.add(len(tokens))
+            file.write(problem_tokens(source, share))
         else:
             read = articles if source.suffix == ".raw" else read_text
-            write_tokens(file, [read(source)], tokenizer, progress, threads)
+            write_tokens(file, [read(source)], tokenizer, threads)
 
 
 def prepare(name, wanted, workers=1, source=None, tokenizer=None):
@@ -922,8 +918,7 @@ def prepare(name, wanted, workers=1, source=None, tokenizer=None):
         if "archive" in corpus:
             unpack(fetched(corpus["archive"]), downloads / "unpacked")
         for split in made:
-            progress = Progress(f"{name}, {split}", "tokens", wanted[split])
-            files = corpus[split]
+            done, files = 0, corpus[split]
             if "archive" in corpus:
                 files = sorted(downloads.glob(f"unpacked/{files}"))
             share = wanted[split] // max(1, len(files))  # of each module as much, as published
@@ -932,15 +927,15 @@ def prepare(name, wanted, workers=1, source=None, tokenizer=None):
                 if tokenizer.name == "characters":
                     shard = f"{file.parent.name}-{file.stem}-{share}"
                 path = folder / f"{split}-{shard}.bin"
-                made[split].append([path.name, 0, None])
-                if path.exists():
-                    progress.done += path.stat().st_size // tokenizer.dtype.itemsize
-                else:
+                if not path.exists():
                     local = file if "archive" in corpus else fetched(file)
-                    write_shard(path, local, share, tokenizer, progress, workers)
-                if progress.done >= wanted[split] and "archive" not in corpus:
+                    write_shard(path, local, share, tokenizer, workers)
+                made[split].append([path.name, 0, None])
+                done += path.stat().st_size // tokenizer.dtype.itemsize
+                say(f"{path.name}: {done / 1e6:,.1f} of {wanted[split] / 1e6:,.1f} M tokens")
+                if done >= wanted[split] and "archive" not in corpus:
                     break
-            if not progress.done:
+            if not done:
                 shutil.rmtree(downloads, ignore_errors=True)
                 raise UserError(f"the files of {name} hold nothing for {split}: another --source?")
         write_json(meta, meta_of(name, tokenizer, made | {"wanted": wanted}))
