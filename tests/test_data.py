@@ -296,8 +296,9 @@ def test_a_curriculum_cuts_the_length_of_inputs_and_nothing_else():
 @pytest.mark.parametrize("spec", [
     "", "dyke", "set+dyke", "no/such/file", "shuffled:", "set+haystack", "shuffled:haystack",
     "dyck:k=0", "eca:rule=256", "dyck:p=2", "dyck:p=nan", "set:length=9-2", "set:vocab=2",
-    "set:wide=3", "set:length", "set:length=x", "set:length=0", "haystack:pairs=65", "addition:digits=0", "-1*set+union",
-    "a*set", "1e308*set+1e308*union", f"set:length={'9' * 400}", "x" * 300, "eca:length=8"])
+    "set:wide=3", "set:length", "set:length=x", "set:length=0", "set:length=2-",
+    "haystack:pairs=65", "addition:digits=0", "-1*set+union", "a*set",
+    "1e308*set+1e308*union", f"set:length={'9' * 400}", "x" * 300, "eca:length=8"])
 def test_bad_specs_are_refused_in_one_line(spec, refused):
     refused(data, "show", spec)
 
