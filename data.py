@@ -5,10 +5,10 @@
     python data.py prepare c4 --tokens 700M    a published corpus, fetched and tokenised once
 
     from data import make_data
-    x, y = make_data("dyck:k=3").train[0]      # y[t] should follow x[:t + 1], or is -1: not counted
+    x, y = make_data("dyck:k=3").train[0]      # y[t] is the token after x[t], or -1: not counted
 
 All data are torch Datasets. Rules, tasks and `Rows`, which makes rows of them, come first; corpora
-come after them and may be looked up.
+come after: look things up there.
 """
 import argparse
 import array
@@ -66,9 +66,10 @@ class UserError(Exception):
 
 # --------------------------------------------------------------------------------------------------
 # Procedural rules: rule(r, **parameters) -> (prompt, answer), two lists of tokens, drawn from a
-# random.Random. The loss counts the answer. Symbols are 1..vocab-1, see paper, "Procedural data".
+# random.Random. The loss counts the answer. Where there is a `vocab`, the symbols are 1..vocab-1
+# (paper, "Procedural data").
 
-BAR = -1  # the separator; `Rows` gives it its number
+BAR = None  # the separator; `Rows` gives it its number
 
 
 def symbols(r, length, vocab):
@@ -111,7 +112,7 @@ def union(r, length=20, vocab=100):
 
 
 def delete(r, length=20, vocab=100):
-    """the input without the first t, which may be absent: 3 7 3 5 | 3 | 7 3 5"""
+    """the input, a symbol, the input without the first such: 3 7 3 5 | 3 | 7 3 5"""
     x = symbols(r, length, vocab)
     t = r.randrange(1, vocab)
     rest = list(x)
@@ -125,9 +126,9 @@ def stack(r, length=20, vocab=100):
     operations, left = [], []
     for t in range(length):
         push = r.random() < (0.75 if t < length * 2 // 3 else 0.25)
-        if t == length - 1 or len(left) == vocab - 1:  # ends with a pop; holds each symbol once
+        if t == length - 1 or len(left) == vocab - 1:  # pops at the end; holds each symbol once
             push = False
-        if push or len(left) <= 1:
+        if push or len(left) <= 1:  # never empty
             symbol = r.randrange(1, vocab)
             while symbol in left:
                 symbol = r.randrange(1, vocab)
@@ -141,29 +142,29 @@ def stack(r, length=20, vocab=100):
 
 def dyck(r, k=16, length=128, p=0.5):
     """balanced brackets of k types; opens with probability p where it may: ( [ ] ) { }"""
-    row, left = [], []  # left: the types that are open
+    row, opened = [], []
     length -= length % 2
     for t in range(length):
-        must_close = len(left) == length - t
-        if not left or (not must_close and r.random() < p):
-            left.append(r.randrange(k))
-            row.append(left[-1])
+        must_close = len(opened) == length - t
+        if not opened or (not must_close and r.random() < p):
+            opened.append(r.randrange(k))
+            row.append(opened[-1])
         else:
-            row.append(k + left.pop())
+            row.append(k + opened.pop())
     return [], row
 
 
 def dyck_shuffle(r, k=16, length=128, p=0.5, depth=16):
     """as dyck, but any open type may close, and the end may stay open: ( [ ) ] {"""
-    row, left = [], []
+    row, opened = [], []
     for _ in range(length):
-        if not left or (len(left) < depth and r.random() < p):
-            left.append(r.randrange(k))
-            row.append(left[-1])
+        if not opened or (len(opened) < depth and r.random() < p):
+            opened.append(r.randrange(k))
+            row.append(opened[-1])
         else:
-            kind = r.choice(sorted(set(left)))
-            left.remove(kind)
-            row.append(k + kind)
+            closes = r.choice(sorted(set(opened)))
+            opened.remove(closes)
+            row.append(k + closes)
     return [], row
 
 
@@ -183,14 +184,14 @@ def eca(r, rule=110, width=16, length=128):
 
 
 def haystack(r, pairs=30):
-    """1 to `pairs` keys and values, one key asked again, its value: k4: 17 k9: 88 ?k4 17"""
+    """1 to `pairs` keys and values, one key asked for, its value: k4: 17 k9: 88 ?k4 17"""
     n = r.randint(1, pairs)
     keys = r.sample(range(128, 128 + pairs), n)
     values = r.choices(range(1, 128), k=n)
-    prompt = [None] * 2 * n
-    prompt[0::2], prompt[1::2] = keys, values
+    prompt = [token for pair in zip(keys, values) for token in pair]
     needle = r.randrange(n)
-    return prompt + [keys[needle] + pairs], [values[needle]]
+    asked = keys[needle] + pairs  # to ask for a key is another token than to name it
+    return prompt + [asked], [values[needle]]
 
 
 def arithmetic(r, digits, operation, least_first=False):
@@ -230,7 +231,8 @@ def sorting(r, numbers=20, below=100):
 
 @dataclass
 class Kind:
-    """A rule or a task. Its parameters and their defaults are those of the function."""
+    """A rule or a task. Its parameters are those that its function has after r, with their
+    defaults."""
     make: Callable
     width: Callable = lambda p: 2 * p["length"] + 1  # parameters -> tokens of the longest row
     vocab: Callable = lambda p: p["vocab"]           # parameters -> the number of symbols
@@ -263,8 +265,8 @@ class Rows(Dataset):
     """The rows of a rule, a mixture of rules or a task.
 
     Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run. So a
-    run needs nothing but its step number to resume. Of a task, one example in 16, by a hash of its
-    prompt, is held out for validation."""
+    run needs nothing but its step number to resume. Only a curriculum shortens rows as it goes, see
+    `longest`. Of a task, one example in 16, by a hash of its prompt, is held out for validation."""
 
     def __init__(self, spec, seed=0, split="train", block_size=None):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
@@ -283,7 +285,7 @@ class Rows(Dataset):
         self.first_bar = max(sizes)
         self.pad = self.first_bar + len(self.members)
         self.vocab_size = self.pad + 1
-        if name in TASKS:  # it has all of its tokens among its symbols
+        if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
             self.pad, self.vocab_size = KINDS[name].pad, self.first_bar
 
     def draw(self, i):
@@ -297,13 +299,12 @@ class Rows(Dataset):
         if "length" in p:
             low, high = p["length"]
             p = {**p, "length": r.randint(min(low, self.longest), min(high, self.longest))}
-        prompt, answer = KINDS[name].make(r, **p)
-        tries = 0
-        while name in TASKS and is_held_out(prompt) != (self.split == "val"):
+        for _ in range(1000):
             prompt, answer = KINDS[name].make(r, **p)
-            tries += 1
-            if tries > 1000:
-                raise UserError(f"{self.spec} has too few different examples to hold some out")
+            if name in RULES or is_held_out(prompt) == (self.split == "val"):
+                break
+        else:
+            raise UserError(f"{self.spec} has too few different examples to hold some out")
         if len(self.members) > 1 and BAR not in prompt:
             prompt = [BAR] + prompt  # so that every row says which rule it follows
         if self.shuffled:  # the control: the same tokens, and as many of them count
@@ -312,12 +313,12 @@ class Rows(Dataset):
             prompt, answer = tokens[:len(prompt)], tokens[len(prompt):]
         if BAR in prompt or BAR in answer:
             bar = self.first_bar + place
-            prompt = [bar if t == BAR else t for t in prompt]
-            answer = [bar if t == BAR else t for t in answer]
+            prompt = [bar if t is BAR else t for t in prompt]
+            answer = [bar if t is BAR else t for t in answer]
         return prompt, answer
 
     def __getitems__(self, rows):
-        """Row numbers -> x, y: int64 tensors (rows, block_size)."""
+        """Row numbers -> x, y: int64 tensors (rows, block_size). A DataLoader asks for a batch."""
         x = np.full((len(rows), self.block_size), self.pad)
         y = np.full((len(rows), self.block_size), -1)
         for j, i in enumerate(rows):
