@@ -516,8 +516,8 @@ def read_json(path):
 
 def reason_of(error):
     """What an error says, in one line; an OSError without its number and path."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return getattr(error, "strerror", None) or lines[0]
+    said = " ".join(str(error).split())[:200]
+    return getattr(error, "strerror", None) or said or type(error).__name__
 
 
 def lock(path, wait=False):
