@@ -119,8 +119,9 @@ class Opened:
         self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
         source = state.get("source")
         source = source if isinstance(source, dict) else {}  # another program's
-        self.spec, self.seed = spec or source.get("spec"), source.get("seed", 0)
-        if not isinstance(self.spec, str) or not isinstance(self.seed, int):
+        self.spec, seed = spec or source.get("spec"), source.get("seed")
+        self.seed = seed if isinstance(seed, int) else 0
+        if not isinstance(self.spec, str):
             raise UserError(f"{path} does not say what it was trained on: name --data")
         vocab_size = self.model.config.vocab_size
         known = source.get("tokenizer") or ("gpt2" if 50257 <= vocab_size < 50514 else None)
@@ -281,6 +282,7 @@ def probe_errors(c):
 
 
 def sums(c):
+    """A carry that goes on through many digits is what a sum may fail by."""
     x, y = c.rows(4000)
     d = c.p["digits"]
     a, b = x[:, :d], x[:, d + 1:2 * d + 1]
@@ -297,6 +299,7 @@ def sums(c):
 
 
 def haystacks(c):
+    """Of how many pairs it is, and how deep in them the one that is asked for."""
     x, y = c.rows(4000)
     right, asked = c.right(x, y), (y != -1).argmax(1)
     pairs, key = asked // 2, x[np.arange(len(x)), asked] - c.p["pairs"]
@@ -418,7 +421,7 @@ def probe_copying(c):
         return None
     tokens = repeated(c, c.model.config.block_size, c.n)
     half = tokens.shape[1] // 2
-    loss, hit = c.predict(tokens[:, :-1].copy(), tokens[:, 1:].copy())
+    loss, hit = c.predict(tokens[:, :-1], tokens[:, 1:])
     return {"n": f"{len(tokens):,} rows of 2 x {half}",
             "loss on the first copy (nats)": loss[:, :half - 1].mean(),
             "loss on the second copy (nats)": loss[:, half:].mean(),
@@ -529,10 +532,10 @@ def rule_states(c, x):
         for i, row in enumerate(x.tolist()):
             left = []
             for t in np.flatnonzero(inside[i]):
-                if row[t]:
-                    left.append(row[t])
-                else:  # a pop
+                if row[t] == 0:  # a pop
                     left.pop()
+                else:
+                    left.append(row[t])
                 top[i, t] = left[-1] if left else -1
         return {"top of the stack": top}
     before = np.tril(x[:, :, None] == x[:, None, :], -1)
@@ -578,30 +581,31 @@ PROBES = {probe.__name__.removeprefix("probe_"): probe for probe in (
 
 def printed(finding):
     """What is printed of a finding, {label: value}: 12 places of a curve at most, and no map."""
-    rows = {}
+    found = {}
     for label, value in finding.items():
-        if isinstance(value, dict):
-            for name, curve in value.items():
-                for i in np.unique(np.linspace(0, len(curve) - 1, 12).round().astype(int)):
-                    x = list(curve)[i]
-                    rows[f"{label} {x}: {name}"] = f"{curve[x]:.4f}"
-        elif not isinstance(value, Map) and label != "n":
-            rows[label] = value if isinstance(value, str) else f"{value:.4f}"
-    return rows
+        for name, curve in value.items() if isinstance(value, dict) else ():
+            for x in list(curve)[::math.ceil(len(curve) / 12)]:
+                found[f"{label} {x}: {name}"] = curve[x]
+        if not isinstance(value, (dict, Map)) and label != "n":
+            found[label] = value
+    return found
 
 
 def print_table(name, findings):
     """A row for each label, a column for each checkpoint."""
     columns = [printed(finding or {}) for finding in findings]
-    labels = {label: None for column in columns for label in column}
-    wide = max(map(len, labels)) + 2
     n = next(finding["n"] for finding in findings if finding)
     print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]} ({n})")
+    labels = {label: None for column in columns for label in column}
+    wide = max(map(len, labels)) + 2
     if len(findings) > 1:
         print(" " * wide + "".join(f"{f'[{i + 1}]':>12}" for i in range(len(findings))))
     for label in labels:
-        cells = [column.get(label, "-") for column in columns]
-        print(f"{label:{wide}}" + "".join(f"{cell:>12}" for cell in cells))
+        line = f"{label:{wide}}"
+        for column in columns:
+            value = column.get(label, "-")
+            line += f"{value:>12}" if isinstance(value, str) else f"{value:12.4f}"
+        print(line)
 
 
 def pyplot():
@@ -641,7 +645,8 @@ def draw(c, name, finding):
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
     for axis, (key, panel) in zip(axes.flat, panels.items()):
-        draw_map(axis, key, panel) if isinstance(panel, Map) else draw_curves(axis, key, panel)
+        plot = draw_map if isinstance(panel, Map) else draw_curves
+        plot(axis, key, panel)
     keep_figure(figure, c.folder / f"eval-{c.path.stem}-{name}.png")
 
 
