@@ -249,8 +249,9 @@ def test_who_always_closes_the_other_type_is_never_right(opened):
 def test_brackets_of_varying_lengths_give_no_number_that_is_none(opened):
     c = opened("dyck:k=2,length=4-12")
     for name, probe in script.PROBES.items():
-        finding = probe(c)
-        for label, value in script.printed(finding or {}).items():
+        found = probe(c)
+        assert found is None or script.printed(found), name
+        for label, value in script.printed(found or {}).items():
             assert isinstance(value, str) or math.isfinite(value), (name, label)
 
 
@@ -735,6 +736,8 @@ def test_a_runs_folder_is_its_checkpoint(tmp_path, script, printed):
     assert lines[1].endswith("held-out dyck:k=2,length=8") and ": warmup step 2, " in lines[1]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     kept = findings(tmp_path / "run")
+    printed(tmp_path / "run" / "ckpt.pt", "--probe", "learned,answers", "--plot")
+    assert findings(tmp_path / "run") == kept and kept.keys() == {"ckpt.pt", "warmup.pt"}
     assert {path.name for path in tmp_path.rglob("*.png")} == {"eval-ckpt-answers.png"}
     assert set(kept["warmup.pt"]["dyck:k=2,length=8"]) == {"learned"}
     loss = kept["ckpt.pt"]["haystack:pairs=2"]["learned"]["loss (nats per counted token)"]
