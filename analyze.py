@@ -366,8 +366,7 @@ def make_warmup(flags, seed, results, device):
         if not (folder / "result.json").exists():
             call_train(flags, folder, seed, device)
         if not (folder / "learned.json").exists():
-            finding = probe_learned(Opened(folder / "warmup.pt", "cpu"))
-            found = {key: value for key, (value, _) in finding.table.items()} if finding else {}
+            found = probe_learned(Opened(folder / "warmup.pt", "cpu")) or {}
             write_json(folder / "learned.json", json.loads(json.dumps(found, default=float)))
     return f"{folder.name}/warmup.pt"
 

@@ -5,16 +5,17 @@
     python data.py prepare c4 --tokens 700M    a published corpus, fetched and tokenised once
 
     from data import make_data
-    x, y = make_data("dyck:k=3").train[0]      # y[t] should follow x[:t + 1], or is -1: not counted
+    x, y = make_data("dyck:k=3").train[0]      # y[t] is the token after x[t], or -1: not counted
 
 All data are torch Datasets. Rules, tasks and `Rows`, which makes rows of them, come first; corpora
-come after them and may be looked up.
+come after: look things up there.
 """
 import argparse
 import array
 import ast
+import codecs
+import collections
 import contextlib
-import errno
 import functools
 import gzip
 import hashlib
@@ -24,26 +25,22 @@ import inspect
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
 import re
 import secrets
 import shutil
-import signal
 import stat
 import sys
 import sysconfig
 import tarfile
-import threading
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -69,9 +66,10 @@ class UserError(Exception):
 
 # --------------------------------------------------------------------------------------------------
 # Procedural rules: rule(r, **parameters) -> (prompt, answer), two lists of tokens, drawn from a
-# random.Random. The loss counts the answer. Symbols are 1..vocab-1, see paper, "Procedural data".
+# random.Random. The loss counts the answer. Where there is a `vocab`, the symbols are 1..vocab-1
+# (paper, "Procedural data").
 
-BAR = -1  # the separator; `Rows` gives it its number
+BAR = None  # the separator; `Rows` gives it its number
 
 
 def symbols(r, length, vocab):
@@ -114,7 +112,7 @@ def union(r, length=20, vocab=100):
 
 
 def delete(r, length=20, vocab=100):
-    """the input without the first t, which may be absent: 3 7 3 5 | 3 | 7 3 5"""
+    """the input, a symbol, the input without the first such: 3 7 3 5 | 3 | 7 3 5"""
     x = symbols(r, length, vocab)
     t = r.randrange(1, vocab)
     rest = list(x)
@@ -128,9 +126,9 @@ def stack(r, length=20, vocab=100):
     operations, left = [], []
     for t in range(length):
         push = r.random() < (0.75 if t < length * 2 // 3 else 0.25)
-        if t == length - 1 or len(left) == vocab - 1:  # ends with a pop; holds each symbol once
+        if t == length - 1 or len(left) == vocab - 1:  # pops at the end; holds each symbol once
             push = False
-        if push or len(left) <= 1:
+        if push or len(left) <= 1:  # never empty
             symbol = r.randrange(1, vocab)
             while symbol in left:
                 symbol = r.randrange(1, vocab)
@@ -144,29 +142,29 @@ def stack(r, length=20, vocab=100):
 
 def dyck(r, k=16, length=128, p=0.5):
     """balanced brackets of k types; opens with probability p where it may: ( [ ] ) { }"""
-    row, left = [], []  # left: the types that are open
+    row, opened = [], []
     length -= length % 2
     for t in range(length):
-        must_close = len(left) == length - t
-        if not left or (not must_close and r.random() < p):
-            left.append(r.randrange(k))
-            row.append(left[-1])
+        must_close = len(opened) == length - t
+        if not opened or (not must_close and r.random() < p):
+            opened.append(r.randrange(k))
+            row.append(opened[-1])
         else:
-            row.append(k + left.pop())
+            row.append(k + opened.pop())
     return [], row
 
 
 def dyck_shuffle(r, k=16, length=128, p=0.5, depth=16):
     """as dyck, but any open type may close, and the end may stay open: ( [ ) ] {"""
-    row, left = [], []
+    row, opened = [], []
     for _ in range(length):
-        if not left or (len(left) < depth and r.random() < p):
-            left.append(r.randrange(k))
-            row.append(left[-1])
+        if not opened or (len(opened) < depth and r.random() < p):
+            opened.append(r.randrange(k))
+            row.append(opened[-1])
         else:
-            kind = r.choice(sorted(set(left)))
-            left.remove(kind)
-            row.append(k + kind)
+            closes = r.choice(sorted(set(opened)))
+            opened.remove(closes)
+            row.append(k + closes)
     return [], row
 
 
@@ -186,14 +184,14 @@ def eca(r, rule=110, width=16, length=128):
 
 
 def haystack(r, pairs=30):
-    """1 to `pairs` keys and values, one key asked again, its value: k4: 17 k9: 88 ?k4 17"""
+    """1 to `pairs` keys and values, one key asked for, its value: k4: 17 k9: 88 ?k4 17"""
     n = r.randint(1, pairs)
     keys = r.sample(range(128, 128 + pairs), n)
     values = r.choices(range(1, 128), k=n)
-    prompt = [None] * 2 * n
-    prompt[0::2], prompt[1::2] = keys, values
+    prompt = [token for pair in zip(keys, values) for token in pair]
     needle = r.randrange(n)
-    return prompt + [keys[needle] + pairs], [values[needle]]
+    asked = keys[needle] + pairs  # to ask for a key is another token than to name it
+    return prompt + [asked], [values[needle]]
 
 
 def arithmetic(r, digits, operation, least_first=False):
@@ -233,7 +231,8 @@ def sorting(r, numbers=20, below=100):
 
 @dataclass
 class Kind:
-    """A rule or a task. Its parameters and their defaults are those of the function."""
+    """A rule or a task. Its parameters are those that its function has after r, with their
+    defaults."""
     make: Callable
     width: Callable = lambda p: 2 * p["length"] + 1  # parameters -> tokens of the longest row
     vocab: Callable = lambda p: p["vocab"]           # parameters -> the number of symbols
@@ -266,8 +265,8 @@ class Rows(Dataset):
     """The rows of a rule, a mixture of rules or a task.
 
     Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run. So a
-    run needs nothing but its step number to resume. Of a task, one example in 16, by a hash of its
-    prompt, is held out for validation."""
+    run needs nothing but its step number to resume. Only a curriculum shortens rows as it goes, see
+    `longest`. Of a task, one example in 16, by a hash of its prompt, is held out for validation."""
 
     def __init__(self, spec, seed=0, split="train", block_size=None):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
@@ -286,7 +285,7 @@ class Rows(Dataset):
         self.first_bar = max(sizes)
         self.pad = self.first_bar + len(self.members)
         self.vocab_size = self.pad + 1
-        if name in TASKS:  # it has all of its tokens among its symbols
+        if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
             self.pad, self.vocab_size = KINDS[name].pad, self.first_bar
 
     def draw(self, i):
@@ -300,13 +299,12 @@ class Rows(Dataset):
         if "length" in p:
             low, high = p["length"]
             p = {**p, "length": r.randint(min(low, self.longest), min(high, self.longest))}
-        prompt, answer = KINDS[name].make(r, **p)
-        tries = 0
-        while name in TASKS and is_held_out(prompt) != (self.split == "val"):
+        for _ in range(1000):
             prompt, answer = KINDS[name].make(r, **p)
-            tries += 1
-            if tries > 1000:
-                raise UserError(f"{self.spec} has too few different examples to hold some out")
+            if name in RULES or is_held_out(prompt) == (self.split == "val"):
+                break
+        else:
+            raise UserError(f"{self.spec} has too few different examples to hold some out")
         if len(self.members) > 1 and BAR not in prompt:
             prompt = [BAR] + prompt  # so that every row says which rule it follows
         if self.shuffled:  # the control: the same tokens, and as many of them count
@@ -315,12 +313,12 @@ class Rows(Dataset):
             prompt, answer = tokens[:len(prompt)], tokens[len(prompt):]
         if BAR in prompt or BAR in answer:
             bar = self.first_bar + place
-            prompt = [bar if t == BAR else t for t in prompt]
-            answer = [bar if t == BAR else t for t in answer]
+            prompt = [bar if t is BAR else t for t in prompt]
+            answer = [bar if t is BAR else t for t in answer]
         return prompt, answer
 
     def __getitems__(self, rows):
-        """Row numbers -> x, y: int64 tensors (rows, block_size)."""
+        """Row numbers -> x, y: int64 tensors (rows, block_size). A DataLoader asks for a batch."""
         x = np.full((len(rows), self.block_size), self.pad)
         y = np.full((len(rows), self.block_size), -1)
         for j, i in enumerate(rows):
@@ -366,9 +364,10 @@ def parse_spec(spec):
         if not 0 < weight <= 1e6:
             raise UserError(f"{text}: a weight is a number above 0 and at most a million")
         members.append((weight, name.strip(), parameters(name.strip(), given)))
-    if len(members) > 1 and any(name in TASKS for _, name, _ in members):
-        raise UserError(f"{spec}: a task does not mix")
-    return spec.startswith("shuffled:"), members
+    shuffled = spec.startswith("shuffled:")
+    if (shuffled or len(members) > 1) and any(name in TASKS for _, name, _ in members):
+        raise UserError(f"{spec}: a task is neither mixed nor shuffled, only rules are")
+    return shuffled, members
 
 
 def parameters(name, given=""):
@@ -385,16 +384,17 @@ def parameters(name, given=""):
         key, _, text = (word.strip() for word in item.partition("="))
         if key not in p:
             raise UserError(f"{name}: bad parameter {item.strip()!r}: it takes {takes}")
-        first, _, last = text.partition("-") if key == "length" else (text, "", "")
-        kind = int if key == "length" else type(p[key])
         least, most = LIMITS.get(key, (0, 10 ** 6))
         try:
-            low, high = kind(first), kind(last or first)
+            if key == "length":
+                values = [int(end) for end in text.split("-", 1)]
+            else:
+                values = [type(p[key])(text)]
         except ValueError:
-            low, high = math.nan, math.nan
-        if not least <= low <= high <= most:
+            values = [math.nan]
+        if not least <= values[0] <= values[-1] <= most:
             raise UserError(f"{name}: {key}={text} is not accepted: from {least} to {most}")
-        p[key] = (low, high) if key == "length" else low
+        p[key] = (values[0], values[-1]) if key == "length" else values[0]
     if name == "eca" and p["length"][0] <= p["width"]:
         raise UserError(f"{name}: a length up to its width is a first row and nothing that follows")
     return p
@@ -516,8 +516,8 @@ def read_json(path):
 
 def reason_of(error):
     """What an error says, in one line; an OSError without its number and path."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return getattr(error, "strerror", None) or lines[0]
+    said = " ".join(str(error).split())[:200]
+    return getattr(error, "strerror", None) or said or type(error).__name__
 
 
 def lock(path, wait=False):
@@ -545,8 +545,8 @@ def remove_scratch(folder):
 # --------------------------------------------------------------------------------------------------
 # Text, tokenised once into a folder of the cache
 
-PIECE = 1 << 20  # characters, or bytes, that are read at a time
-END = None       # ends a document in a stream of text
+PIECE = 1 << 18  # characters, or bytes, that are read at a time
+GZIP = b"\x1f\x8b"
 
 
 def cache_folder():
@@ -554,41 +554,41 @@ def cache_folder():
 
 
 def read_text(path):
-    """The text of a file, piece by piece, with END after each document.
+    """The text of a file in pieces: pairs (text, whether a document ends here).
 
     Plain text, in which <|endoftext|> ends a document, or (.json, .jsonl, .ndjson) a line of JSON
     with a `text` or `content` for each; gzipped or not. Raises UserError."""
+    nulls = 0
     try:
         with open(path, "rb") as file:
-            opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+            opener = gzip.open if file.read(2) == GZIP else open
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             if path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson")):
                 for number, line in enumerate(file, 1):
-                    yield text_of(line, f"{path}, line {number}")
-                    yield END
-                return
-            while piece := file.read(PIECE) + file.readline(PIECE):
-                first, *others = piece.split("<|endoftext|>")
-                yield first
-                for text in others:
-                    yield END
-                    yield text
-            yield END
+                    text = text_of(line, f"{path}, line {number}")
+                    nulls += text is None
+                    yield text or "", True
+            else:
+                while piece := file.read(PIECE) + file.readline(PIECE):
+                    *texts, rest = piece.split("<|endoftext|>")
+                    yield from ((text, True) for text in texts)
+                    yield rest, False
+                yield "", True
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
+    if nulls:
+        say(f"{path}: skipped {nulls:,} records whose text is null")
 
 
 def text_of(line, where):
-    """The text in a line of JSON; "" if the line is blank or the text null. Raises UserError."""
-    if not line.strip():
-        return ""
+    """The text in a line of JSON, None if that is null; "" if the line is blank."""
     try:
-        record = json.loads(line)
+        record = json.loads(line) if line.strip() else {"text": ""}
         text = record["text"] if "text" in record else record["content"]
         if text is None or isinstance(text, str):
-            return text or ""
+            return text
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{where}: not a JSON object with a text or content field")
@@ -614,8 +614,7 @@ def docstrings(path):
         for node in ast.walk(ast.parse(path.read_bytes())):
             text = isinstance(node, kinds) and ast.get_docstring(node) or ""
             if len(text) >= 200:
-                yield text
-                yield END
+                yield text, True
 
 
 def question(r):
@@ -641,7 +640,7 @@ def problems(split):
         asked, answer = question(r)
         if is_held_out([*asked.encode()]) == (split == "val"):
             left -= len(f"{asked}\n{answer}\n")
-            yield f"{asked}\n{answer}\n"
+            yield f"{asked}\n{answer}\n", False
 
 
 def users_files(root):
@@ -666,14 +665,12 @@ def users_files(root):
 
 def is_text(path):
     """Whether the first 64 kB are UTF-8, but for a last character that is cut; or gzipped."""
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
     try:
-        with open(path, "rb") as file:
-            start = file.read(1 << 16)
-        start.decode()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        return start[:2] == b"\x1f\x8b" or error.start >= (1 << 16) - 3
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return start[:2] == GZIP
     return True
 
 
@@ -689,9 +686,9 @@ def tokenise(spec, tokenizer):
         train, val, read = ["train"], ["val"], problems
     else:
         train, val = users_files(Path(spec))
-    facts = [os.stat(path) for path in train + val if spec != "math"]
-    key = [3, spec, tokenizer.name, [str(path) for path in train + val],  # 3: how tokens are made
-           [(fact.st_size, fact.st_mtime_ns) for fact in facts]]
+    facts = [(path, os.stat(path)) for path in train + val if spec != "math"]
+    key = [4, spec, tokenizer.name,  # 4: how tokens are made
+           [(str(path), fact.st_size, fact.st_mtime_ns) for path, fact in facts]]
     folder = cache_folder() / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     with lock(cache_folder() / "lock", wait=True):
         remove_scratch(cache_folder())
@@ -700,16 +697,12 @@ def tokenise(spec, tokenizer):
         say(f"tokenising {spec} into {folder}, once")
         random.Random(0).shuffle(train)
         scratch = folder.with_name(f".{folder.name}.tmp")
-        try:
-            scratch.mkdir()
-            with open(scratch / "tokens.bin", "wb") as file:
-                ends = write_tokens(file, map(read, train), tokenizer)
-                cut = ends[-1]
-                if val:
-                    ends += write_tokens(file, map(read, val), tokenizer)
-        except OSError as error:
-            raise UserError(f"cannot write to {cache_folder()}: {error.strerror}; NANOWARM_CACHE "
-                            "can name another folder") from None
+        scratch.mkdir()
+        with written_whole(scratch / "tokens.bin") as file:
+            ends = write_tokens(file, map(read, train), tokenizer)
+            cut = ends[-1]
+            if val:
+                ends += write_tokens(file, map(read, val), tokenizer)
         if not val:  # the last tenth is held out, from where a document ends if that is near
             cut -= cut // 10
             near = min(ends, key=lambda end: abs(end - cut))
@@ -723,19 +716,48 @@ def tokenise(spec, tokenizer):
     return folder
 
 
-def write_tokens(file, texts, tokenizer):
+def encoded(pieces, tokenizer, threads):
+    """(text, ends) -> (tokens, ends), in their order; tiktoken lets threads work at once."""
+    def encode(text, ends):
+        return np.asarray(tokenizer.encode(text), tokenizer.dtype), ends
+
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque()
+        for text, ends in pieces:
+            waiting.append(pool.submit(encode, text, ends))
+            if len(waiting) > 16:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+
+def write_tokens(file, texts, tokenizer, threads=None):
     """Streams of text -> tokens in a file. Returns the places in it where documents end."""
     n = begin = file.tell() // tokenizer.dtype.itemsize
-    ends = []
-    for piece in itertools.chain.from_iterable(texts):
-        if piece is END and n == (ends or [begin])[-1]:
-            continue  # an empty document
-        tokens = [tokenizer.end] if piece is END else tokenizer.encode(piece)
-        np.asarray(tokens, tokenizer.dtype).tofile(file)
+    ends, progress = [], Progress("tokenised", "tokens")
+    for tokens, ends_here in encoded(itertools.chain.from_iterable(texts), tokenizer, threads):
+        if ends_here and n + len(tokens) > (ends or [begin])[-1]:  # else the document is empty
+            tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
+            ends.append(n + len(tokens))
+        file.write(tokens)
         n += len(tokens)
-        if piece is END:
-            ends.append(n)
+        progress.add(len(tokens))
     return ends or [n]
+
+
+class Progress:
+    """Says every two seconds how far long work is."""
+
+    def __init__(self, label, unit, wanted=None):
+        self.label, self.unit, self.wanted = label, unit, wanted
+        self.done, self.began, self.said = 0, time.time(), time.time()
+
+    def add(self, n):
+        self.done += n
+        if time.time() - self.said > 2:
+            self.said = time.time()
+            rate = self.done / (self.said - self.began)
+            share = f" of {self.wanted / 1e6:,.1f}" if self.wanted else ""
+            say(f"{self.label}: {self.done / 1e6:,.1f}{share} M {self.unit}, {rate / 1e6:.2f} M/s")
 
 
 def meta_of(source, tokenizer, splits):
@@ -761,30 +783,13 @@ PUBLISHED = {  # tokens: what the published run reads, and a bit
     "wikitext103": dict(
         what="Wikipedia's good articles (WikiText-103, raw)", tokenizer="gpt2", tokens=120_000_000,
         url="https://wikitext.smerity.com/", archive="wikitext-103-raw-v1.zip",
-        train=["*/wiki.train.raw"], val=["*/wiki.valid.raw"]),
+        train="*/wiki.train.raw", val="*/wiki.valid.raw"),
     "deepmind_math": dict(
         what="school mathematics (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
         url="https://storage.googleapis.com/mathematics-dataset/",
         archive="mathematics_dataset-v1.0.tar.gz",
-        train=["*/train-*/*.txt"], val=["*/*polate/*.txt"])}
-DAMAGED = EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile
+        train="*/train-*/*.txt", val="*/*polate/*.txt")}
 PAUSES = 0, 1, 2, 5, 10  # seconds before each try of a download
-
-
-class Progress:
-    """Says every two seconds how far long work is."""
-
-    def __init__(self, label, unit, wanted):
-        self.label, self.unit, self.wanted = label, unit, wanted
-        self.done, self.began, self.said = 0, time.time(), time.time()
-
-    def add(self, n):
-        self.done += n
-        if time.time() - self.said > 2:
-            self.said = time.time()
-            rate = self.done / (self.said - self.began)
-            say(f"{self.label}: {self.done / 1e6:,.1f} of {self.wanted / 1e6:,.1f} M {self.unit}, "
-                f"{rate / 1e6:.2f} M/s, {(self.wanted - self.done) / rate / 60:.1f} min left")
 
 
 def fetch(url, path):
@@ -807,135 +812,91 @@ def fetch(url, path):
                 raise ConnectionError("the connection was cut")
             read_through(part)
             return part.rename(path)
-        except DAMAGED as error:
-            reason = f"it is damaged ({error})"
+        except UserError as error:
+            reason = error
             part.unlink()
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
-            if error.code == 416:  # what is there is as long as the file, or longer
-                part.unlink()
-            elif error.code < 500 and error.code not in (408, 425, 429):
-                break
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
+            reason, code = error, getattr(error, "code", None)
+            if code == 416:  # what is there is as long as the file, or longer
+                part.unlink()
+            if code in (401, 403, 404):
+                break
     raise UserError(f"cannot fetch {url}: {reason}; what has come is kept, the same command goes "
                     "on, and --source can name a mirror or a folder with the same files")
 
 
 def read_through(path):
-    """Reads a compressed file to its end. Raises one of DAMAGED if it is not whole, or empty."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = not archive.testzip()
-    else:
-        with gzip.open(path) as file:
-            size = sum(map(len, iter(lambda: file.read(PIECE), b"")))
+    """Reads a compressed file to its end. Raises UserError if it is not whole, or empty."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = not archive.testzip()
+        else:
+            with gzip.open(path) as file:
+                size = sum(map(len, iter(lambda: file.read(PIECE), b"")))
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
     if not size:
-        raise EOFError("it is empty")
+        raise UserError(f"{path} is damaged: it is empty")
 
 
-def published_file(url, file, source, downloads):
+def published_file(url, source, downloads, file):
     """A whole published file, from the user's folder or fetched -> its path. Raises UserError."""
     path = downloads / Path(file).name
     if source and "://" not in source:
         path = next(Path(source).rglob(path.name), None)
         if not path:
             raise UserError(f"{Path(file).name} is not in {source}")
-        try:
-            read_through(path)
-        except DAMAGED as error:
-            raise UserError(f"{path} is damaged ({error}): a whole copy is needed") from None
+        read_through(path)
     elif not path.exists():
         downloads.mkdir(parents=True, exist_ok=True)
         fetch((f"{source.rstrip('/')}/" if source else url) + file, path)
     return path
 
 
-def records(path):
-    """The documents of a published file: pairs (what to call it, a line of JSON or a text)."""
-    if path.suffix == ".gz":
-        with gzip.open(path) as lines:
-            for number, line in enumerate(lines, 1):
-                yield f"{path.name}, line {number}", line
-        return
+def articles(path):
+    """The articles of a file of WikiText."""
     article = ""
     with open(path, encoding="utf-8", newline="\n") as lines:
         for line in lines:
-            if re.fullmatch(r" = [^=].* = \s*", line) and article.strip():  # WikiText's next title
-                yield path.name, article
+            if re.fullmatch(r" = [^=].* = \s*", line) and article.strip():  # the next title
+                yield article, True
                 article = ""
             article += line
-    yield path.name, article
-
-
-def start_worker(tokenizer):
-    """Ctrl-C is the main process's business; when that is gone, however, its workers go, too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    start_worker.tokenizer = load_tokenizer(tokenizer)
-
-
-def encode_record(record):
-    """In a worker: the tokens of a document and its end."""
-    where, text = record
-    text = text_of(text, where) if isinstance(text, bytes) else text
-    tokenizer = start_worker.tokenizer
-    return np.array([*tokenizer.encode(text), tokenizer.end] if text else [], tokenizer.dtype)
-
-
-def encoded(path, pool):
-    """The tokens of a published file's documents, in their order; workers make them. Raises
-    UserError."""
-    documents = records(path)
-    try:
-        while batch := list(itertools.islice(documents, 4096)):
-            yield from pool.map(encode_record, batch, chunksize=64)
-    except BrokenProcessPool:
-        raise UserError("a tokenising process was killed (out of memory?): the same command goes "
-                        "on, perhaps with fewer --workers") from None
+    yield article, True
 
 
 def problem_tokens(path, share):
     """The first problems of a module of DeepMind-Math, in at most `share` characters -> tokens:
     <problem> question <answer> answer <problem> ... <problem>, which also ends an answer."""
     with open(path, "rb") as file:
-        raw = np.frombuffer(file.read(share), np.uint8)
-    ends = np.flatnonzero(raw == ord("\n"))
-    ends = ends[:len(ends) // 2 * 2]  # of whole problems
-    tokens = raw[:ends[-1] + 1 if len(ends) else 0].astype(np.int64) - 32
-    tokens[ends[0::2]] = ANSWER
-    tokens[ends[1::2]] = PROBLEM
-    if not 0 <= tokens.min(initial=0) <= tokens.max(initial=0) < len(CHARACTERS):
+        lines = file.read(share).split(b"\n")[:-1]
+    problem, answer = bytes([PROBLEM + 32]), bytes([ANSWER + 32])
+    raw = b"".join(q + answer + a + problem for q, a in zip(lines[::2], lines[1::2]))
+    tokens = np.frombuffer(problem + raw, np.uint8) - 32  # below 32 it wraps around
+    if tokens.max() >= len(CHARACTERS):
         raise UserError(f"{path.name} holds more than plain ASCII: try another --source")
-    return np.append(PROBLEM, tokens).astype(np.uint16)
+    return tokens.astype(np.uint16)
 
 
-def shards(corpus, split, wanted, folder, source, pool):
-    """The shards of a split: pairs (its name, a function that gives its tokens in pieces)."""
-    fetched = lambda file: published_file(corpus["url"], file, source, folder / "downloads")
-    if "archive" not in corpus:
-        for file in corpus[split]:
-            yield Path(file).name.split(".json")[0], lambda: encoded(fetched(file), pool)
-        return
-    unpacked = folder / "downloads" / "unpacked"
-    if not unpacked.exists():
-        scratch = unpacked.with_name("unpacking")
-        packed = fetched(corpus["archive"])
-        safe = {} if packed.suffix == ".zip" else {"filter": "data"}  # zip is safe without
-        try:
-            shutil.unpack_archive(packed, scratch, **safe)
-        except (OSError, tarfile.TarError) as error:
-            shutil.rmtree(folder / "downloads", ignore_errors=True)
-            raise UserError(f"cannot unpack {packed.name}: {reason_of(error)}") from None
-        scratch.rename(unpacked)
-    paths = sorted(path for pattern in corpus[split] for path in unpacked.glob(pattern))
-    share = wanted // max(1, len(paths))  # of each module and level as much, as published
-    for path in paths:
-        if path.suffix == ".txt":
-            yield f"{path.parent.name}-{path.stem}-{share}", lambda: [problem_tokens(path, share)]
+def unpack(packed, folder):
+    """Unpacks an archive into a folder of the downloads. Raises UserError."""
+    safe = {} if packed.suffix == ".zip" else {"filter": "data"}  # zip is safe without
+    try:
+        shutil.unpack_archive(packed, folder, **safe)
+    except (OSError, tarfile.TarError) as error:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        raise UserError(f"cannot unpack {packed.name}: {reason_of(error)}") from None
+
+
+def write_shard(path, source, share, tokenizer, threads):
+    """A published file -> a file of tokens."""
+    with written_whole(path) as file:
+        if source.suffix == ".txt":
+            file.write(problem_tokens(source, share))
         else:
-            yield path.stem, lambda: encoded(path, pool)
+            read = articles if source.suffix == ".raw" else read_text
+            write_tokens(file, [read(source)], tokenizer, threads)
 
 
 def prepare(name, wanted, workers=1, source=None, tokenizer=None):
@@ -949,31 +910,37 @@ def prepare(name, wanted, workers=1, source=None, tokenizer=None):
     if (tokenizer.name == "characters") != (corpus["tokenizer"] == "characters"):
         raise UserError(f"--tokenizer {tokenizer.name} does not go with {name}")
     folder, made = cache_folder() / f"{name}-{tokenizer.name}", {"val": [], "train": []}
-    pool = ProcessPoolExecutor(workers, None, start_worker, (tokenizer.name,))
-    with lock(folder / "lock"), pool:
+    with lock(folder / "lock"):
         remove_scratch(folder)
-        meta = folder / "meta.json"
+        meta, downloads = folder / "meta.json", folder / "downloads"
+        fetched = functools.partial(published_file, corpus["url"], source, downloads)
         if meta.exists() and read_json(meta).get("wanted") == wanted:
             return folder  # an archive would be fetched again
+        if "archive" in corpus:
+            unpack(fetched(corpus["archive"]), downloads / "unpacked")
         for split in made:
-            progress = Progress(f"{name}, {split}", "tokens", wanted[split])
-            for shard, pieces in shards(corpus, split, wanted[split], folder, source, pool):
+            done, files = 0, corpus[split]
+            if "archive" in corpus:
+                files = sorted(downloads.glob(f"unpacked/{files}"))
+            share = wanted[split] // max(1, len(files))  # of each module as much, as published
+            for file in files:
+                shard = Path(file).name.split(".json")[0]
+                if tokenizer.name == "characters":
+                    shard = f"{file.parent.name}-{file.stem}-{share}"
                 path = folder / f"{split}-{shard}.bin"
-                if path.exists():
-                    progress.done += path.stat().st_size // tokenizer.dtype.itemsize
-                else:
-                    with written_whole(path) as file:
-                        for tokens in pieces():
-                            file.write(tokens.tobytes())
-                            progress.add(len(tokens))
+                if not path.exists():
+                    local = file if "archive" in corpus else fetched(file)
+                    write_shard(path, local, share, tokenizer, workers)
                 made[split].append([path.name, 0, None])
-                if progress.done >= wanted[split] and "archive" not in corpus:
+                done += path.stat().st_size // tokenizer.dtype.itemsize
+                say(f"{path.name}: {done / 1e6:,.1f} of {wanted[split] / 1e6:,.1f} M tokens")
+                if done >= wanted[split] and "archive" not in corpus:
                     break
-            if not progress.done:
-                shutil.rmtree(folder / "downloads", ignore_errors=True)
+            if not done:
+                shutil.rmtree(downloads, ignore_errors=True)
                 raise UserError(f"the files of {name} hold nothing for {split}: another --source?")
-        write_json(folder / "meta.json", meta_of(name, tokenizer, made | {"wanted": wanted}))
-        shutil.rmtree(folder / "downloads", ignore_errors=True)
+        write_json(meta, meta_of(name, tokenizer, made | {"wanted": wanted}))
+        shutil.rmtree(downloads, ignore_errors=True)
     return folder
 
 
@@ -986,14 +953,13 @@ TYPES = {name: np.dtype(name) for name in ("uint8", "uint16", "uint32", "int32",
 @functools.lru_cache(maxsize=None)
 def open_tokens(path, dtype):
     """The tokens of a file, left on the disk. Raises UserError."""
-    try:
-        size, start = path.stat().st_size, np.fromfile(path, np.int32, 1)
-        header = 1024 if len(start) and start[0] == 20240520 else 0  # llm.c, modded-nanogpt
-        if (size - header) % dtype.itemsize:
-            raise UserError(f"{path} has {size} bytes: no whole number of {dtype}")
-        return np.memmap(path, dtype, "r", header) if size > header else np.zeros(0, dtype)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not path.is_file():
+        raise UserError(f"{path.name} is missing in {path.parent}")
+    size, start = path.stat().st_size, np.fromfile(path, np.int32, 1)
+    header = 1024 if len(start) and start[0] == 20240520 else 0  # llm.c, modded-nanogpt
+    if (size - header) % dtype.itemsize:
+        raise UserError(f"{path} has {size} bytes: no whole number of {dtype}")
+    return np.memmap(path, dtype, "r", header) if size > header else np.zeros(0, dtype)
 
 
 def check_tokens(path, dtype, vocab_size):
@@ -1010,12 +976,29 @@ def check_tokens(path, dtype, vocab_size):
             raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
 
 
+class Unread:
+    """Stands for numpy.dtype: one of a pickle's own making could read anywhere in memory."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+PLAIN = {  # what meta.pkl may name -> what stands for it: nothing that it names is ever called
+    "collections.OrderedDict": lambda: {}, "collections.defaultdict": lambda _: {},
+    "builtins.int": "int", "builtins.str": "str", "numpy.dtype": Unread,
+    "numpy.core.multiarray.scalar": lambda _, raw: int.from_bytes(raw, "little"),
+    "numpy._core.multiarray.scalar": lambda _, raw: int.from_bytes(raw, "little")}
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """nanoGPT's meta.pkl holds plain containers: with anything else it is refused, unrun."""
+    """nanoGPT's meta.pkl holds plain containers and numbers: with anything else it is refused."""
 
     def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
+        if f"{module}.{name}" in PLAIN:
+            return PLAIN[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
@@ -1184,10 +1167,9 @@ class Data:
         if self.kind == "text" and counted is None:
             return self.tokenizer.decode([int(t) for t in tokens]).decode("utf-8", "replace")
         words = self.words(tokens)
-        for i, counts in enumerate(counted if counted is not None else ()):
-            words[i] = ("«" if counts and not (i and counted[i - 1]) else "") + words[i] + (
-                "»" if counts and not (i + 1 < len(counted) and counted[i + 1]) else "")
-        return self.joined(words)
+        if counted is not None:
+            words = [f"«{word}»" if counts else word for word, counts in zip(words, counted)]
+        return re.sub(r"»(\s*)«", r"\1", self.joined(words))
 
     def read(self, text):
         """What a person wrote, as `write` writes it -> tokens, a list. Raises UserError."""
@@ -1230,12 +1212,14 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
     folder, name = Path(spec), tokenizer or default_tokenizer(spec)
+    if spec in CORPORA and folder.exists():
+        say(f"{spec} is the corpus of that name (data.py list); your own is ./{spec}")
     if spec in PUBLISHED:
         folder = cache_folder() / f"{spec}-{name}"
         if not (folder / "meta.json").exists():
             more = f" --tokenizer {name}" if tokenizer else ""
             raise UserError(f"{spec} is not prepared here: python data.py prepare {spec}{more}")
-    elif not (folder / "train.bin").exists():
+    elif spec in CORPORA or not (folder / "train.bin").exists():
         folder = tokenise(spec, load_tokenizer(name))
     tokenizer, dtype, files = read_meta(folder)
     windows = Problems if tokenizer.name == "characters" else Windows
@@ -1243,7 +1227,8 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     for part, pieces in files.items():
         pieces = [(folder / name, begin, end) for name, begin, end in pieces]
         if folder == Path(spec):  # somebody else's
-            check_tokens(pieces[0][0], dtype, tokenizer.vocab_size)
+            for path, _, _ in pieces:
+                check_tokens(path, dtype, tokenizer.vocab_size)
         datasets.append(windows(spec, pieces, dtype, block_size or 256, seed,
                                 split if part == "train" else "val"))
     return Data(spec, kind, *datasets, tokenizer.vocab_size, block_size or 256, tokenizer)
@@ -1322,7 +1307,7 @@ def main():
                           "shards (default: what the published run reads)")
     preparer.add_argument("--val_tokens", type=number(1), default=10_000_000, help="(default 10M)")
     preparer.add_argument("--workers", type=number(1, 1025), default=os.cpu_count(),
-                          help="tokenising processes (default: all cores)")
+                          help="tokenising threads (default: all cores)")
     preparer.add_argument("--source", help="a mirror's address, or a folder with the same files")
     preparer.add_argument("--tokenizer", help="bytes, or one that tiktoken knows")
     args = parser.parse_args()
@@ -1355,10 +1340,8 @@ def run_main(main):
     except BrokenPipeError:  # python data.py list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        line = "the disk is full"
+    except OSError as error:  # such as a file that may not be read, or a full disk
+        line = str(error)
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
 

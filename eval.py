@@ -5,14 +5,16 @@
     python eval.py A/ckpt.pt B/ckpt.pt --plot                and as figures
     python eval.py out/code-dyck-s0/ckpt.pt --prompt "def "  go on from one's own words
 
-A probe is a function of an opened checkpoint that returns a Finding, or None where it does not fit.
+A probe is a function of an opened checkpoint. It returns what it found, or None where it does not
+fit: a dict, as eval.json keeps it, of numbers and words, which are printed; curves, "what by what":
+{name: {x: y}}, which are printed and drawn; Maps, which are drawn; and "n", of how many it is.
 """
 import contextlib
 import json
 import math
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,11 +56,16 @@ def micro_batches(x, y, n, trim=True):
     return parts
 
 
-def held_out_rows(data, n):
-    """The first n held-out rows, in parts (x, y) of 32,000 tokens or 1 GB of logits at most."""
+def first_rows(data, n):
+    """The first n held-out rows x, y; of text, as many as there are."""
     if data.kind == "text":
         n = min(n, len(data.val))
-    x, y = data.val.__getitems__(range(n))
+    return data.val.__getitems__(range(n))
+
+
+def held_out_rows(data, n):
+    """The first n held-out rows, in parts (x, y) of 32,000 tokens or 1 GB of logits at most."""
+    x, y = first_rows(data, n)
     return micro_batches(x, y, math.ceil(x.numel() * max(data.vocab_size, 2 ** 13) / 2 ** 28))
 
 
@@ -99,31 +106,6 @@ def perplexity(loss):
 # An opened checkpoint
 
 
-@dataclass
-class Finding:
-    """What a probe found: a table {label: (value, format)}, panels to draw, and of how many."""
-    table: dict
-    panels: list = field(default_factory=list)
-    n: str = ""
-
-
-def lines(title, xlabel, ylabel, curves):
-    """A panel of curves {name: (xs, ys)}."""
-    curves = {name: [np.asarray(xs).tolist(), np.asarray(ys).tolist()]
-              for name, (xs, ys) in curves.items()}
-    return {"title": title, "xlabel": xlabel, "ylabel": ylabel, "curves": curves}
-
-
-def heat(title, xlabel, ylabel, matrix, xticks=None, yticks=None):
-    """A panel of numbers from 0 to 1, or nan."""
-    matrix = np.asarray(matrix, float)
-    ticks = [list(range(n) if given is None else given)
-             for n, given in zip(matrix.shape, (yticks, xticks))]
-    matrix = np.where(np.isnan(matrix), None, matrix.round(4)).tolist()
-    return {"title": title, "xlabel": xlabel, "ylabel": ylabel, "yticks": ticks[0],
-            "xticks": ticks[1], "matrix": matrix}
-
-
 class Opened:
     """A checkpoint with its model and held-out data. Raises UserError."""
 
@@ -131,43 +113,46 @@ class Opened:
         self.path, self.device, self.wanted = Path(path), find_device(device), problems
         self.model, state = load(path, self.device)
         self.model.eval()
-        vocab_size, source = self.model.config.vocab_size, state.get("source")
+        if (self.path / "ckpt.pt").exists():  # a run's folder
+            self.path = self.path / "ckpt.pt"
+        self.folder = self.path if self.path.is_dir() else self.path.parent
         self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
+        source = state.get("source")
         source = source if isinstance(source, dict) else {}  # another program's
-        self.spec, self.seed = spec or source.get("spec"), source.get("seed", 0)
-        if type(self.step) is not int or type(self.seed) is not int:
-            raise UserError(f"{path}: its step is {self.step!r}, its seed {self.seed!r}")
+        self.spec, seed = spec or source.get("spec"), source.get("seed")
+        self.seed = seed if isinstance(seed, int) else 0
         if not isinstance(self.spec, str):
             raise UserError(f"{path} does not say what it was trained on: name --data")
+        vocab_size = self.model.config.vocab_size
         known = source.get("tokenizer") or ("gpt2" if 50257 <= vocab_size < 50514 else None)
         self.data = make_data(self.spec, self.seed, self.model.config.block_size,
                               tokenizer or known or default_tokenizer(self.spec))
         padded = 256 if self.data.kind == "text" else 1  # some pad their vocabulary
         if not self.data.vocab_size <= vocab_size < self.data.vocab_size + padded:
             raise UserError(f"{self.spec} has {self.data.vocab_size} tokens, {path} {vocab_size}")
-        # The name and parameters of a single rule or task; None for text, mixtures, the shuffled.
-        self.name, self.p = None, {}
-        if self.data.kind != "text":
-            shuffled, members = parse_spec(self.spec)
-            if len(members) == 1 and not shuffled:
-                _, self.name, self.p = members[0]
+        self.name, self.p = self.rule()
         self.brackets = self.name in ("dyck", "dyck_shuffle")
-        if self.brackets and self.p["length"][0] < self.p["length"][1]:
-            self.name, self.brackets = None, False  # where a row ends, nobody can know
+        self.answers = self.name is not None and not self.brackets  # a prompt has one answer
         self.n = max(16, min(256, 2 ** 15 // self.model.config.block_size))  # rows to look at
 
-    def rows(self, n=None):
-        """Held-out rows x, y: int64 arrays (n, block_size)."""
-        n = n or self.n
+    def rule(self):
+        """The name and parameters of a single rule or task. None, {} for text, mixtures, shuffled
+        rows, and brackets of varying length: where such a row ends, nobody can know."""
         if self.data.kind == "text":
-            n = min(n, len(self.data.val))
-        return [each.numpy() for each in self.data.val.__getitems__(range(n))]
+            return None, {}
+        shuffled, members = parse_spec(self.spec)
+        _, name, p = members[0]
+        varies = name.startswith("dyck") and p["length"][0] < p["length"][1]
+        return (None, {}) if shuffled or len(members) > 1 or varies else (name, p)
+
+    def rows(self, n=None, data=None):
+        """The first held-out rows x, y: int64 arrays (n, block_size)."""
+        return [each.numpy() for each in first_rows(data or self.data, n or self.n)]
 
     def real(self, x):
-        """bool (n, T): the places before the pads that fill a row up."""
-        if self.data.kind == "text":
-            return np.ones(x.shape, bool)
-        return (x != self.data.train.pad)[:, ::-1].cumsum(1)[:, ::-1] > 0
+        """bool (n, T): the places before the pads that fill a row up. Text has none."""
+        pad = getattr(self.data.train, "pad", -1)
+        return (x != pad)[:, ::-1].cumsum(1)[:, ::-1] > 0
 
     @torch.no_grad()
     def logits(self, x):
@@ -184,6 +169,10 @@ class Opened:
             hits.append(logits.argmax(-1) == wanted)
         return torch.cat(losses).numpy(), torch.cat(hits).numpy()
 
+    def right(self, x, y):
+        """bool (n,): whether the whole answer is right, each of its tokens given those before."""
+        return (self.predict(x, y)[1] | (y == -1)).all(1)
+
     @torch.no_grad()
     def attention(self, x):
         """What the heads attend to: (n, n_layer, n_head, T, T)"""
@@ -194,13 +183,10 @@ class Opened:
     @torch.no_grad()
     def residual(self, x, model=None):
         """What goes into the first block and comes out of each: (n, n_layer + 1, T, n_embd)"""
-        model, streams = model or self.model, []
-        hooks = [model.h[0].register_forward_pre_hook(lambda _, args: streams.append(args[0]))]
+        model, x = model or self.model, torch.from_numpy(x).to(self.device)
+        streams = [model.wte(x) + model.wpe.weight[:x.shape[1]]]
         for block in model.h:
-            hooks.append(block.register_forward_hook(lambda _, args, out: streams.append(out)))
-        model.states(torch.from_numpy(x).to(self.device))
-        for hook in hooks:
-            hook.remove()
+            streams.append(block(streams[-1]))
         return torch.stack(streams, 1).float().cpu().numpy()
 
 
@@ -208,19 +194,33 @@ class Opened:
 # Probes of its answers
 
 
+class Map(NamedTuple):
+    """Shares from 0 to 1, in rows and columns."""
+    matrix: np.ndarray
+    ylabel: str
+    xlabel: str
+    ticks: list = None  # of both; None: numbers
+
+
+def means(values, groups):
+    """The mean of the values in each group, {group: mean}."""
+    return {group: values[groups == group].mean() for group in np.unique(groups).tolist()}
+
+
 def probe_loss(c):
     """loss, accuracy, and what else says it in one number"""
     rows = held_out_rows(c.data, max(16, 2 ** 18 // c.data.block_size))
     result = evaluate(c.model, rows, c.device, tokenizer=c.data.tokenizer)
-    table = {"loss (nats per counted token)": (result["loss"], "{:.4f}"),
-             "accuracy, counted tokens": (result["accuracy"], "{:.2%}")}
+    found = {"n": f"{result['tokens']:,} counted tokens",
+             "loss (nats per counted token)": result["loss"],
+             "accuracy, counted tokens": result["accuracy"]}
     if c.data.kind == "text":
-        table["perplexity"] = perplexity(result["loss"]), "{:.2f}"
+        found["perplexity"] = perplexity(result["loss"])
+    elif not c.brackets:
+        found["exact, whole answers"] = result["exact"]
     if result["bits_per_byte"]:
-        table["bits per byte"] = result["bits_per_byte"], "{:.4f}"
-    if c.data.kind != "text" and not c.brackets:
-        table["exact, whole answers"] = result["exact"], "{:.2%}"
-    return Finding(table, n=f"{result['tokens']:,} counted tokens")
+        found["bits per byte"] = result["bits_per_byte"]
+    return found
 
 
 LEARNED = 0.1  # nats above the smallest possible loss, and share of what the blind are above it
@@ -236,97 +236,83 @@ def probe_learned(c):
     x, y = c.rows()
     loss, floor = c.predict(x, y)[0].sum() / (y != -1).sum(), 0.0
     if c.brackets:
-        facts, rows = bracket_rows(c, x)
-        came = [np.take_along_axis(fact["odds"], np.array(row)[:, None], 1)[1:]
-                for fact, row in zip(facts, rows)]
-        floor = -np.log(came).mean()
+        odds = bracket_rows(c, x)["odds"]
+        came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
+        floor = -np.log(came[:, 1:]).mean()
     share = np.bincount(y[y != -1]) / (y != -1).sum()
     blind = -(share * np.log(np.maximum(share, 1e-30))).sum()
     learned = loss - floor < LEARNED * min(1, blind - floor)
-    return Finding({"loss (nats per counted token)": (loss, "{:.4f}"),
-                    "smallest possible": (floor, "{:.4f}"), "above it": (loss - floor, "{:.4f}"),
-                    "above it, the blind": (blind - floor, "{:.4f}"),
-                    "verdict": ("learned" if learned else "not learned", "{}")},
-                   n=f"{len(x):,} rows")
+    return {"n": f"{len(x):,} rows", "loss (nats per counted token)": loss,
+            "smallest possible": floor, "above it": loss - floor,
+            "above it, the blind": blind - floor,
+            "verdict": "learned" if learned else "not learned"}
 
 
 def probe_answers(c):
     """accuracy by the place of a token in its answer"""
-    if c.name is None or c.brackets:
+    if not c.answers:
         return None
     x, y = c.rows(1024)
     counted, hit = y != -1, c.predict(x, y)[1]
-    place = counted.cumsum(1)[counted] - 1
-    right = np.bincount(place, hit[counted]) / np.bincount(place)
-    table = {"all tokens": (hit[counted].mean(), "{:.1%}"),
-             "whole answers": ((hit | ~counted).all(1).mean(), "{:.1%}")}
-    for i in np.unique(np.linspace(0, len(right) - 1, 12).round().astype(int)):
-        table[f"token {i + 1} of the answer"] = right[i], "{:.1%}"
-    curve = {"accuracy": (np.arange(1, len(right) + 1), right)}
-    return Finding(table, [lines("accuracy by place", "token of the answer", "accuracy", curve)],
-                   f"{len(x):,} answers")
+    shares = means(hit[counted], counted.cumsum(1)[counted])
+    return {"n": f"{len(x):,} answers", "all tokens": hit[counted].mean(),
+            "whole answers": (hit | ~counted).all(1).mean(),
+            "share right by token of the answer": {"model": shares}}
 
 
 def probe_length(c):
     """shorter and longer problems than it was trained on, as far as its positions go"""
     key = next((key for key in ("digits", "numbers", "length") if key in c.p), None)
-    if not key or c.brackets or c.name == "eca":
+    if not c.answers or not key or c.name == "eca":
         return None
-    low, high = c.p[key] if key == "length" else (c.p[key], c.p[key])
-    sizes = {1, 2, 3, 4, low, high, *np.geomspace(5, 4 * high + 1, 8).astype(int).tolist()}
+    high = c.p[key][1] if key == "length" else c.p[key]
     others = "".join(f",{name}={value}" for name, value in c.p.items() if name != key)
-    found = {}
-    for size in sorted(sizes):
+    shares = {}
+    for size in sorted({1, 2, 3, 4, high, *np.geomspace(5, 4 * high + 1, 8).astype(int).tolist()}):
         with contextlib.suppress(UserError):  # too long, or too few examples to hold some out
             data = make_data(f"{c.name}:{key}={size}{others}", c.seed, c.model.config.block_size)
-            x, y = (each.numpy() for each in data.val.__getitems__(range(128)))
-            found[size] = (c.predict(x, y)[1] | (y == -1)).all(1).mean()
-    table = {f"{key}={size}" + " (its own)" * (low <= size <= high): (share, "{:.1%}")
-             for size, share in found.items()}
-    curve = {"right": (list(found), list(found.values()))}
-    return Finding(table, [lines("length generalisation", key, "whole answers right", curve)],
-                   "128 answers each")
+            shares[size] = c.right(*c.rows(128, data)).mean()
+    return {"n": "128 answers each", f"share of whole answers right by {key}": {"model": shares}}
 
 
 def probe_errors(c):
     """where it fails: sums by their longest chain of carries, haystacks by size and depth"""
-    if c.name == "haystack":
-        return haystack_errors(c)
-    if c.name not in ("addition", "reversed_addition"):
-        return None
+    probes = {"addition": sums, "reversed_addition": sums, "haystack": haystacks}
+    return probes[c.name](c) if c.name in probes else None
+
+
+def sums(c):
+    """A carry that goes on through many digits is what a sum may fail by."""
     x, y = c.rows(4000)
-    right, d = (c.predict(x, y)[1] | (y == -1)).all(1), c.p["digits"]
+    d = c.p["digits"]
     a, b = x[:, :d], x[:, d + 1:2 * d + 1]
-    carry = run = longest = np.zeros(len(a), int)
-    for i in range(d) if c.name == "reversed_addition" else reversed(range(d)):
+    if c.name == "addition":  # carries go from right to left
+        a, b = a[:, ::-1], b[:, ::-1]
+    carry = run = longest = np.zeros(len(x), int)
+    for i in range(d):
         carry = (a[:, i] + b[:, i] + carry) // 10
         run = (run + 1) * carry
         longest = np.maximum(longest, run)
-    there = np.unique(longest)
-    shares = [right[longest == i].mean() for i in there]
-    table = {f"longest chain of carries {i} (n={(longest == i).sum()})": (share, "{:.1%}")
-             for i, share in zip(there, shares)}
-    return Finding(table, [lines("sums by carries", "longest chain of carries", "sums right",
-                                 {"right": (there, shares)})], f"{len(x):,} sums")
+    shares = means(c.right(x, y), longest)
+    return {"n": f"{len(x):,} sums",
+            "share of sums right by longest chain of carries": {"model": shares}}
 
 
-def haystack_errors(c):
+def haystacks(c):
+    """Of how many pairs it is, and how deep in them the one that is asked for."""
     x, y = c.rows(4000)
-    right, asked = (c.predict(x, y)[1] | (y == -1)).all(1), (y != -1).argmax(1)
+    right, asked = c.right(x, y), (y != -1).argmax(1)
     pairs, key = asked // 2, x[np.arange(len(x)), asked] - c.p["pairs"]
     depth = (x == key[:, None]).argmax(1) // 2 / np.maximum(pairs - 1, 1)
-    fifth = np.minimum(depth * 5, 4).astype(int)
-    groups = [f"{5 * i + 1}-{5 * i + 5}" for i in range(-(-c.p["pairs"] // 5))]
-    share = np.full((len(groups), 5), math.nan)
-    table = {}
-    for i, group in enumerate(groups):
-        inside = (pairs - 1) // 5 == i
-        table[f"{group} pairs"] = right[inside].mean() if inside.any() else math.nan, "{:.1%}"
-        for j in np.unique(fifth[inside]):
-            share[i, j] = right[inside & (fifth == j)].mean()
-    depths = ["0-20", "20-40", "40-60", "60-80", "80-100"]
-    return Finding(table, [heat("needle found", "depth of the needle (%)", "pairs", share, depths,
-                                groups)], f"{len(x):,} haystacks")
+    size, fifth = (pairs - 1) // 5, np.minimum(depth * 5, 4).astype(int)
+    by_size, by_depth = {}, {}
+    for i, share in means(right, size).items():
+        group = f"{5 * i + 1}-{5 * i + 5} pairs"
+        by_size[group] = share
+        shares = means(right[size == i], fifth[size == i])
+        by_depth[group] = {f"{20 * j}-{20 * j + 20}": share for j, share in shares.items()}
+    return {"n": f"{len(x):,} haystacks", **by_size,
+            "share of needles found by depth of the needle (%)": by_depth}
 
 
 def bracket_facts(row, name, p):
@@ -334,31 +320,29 @@ def bracket_facts(row, name, p):
 
     odds: of each token that may come, (T, 2k); partner: where the bracket that is closed was
     opened, or -1; depth: how many are open before; innermost: the last type open after, or -1."""
-    k, left, odds = p["k"], [], np.zeros((len(row), 2 * p["k"]))
-    partner, depth, innermost = [], [], []
+    k, left, facts = p["k"], [], []  # left: the brackets that are open, (type, place)
     for t, token in enumerate(row):
         kinds = [kind for kind, _ in left]
-        full = len(left) == (len(row) - t if name == "dyck" else p["depth"])
+        odds, partner, depth = np.zeros(2 * k), -1, len(left)
+        full = depth == (len(row) - t if name == "dyck" else p["depth"])
         opens = 1.0 if not left else 0.0 if full else p["p"]
         may_close = kinds[-1:] if name == "dyck" else sorted(set(kinds))
-        odds[t, :k] = opens / k
-        odds[t, [k + kind for kind in may_close]] = (1 - opens) / max(1, len(may_close))
-        depth.append(len(left))
-        partner.append(-1)
+        odds[:k] = opens / k
+        odds[[k + kind for kind in may_close]] = (1 - opens) / max(1, len(may_close))
         if token < k:
             left.append((token, t))
         elif token - k in kinds:
-            _, partner[t] = left.pop(len(left) - 1 - kinds[::-1].index(token - k))
-        innermost.append(left[-1][0] if left else -1)
-    return {"odds": odds, "partner": np.array(partner), "depth": np.array(depth),
-            "innermost": np.array(innermost)}
+            _, partner = left.pop(depth - 1 - kinds[::-1].index(token - k))
+        facts.append((odds, partner, depth, left[-1][0] if left else -1))
+    names = "odds", "partner", "depth", "innermost"
+    return {name: np.array(fact) for name, fact in zip(names, zip(*facts))}
 
 
 def bracket_rows(c, x):
-    """The facts of each row, and the rows as lists without what pads them."""
+    """The facts of all rows, {fact: (n, T, ...)}, without what pads them."""
     length = c.p["length"][1] // 2 * 2 if c.name == "dyck" else c.p["length"][1]
-    rows = x[:, :length].tolist()
-    return [bracket_facts(row, c.name, c.p) for row in rows], rows
+    facts = [bracket_facts(row, c.name, c.p) for row in x[:, :length].tolist()]
+    return {key: np.stack([each[key] for each in facts]) for key in facts[0]}
 
 
 def probe_brackets(c):
@@ -368,28 +352,23 @@ def probe_brackets(c):
     if not c.brackets:
         return None
     x, k = c.rows()[0], c.p["k"]
-    facts, _ = bracket_rows(c, x)
-    odds, partner, depth = (np.stack([fact[key] for fact in facts])[:, 1:]
-                            for key in ("odds", "partner", "depth"))
+    facts = bracket_rows(c, x)
+    odds, partner, depth = (facts[key][:, 1:] for key in ("odds", "partner", "depth"))
     predicted = torch.cat([logits.softmax(-1) for logits in c.logits(x)]).numpy()
     predicted = predicted[:, :odds.shape[1], :2 * k]
-    likeliest = predicted[:, :, k:].argmax(-1)[:, :, None]
-    right, closes = np.take_along_axis(odds[:, :, k:], likeliest, 2)[:, :, 0] > 0, partner >= 0
-    chance = (odds[:, :, k:] > 0).sum(-1)[closes].mean() / k
-    table = {"closing bracket of a right type": (right[closes].mean(), "{:.1%}"),
-             "by chance": (chance, "{:.1%}"),
-             "probability of illegal tokens": ((predicted * (odds == 0)).sum(-1).mean(), "{:.2%}")}
-    panels, distance = [], np.arange(1, partner.shape[1] + 1) - partner
+    closes, may_close = partner >= 0, odds[:, :, k:] > 0
+    likeliest = predicted[:, :, k:].argmax(-1)
+    right = np.take_along_axis(may_close, likeliest[:, :, None], 2)[closes, 0]
+    chance = may_close.mean(-1)[closes]
+    distance = np.arange(1, partner.shape[1] + 1) - partner
+    found = {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
+             "by chance": chance.mean(),
+             "probability of illegal tokens": (predicted * (odds == 0)).sum(-1).mean()}
     for what, values in (("depth", depth[closes]), ("distance", distance[closes])):
-        bins = np.log2(np.maximum(values, 1)).astype(int)  # 1, 2-3, 4-7, ...
-        shares = {f"{2 ** i}-{2 ** (i + 1) - 1}" if i else "1": right[closes][bins == i].mean()
-                  for i in np.unique(bins)}
-        table |= {f"right type at {what} {name}": (share, "{:.1%}")
-                  for name, share in shares.items()}
-        panels.append(lines("closing brackets", what, "of a right type", {
-            "right": (list(shares), list(shares.values())),
-            "by chance": (list(shares), [chance] * len(shares))}))
-    return Finding(table, panels, f"{closes.sum():,} closings")
+        bins = 2 ** np.log2(values).astype(int)  # 1, 2-3, 4-7, ...
+        found[f"share of a right type by {what} (brackets) from"] = {
+            "model": means(right, bins), "chance": means(chance, bins)}
+    return found
 
 
 def probe_context(c):
@@ -397,12 +376,11 @@ def probe_context(c):
     if c.data.kind != "text":
         return None
     x, y = c.rows()
-    loss = np.ma.array(c.predict(x, y)[0], mask=y == -1)
-    edges = [0] + [2 ** i for i in range(20) if 2 ** i < x.shape[1]] + [x.shape[1]]
-    means = {b: float(loss[:, a:b].mean()) for a, b in zip(edges, edges[1:])}
-    table = {f"up to {b} tokens before": (value, "{:.3f}") for b, value in means.items()}
-    return Finding(table, [lines("loss by place", "tokens of context", "loss (nats per token)", {
-        "loss": (list(means), list(means.values()))})], f"{len(x):,} windows")
+    counted, before = y != -1, np.arange(1, y.shape[1] + 1)
+    up_to = np.minimum(2 ** np.ceil(np.log2(before)), len(before)).astype(int)  # 1, 2, 4, 8, ...
+    losses = means(c.predict(x, y)[0][counted], np.broadcast_to(up_to, y.shape)[counted])
+    return {"n": f"{len(x):,} windows",
+            "loss (nats per token) by tokens before, up to": {"model": losses}}
 
 
 def probe_needle(c):
@@ -410,24 +388,24 @@ def probe_needle(c):
     if c.data.kind != "text" or not c.data.tokenizer.encode:
         return None
     encode, rng = c.data.tokenizer.encode, np.random.default_rng(c.seed)
-    depths = 0, 25, 50, 75, 100
-    found = np.zeros((16, len(depths)))
-    for i, row in enumerate(c.rows(16)[0]):
-        secret = str(rng.integers(1000, 10000))
+    depths, found = (0, 25, 50, 75, 100), []
+    for row in c.rows(16)[0]:
+        secret = rng.integers(1000, 10000)
         asked = "\nThe secret number is"
         hidden, asked, answer = encode(f"{asked} {secret}.\n"), encode(asked), encode(f" {secret}")
         room = len(row) - len(hidden) - len(asked) - len(answer)
         if room < 1:
             return None
-        for j, depth in enumerate(depths):
+        texts = []
+        for depth in depths:
             cut = room * depth // 100
-            tokens = np.concatenate([row[:cut], hidden, row[cut:room], asked, answer]).astype(int)
-            hit = c.predict(tokens[None, :-1], tokens[None, 1:])[1]
-            found[i, j] = hit[0, -len(answer):].all()
-    table = {f"found at a depth of {depth} %": (share, "{:.1%}")
-             for depth, share in zip(depths, found.mean(0))}
-    return Finding(table, [lines("number found", "depth of the line (%)", "share", {
-        "found": (depths, found.mean(0))})], f"{len(found)} texts")
+            texts.append(np.concatenate([row[:cut], hidden, row[cut:room], asked, answer]))
+        x = np.stack(texts).astype(int)
+        y = np.where(np.arange(1, x.shape[1]) < x.shape[1] - len(answer), -1, x[:, 1:])
+        found.append(c.right(x[:, :-1], y))
+    shares = dict(zip(depths, np.mean(found, axis=0)))
+    return {"n": f"{len(found)} texts",
+            "share of numbers found by depth of the line (%)": {"model": shares}}
 
 
 def repeated(c, length, n):
@@ -443,13 +421,12 @@ def probe_copying(c):
         return None
     tokens = repeated(c, c.model.config.block_size, c.n)
     half = tokens.shape[1] // 2
-    loss, hit = c.predict(tokens[:, :-1].copy(), tokens[:, 1:].copy())
-    table = {"loss on the first copy (nats)": (loss[:, :half - 1].mean(), "{:.3f}"),
-             "loss on the second copy (nats)": (loss[:, half:].mean(), "{:.3f}"),
-             "second copy right": (hit[:, half:].mean(), "{:.1%}")}
-    curve = {"loss": (np.arange(2, 2 * half + 1), loss.mean(0))}
-    return Finding(table, [lines("repeated random tokens", "token", "loss (nats)", curve)],
-                   f"{len(tokens):,} rows of 2 x {half}")
+    loss, hit = c.predict(tokens[:, :-1], tokens[:, 1:])
+    return {"n": f"{len(tokens):,} rows of 2 x {half}",
+            "loss on the first copy (nats)": loss[:, :half - 1].mean(),
+            "loss on the second copy (nats)": loss[:, half:].mean(),
+            "second copy right": hit[:, half:].mean(),
+            "loss (nats per token) by token": {"model": dict(enumerate(loss.mean(0), 2))}}
 
 
 def probe_problems(c):
@@ -464,10 +441,10 @@ def probe_problems(c):
             out = c.model.generate(prompt, len(answer), temperature=0, stop=PROBLEM)
             solved.append(out[0, len(asked):].tolist() == answer.tolist())
         rates[module] = np.mean(solved)
-    table = {f"{split}, all modules": (np.mean([rates[m] for m in rates if m.startswith(split)]),
-                                       "{:.1%}") for split in ("interpolate", "extrapolate")}
-    table |= {module: (rate, "{:.1%}") for module, rate in rates.items()}
-    return Finding(table, n=f"{c.wanted} problems of each module")
+    found = {"n": f"{c.wanted} problems of each module"}
+    for split in ("interpolate", "extrapolate"):
+        found[f"{split}, all modules"] = np.mean([rates[m] for m in rates if m.startswith(split)])
+    return found | rates
 
 
 # --------------------------------------------------------------------------------------------------
@@ -483,25 +460,22 @@ def entropy_of_heads(attention, real):
 
 
 def looks(c, x, attention):
-    """What a head may look at: {name: (attention, the places wanted (n, T, T), tokens)}."""
+    """Where a head may look: a name, the attention, the places wanted (n, T, T), the tokens."""
     n, T = x.shape
-    found = {"previous token": (attention, np.eye(T, k=-1, dtype=bool) & c.real(x)[:, :, None], x)}
+    yield "previous token", attention, np.eye(T, k=-1, dtype=bool) & c.real(x)[:, :, None], x
     if T >= 8:
         twice = repeated(c, min(T, 64), n)
-        t = np.arange(twice.shape[1])
-        after_match = np.pad(twice[:, :, None] == twice[:, None, :-1], ((0, 0), (0, 0), (1, 0)))
-        wanted = after_match & (t <= t[:, None]) & (t[:, None] >= len(t) // 2)
-        found["induction"] = c.attention(twice), wanted, twice
+        same = twice[:, :, None] == twice[:, None, :]
+        wanted = np.tril(np.pad(same, ((0, 0), (0, 0), (1, 0)))[:, :, :-1])  # one after the same
+        wanted[:, :twice.shape[1] // 2] = False
+        yield "induction", c.attention(twice), wanted, twice
     if c.brackets:
-        facts, rows = bracket_rows(c, x)
-        size = len(rows[0])
+        partner = bracket_rows(c, x)["partner"]
+        rows, closing = np.nonzero(partner >= 0)
         for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1)):
-            wanted = np.zeros((n, size, size), bool)
-            for i, fact in enumerate(facts):
-                closing = np.flatnonzero(fact["partner"] >= 0)
-                wanted[i, closing - ahead, fact["partner"][closing]] = True
-            found[name] = attention[..., :size, :size], wanted, x
-    return found
+            wanted = np.zeros((n, T, T), bool)
+            wanted[rows, closing - ahead, partner[rows, closing]] = True
+            yield name, attention, wanted, x
 
 
 def probe_heads(c):
@@ -514,22 +488,21 @@ def probe_heads(c):
     x = c.rows(few)[0][:, :T]
     attention = c.attention(x)
     blur = entropy_of_heads(attention, c.real(x))
-    table = {"entropy, sharpest head": (blur.min(), "{:.3f}"),
-             "entropy, mean of heads": (blur.mean(), "{:.3f}")}
-    panels = [heat("entropy", "head", "layer", blur)]
-    for name, (maps, wanted, tokens) in looks(c, x, attention).items():
+    found = {"n": f"{len(x)} rows", "entropy, sharpest head": blur.min(),
+             "entropy, mean of heads": blur.mean()}
+    for name, maps, wanted, tokens in looks(c, x, attention):
         asks = wanted.any(2).sum()
         score = np.einsum("nlhqk,nqk->lh", maps, wanted.astype(np.float32)) / asks
         layer, head = np.unravel_index(score.argmax(), score.shape)
         alike = (wanted.sum(2) / np.arange(1, wanted.shape[1] + 1)).sum() / asks
-        table |= {f"{name}, strongest head": (score.max(), "{:.3f}"),
-                  f"{name}, which (layer.head)": (f"{layer}.{head}", "{}"),
-                  f"{name}, if all were attended to alike": (alike, "{:.3f}")}
         words = c.data.words(tokens[0][:20])
-        panels += [heat(name, "head", "layer", score),
-                   heat(f"head {layer}.{head}: {name}", "attended to", "from",
-                        maps[0, layer, head, :20, :20], words, words)]
-    return Finding(table, panels, f"{len(x)} rows")
+        found |= {f"{name}, strongest head": score.max(),
+                  f"{name}, which (layer.head)": f"{layer}.{head}",
+                  f"{name}, if all were attended to alike": alike,
+                  f"{name}: attention": Map(score, "layer", "head"),
+                  f"{name}: head {layer}.{head}": Map(maps[0, layer, head, :20, :20],
+                                                      "from token", "to token", words)}
+    return found | {"entropy (share of the most)": Map(blur, "layer", "head")}
 
 
 def linear_fit(features, labels, train):
@@ -542,16 +515,15 @@ def linear_fit(features, labels, train):
     a = weighted.T @ z[train] + 1e-3 * train.sum() * np.eye(z.shape[1])
     fit = np.linalg.solve(a, weighted.T @ np.eye(len(classes))[target[train]])
     right = (z[~train] @ fit).argmax(1) == target[~train]
-    return float(np.mean([right[target[~train] == i].mean() for i in np.unique(target[~train])]))
+    return np.mean(list(means(right, target[~train]).values()))
 
 
 def rule_states(c, x):
     """What the state of a rule is at each place: {name: int (n, T), -1 where there is none}."""
     if c.brackets:
-        facts, _ = bracket_rows(c, x)
-        depth = np.stack([fact["depth"] for fact in facts])[:, 1:]  # after each token
-        return {"bracket depth (9: or more)": np.minimum(depth, 9),
-                "innermost open bracket": np.stack([fact["innermost"] for fact in facts])}
+        facts = bracket_rows(c, x)
+        return {"bracket depth up to 9": np.minimum(facts["depth"][:, 1:], 9),  # after each
+                "innermost open bracket": facts["innermost"]}
     if c.name not in RULES or c.name == "eca":
         return {}
     inside = (x >= c.data.train.first_bar).cumsum(1) == 0  # before the first separator
@@ -560,11 +532,14 @@ def rule_states(c, x):
         for i, row in enumerate(x.tolist()):
             left = []
             for t in np.flatnonzero(inside[i]):
-                left.append(row[t]) if row[t] else left.pop()
+                if row[t] == 0:  # a pop
+                    left.pop()
+                else:
+                    left.append(row[t])
                 top[i, t] = left[-1] if left else -1
         return {"top of the stack": top}
-    before = (x[:, :, None] == x[:, None, :]) & np.tri(x.shape[1], k=-1, dtype=bool)
-    return {"seen before (set membership)": np.where(inside, before.any(2), -1)}
+    before = np.tril(x[:, :, None] == x[:, None, :], -1)
+    return {"seen before": np.where(inside, before.any(2), -1)}
 
 
 def probe_linear(c):
@@ -578,27 +553,21 @@ def probe_linear(c):
         return None
     torch.manual_seed(c.seed)
     trained, untrained = c.residual(x), c.residual(x, GPT(c.model.config).to(c.device).eval())
-    table, panels = {}, []
+    pairs = np.pad(x, ((0, 0), (1, 0)))[:, :-1] * 2 ** 20 + x
+    found = {"n": f"{len(x)} rows, half of them for fitting"}
     for name, state in states.items():
-        T, where = state.shape[1], state >= 0
-        train = np.broadcast_to(np.arange(len(x))[:, None] % 2 == 0, where.shape)[where]  # by row
-        pairs = np.pad(x, ((0, 0), (1, 0)))[:, :T] * 2 ** 20 + x[:, :T]
-        pairs = np.unique(pairs[where], return_inverse=True)[1]
-        labels = state[where]
-        random = rng.choice(np.unique(labels), pairs.max() + 1)[pairs]
+        rows, t = np.nonzero(state >= 0)
+        labels, train = state[rows, t], rows % 2 == 0
+        kinds, kind = np.unique(pairs[rows, t], return_inverse=True)
+        control = rng.choice(np.unique(labels), len(kinds))[kind]
+        found[f"{name}: chance"] = 1 / len(np.unique(labels))
         curves = {}
-        for label, stream, wanted in (("trained", trained, labels),
-                                      ("untrained", untrained, labels),
-                                      ("control task", trained, random)):
-            layers = range(stream.shape[1])
-            curves[label] = layers, [linear_fit(stream[:, layer, :T][where], wanted, train)
-                                     for layer in layers]
-        table[f"{name}: chance"] = 1 / len(np.unique(labels)), "{:.1%}"
-        for layer in layers:
-            for label, (_, values) in curves.items():
-                table[f"{name}, {layer} layers passed, {label}"] = values[layer], "{:.1%}"
-        panels.append(lines(name, "layers passed", "read right (mean over labels)", curves))
-    return Finding(table, panels, f"{len(x)} rows, half of them for fitting")
+        for label, stream, wanted in (("model", trained, labels), ("untrained", untrained, labels),
+                                      ("control task", trained, control)):
+            curves[label] = {layer: linear_fit(stream[rows, layer, t], wanted, train)
+                             for layer in range(stream.shape[1])}
+        found[f"{name}, share right by layers passed"] = curves
+    return found
 
 
 PROBES = {probe.__name__.removeprefix("probe_"): probe for probe in (
@@ -610,18 +579,33 @@ PROBES = {probe.__name__.removeprefix("probe_"): probe for probe in (
 # Tables, figures, samples
 
 
+def printed(finding):
+    """What is printed of a finding, {label: value}: 12 places of a curve at most, and no map."""
+    found = {}
+    for label, value in finding.items():
+        for name, curve in value.items() if isinstance(value, dict) else ():
+            for x in list(curve)[::math.ceil(len(curve) / 12)]:
+                found[f"{label} {x}: {name}"] = curve[x]
+        if not isinstance(value, (dict, Map)) and label != "n":
+            found[label] = value
+    return found
+
+
 def print_table(name, findings):
     """A row for each label, a column for each checkpoint."""
-    found = [finding for finding in findings if finding]
-    labels = dict.fromkeys(label for finding in found for label in finding.table)
+    columns = [printed(finding or {}) for finding in findings]
+    n = next(finding["n"] for finding in findings if finding)
+    print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]} ({n})")
+    labels = {label: None for column in columns for label in column}
     wide = max(map(len, labels)) + 2
-    print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]} ({found[0].n})")
     if len(findings) > 1:
         print(" " * wide + "".join(f"{f'[{i + 1}]':>12}" for i in range(len(findings))))
     for label in labels:
-        cells = [finding.table.get(label) if finding else None for finding in findings]
-        texts = [cell[1].format(cell[0]) if cell else "-" for cell in cells]
-        print(f"{label:{wide}}" + "".join(f"{text:>12}" for text in texts))
+        line = f"{label:{wide}}"
+        for column in columns:
+            value = column.get(label, "-")
+            line += f"{value:>12}" if isinstance(value, str) else f"{value:12.4f}"
+        print(line)
 
 
 def pyplot():
@@ -647,76 +631,83 @@ def keep_figure(figure, path):
     print(f"figure: {path}")
 
 
-def draw(opened, findings, path):
-    """The panels of a probe, a line of them for each checkpoint."""
-    drawn = [(c, finding) for c, finding in zip(opened, findings) if finding and finding.panels]
-    columns = min(4, max(len(finding.panels) for _, finding in drawn))
-    deep = [-(-len(finding.panels) // columns) for _, finding in drawn]
-    figure = pyplot().figure(figsize=(max(6, 4.5 * columns), 4.2 * sum(deep)))
-    parts = np.atleast_1d(figure.subfigures(len(drawn), 1, height_ratios=deep))
-    for part, rows, (c, finding) in zip(parts, deep, drawn):
-        part.supxlabel(f"{c.path}: n = {finding.n}, seed {c.seed}", fontsize=9)
-        axes = part.subplots(rows, columns, squeeze=False).flatten()
-        for axis in axes[len(finding.panels):]:
-            axis.axis("off")
-        for axis, panel in zip(axes, finding.panels):
-            axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"])
-            for label, (xs, ys) in panel.get("curves", {}).items():
-                axis.plot(xs, ys, marker="o" if len(xs) < 40 else None, label=label)
-            if len(panel.get("curves", ())) > 1:
-                axis.legend(fontsize=10)
-            if "matrix" in panel:
-                draw_matrix(figure, axis, panel)
-    keep_figure(figure, path)
+def draw(c, name, finding):
+    """The curves and maps of a finding, as a figure beside the checkpoint."""
+    panels = {key: each for key, each in finding.items() if isinstance(each, (dict, Map))}
+    if not panels:
+        return
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = pyplot().subplots(rows, columns, squeeze=False,
+                                     figsize=(max(6, 5 * columns), 4.5 * rows))
+    figure.suptitle(f"{name}: {c.spec}")
+    figure.supxlabel(f"{c.path}: n = {finding['n']}, seed {c.seed}", fontsize=9)
+    for axis in axes.flat[len(panels):]:
+        axis.axis("off")
+    for axis, (key, panel) in zip(axes.flat, panels.items()):
+        plot = draw_map if isinstance(panel, Map) else draw_curves
+        plot(axis, key, panel)
+    keep_figure(figure, c.folder / f"eval-{c.path.stem}-{name}.png")
 
 
-def draw_matrix(figure, axis, panel):
-    matrix = np.array(panel["matrix"], float)
+def draw_curves(axis, key, curves):
+    ylabel, xlabel = key.split(" by ")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    for name, curve in curves.items():
+        if len(curve) > 16:
+            axis.plot(list(curve), list(curve.values()), label=name)
+        else:  # places at equal distances: many go up as 1, 2, 4, 8
+            axis.plot(range(len(curve)), list(curve.values()), marker="o", label=name)
+            axis.set_xticks(range(len(curve)), list(curve))
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+    if len(curves) > 1:
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+
+
+def draw_map(axis, key, panel):
     axis.grid(False)
-    image = axis.imshow(matrix, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    figure.colorbar(image, ax=axis, shrink=0.8)
-    for put, ticks in ((axis.set_xticks, panel["xticks"]), (axis.set_yticks, panel["yticks"])):
-        words = [str(tick).replace("$", r"\$") for tick in ticks]
-        put(range(len(words)), words, fontsize=7 if len(words) > 8 else 10)
-    for (row, column), value in np.ndenumerate(matrix) if matrix.size <= 64 else ():
-        axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9,
-                  color="white" if value > 0.6 else "black")
+    image = axis.imshow(panel.matrix, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    axis.figure.colorbar(image, ax=axis)
+    axis.set(title=key, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    for put, n in zip((axis.set_yticks, axis.set_xticks), panel.matrix.shape):
+        ticks = [str(tick).replace("$", r"\$") for tick in panel.ticks or range(n)]
+        put(range(n), ticks, fontsize=12 if n <= 12 else 8)
+    for (row, column), share in np.ndenumerate(panel.matrix) if panel.matrix.size <= 64 else ():
+        axis.text(column, row, f"{share:.2f}", ha="center", va="center",
+                  color="white" if share > 0.6 else "black")
 
 
-def add_to_json(c, findings):
+def add_to_json(c, name, finding):
     """Puts what was found into eval.json beside the checkpoint. Raises UserError."""
-    path = (c.path if c.path.is_dir() else c.path.parent) / "eval.json"
+    path = c.folder / "eval.json"
     there = read_json(path) if path.exists() else {}
     entry = there
     for key in (c.path.name, c.spec):
         entry = entry.setdefault(key, {})
         if not isinstance(entry, dict):
             raise UserError(f"{path} is not as eval.py writes it: put it elsewhere")
-    for name, finding in findings.items():
-        values = {label: value if value == value else None  # nan is no JSON
-                  for label, (value, _) in finding.table.items()}
-        entry[name] = {"table": values, "n": finding.n, "panels": finding.panels, "step": c.step}
-    write_json(path, json.loads(json.dumps(there, default=float)))
+    entry[name] = {"step": c.step, **finding}
+    text = json.dumps(there, default=lambda value: value.tolist())  # numpy's
+    write_json(path, json.loads(text, parse_constant=lambda _: None))  # nan is no JSON
 
 
 def print_sample(c, i, prompt, length, temperature, top_k):
     """Goes on from one's own prompt or from held-out row i; where an answer is right or wrong, the
     likeliest one."""
     x, y = (each.numpy() for each in c.data.val[i])
-    counted = np.flatnonzero(y != -1)
-    free = prompt is not None or c.data.kind == "text" or counted[0] == 0
-    begin = x[:min(64, len(x) // 2)] if free else x[:counted[0] + 1]
-    if prompt is not None:
-        begin = np.array(c.data.read(prompt))
+    counted, verdict = np.flatnonzero(y != -1), ""
+    answers = prompt is None and c.data.kind != "text" and counted[0] > 0
+    if answers:
+        begin, length, temperature = x[:counted[0] + 1], len(counted), 0
+    else:
+        begin = x[:min(64, len(x) // 2)] if prompt is None else np.array(c.data.read(prompt))
     generator = torch.Generator(c.device).manual_seed(c.seed + i)
     tokens = torch.from_numpy(begin)[None].to(c.device)
-    if free:
-        out = c.model.generate(tokens, length, temperature, top_k, generator)[0].tolist()
-        print(f"{'-' * 80}\n{c.data.write(begin)} ▶ {c.data.write(out[len(begin):])}")
-        return
-    out, wanted = c.model.generate(tokens, len(counted), 0)[0].tolist(), y[counted].tolist()
-    verdict = "right" if out[len(begin):] == wanted else f"wrong: {c.data.write(wanted)}"
-    print(f"{c.data.write(out, [t >= len(begin) for t in range(len(out))])}   {verdict}")
+    out = c.model.generate(tokens, length, temperature, top_k, generator)[0, len(begin):].tolist()
+    if answers:
+        wanted = y[counted].tolist()
+        verdict = "   right" if out == wanted else f"   wrong: {c.data.write(wanted)}"
+    print(f"{'-' * 80}\n{c.data.write(begin)} ▶ {c.data.write(out)}{verdict}")
 
 
 def main():
@@ -743,26 +734,20 @@ def main():
               for path in args.checkpoints]
     for i, c in enumerate(opened):
         n = sum(p.numel() for p in c.model.parameters())
-        print(f"[{i + 1}] {c.path}: {c.stage} step {c.step:,}, {n:,} parameters, held-out {c.spec}")
+        print(f"[{i + 1}] {c.path}: {c.stage} step {c.step}, {n:,} parameters, held-out {c.spec}")
         for row in range(max(args.sample, args.prompt is not None)):
             print_sample(c, row, args.prompt, args.tokens, args.temperature, args.top_k)
-    found = [{} for _ in opened]
     for name in names if args.prompt is None else ():
         findings = [PROBES[name](c) for c in opened]
-        if not any(findings):
-            if args.probe:
-                raise UserError(f"the probe {name} does not fit {opened[0].spec}")
-            continue
-        print_table(name, findings)
-        for each, finding in zip(found, findings):
-            each |= {name: finding} if finding else {}
-        if args.plot and any(finding and finding.panels for finding in findings):
-            path = opened[0].path
-            folder = path if path.is_dir() else path.parent
-            draw(opened, findings, folder / f"eval-{path.stem}-{name}.png")
-    for c, findings in zip(opened, found):
-        if findings:
-            add_to_json(c, findings)
+        if any(findings):
+            print_table(name, findings)
+        elif args.probe:
+            raise UserError(f"the probe {name} does not fit {opened[0].spec}")
+        for c, finding in zip(opened, findings):
+            if finding:
+                add_to_json(c, name, finding)
+                if args.plot:
+                    draw(c, name, finding)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@
     python train.py --preset c4 --warmup union     a published run (first: data.py prepare c4)
     torchrun --nproc_per_node=8 train.py ...       on eight GPUs: the same batches and result
 
-Settings come first, then `train`, which is one stage of a run, then `run`, which has two of them.
+It goes from the whole to its parts: `run`, which has two stages; `train`, which is one stage, and
+the pieces of its step; the settings; and what is said before and after.
 """
 import contextlib
-import dataclasses
 import datetime
 import json
 import math
@@ -23,7 +23,6 @@ import sys
 import time
 import zlib
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,45 +31,542 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (PUBLISHED, Parser, UserError, default_tokenizer, kind_of, lock, make_data, number,
-                  read_json, reason_of, remove_scratch, run_main, say, write_json, written_whole)
+from data import (CORPORA, PUBLISHED, Parser, UserError, default_tokenizer, kind_of, lock,
+                  make_data, number, read_json, reason_of, remove_scratch, run_main, say,
+                  write_json, written_whole)
 from eval import evaluate, find_device, held_out_rows, micro_batches, perplexity
 from model import GPT, GPTConfig, attention_maps, load, parse_parts, parse_size, save, transfer
 
 # --------------------------------------------------------------------------------------------------
+# A run: two stages, and what moves between them
+
+
+def run(settings):
+    """Everything that the settings say -> the content of result.json. Raises UserError, Stopped."""
+    s, out = settings, Path(settings.out)
+    start_processes(s)
+    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
+    data, rule = open_data(s)
+    training = stage_of(s, "train", data.block_size)
+    warming = stage_of(s, "warmup", rule.block_size) if rule else None
+    fingerprint = check_data(data, rule, s)
+    model = new_model(data, s.size, s.tied, s.dropout, s.seed)
+    warmed = start_from_checkpoints(model, s)
+    if rule:
+        warm = new_model(rule, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)  # other weights
+        move(warm, model, s)  # what does not fit is refused now, not after hours of warm-up
+
+    with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
+        with first_process_first():
+            finished = open_run(out, s, fingerprint, warmed["spec"])
+        if finished:
+            say(f"{out}: finished in an earlier run")
+            return finished
+        n = sum(p.numel() for p in model.parameters())
+        say(f"{out}: {s.size} GPT, {n:,} parameters, context {data.block_size}; {s.device}, "
+            f"{s.dtype}, {world_size()} process{'es' if world_size() > 1 else ''}")
+
+        if rule:
+            # 1. Warm up.
+            warmed = train(warm, rule, warming, out / "warmup.pt", s, fingerprint=fingerprint)
+            warmed["spec"] = s.warmup
+            # 2. Move what was learned.
+            move(warm, model, s)
+            del warm  # its memory is wanted now
+        # 3. Continue.
+        trained = train(model, data, training, out / "ckpt.pt", s, fingerprint=fingerprint,
+                        warmed=warmed)
+        # 4. Say what came of it.
+        return write_result(out, s, fingerprint, warmed, trained)
+
+
+def open_data(settings):
+    """The data of both stages; the second is None where nothing is warmed up. Raises UserError."""
+    s = settings
+    with first_process_first():  # it may have a corpus to tokenise, which the others then find
+        data = make_data(s.data, s.seed, s.block_size, s.tokenizer)
+        if s.warmup == "none":
+            return data, None
+        if s.warmup == "text":
+            return data, make_data(s.data, s.seed, s.block_size, s.tokenizer, split="warmup")
+        return data, make_data(s.warmup, s.seed, s.warmup_block_size)
+
+
+def new_model(data, size, tied, dropout, seed):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(data.vocab_size, data.block_size, *parse_size(size), dropout=dropout,
+                         tied=tied))
+
+
+def move(warm, model, settings):
+    transfer(warm, model, parse_parts(settings.transfer), settings.embeddings, settings.positions)
+
+
+def start_from_checkpoints(model, settings):
+    """Moves what --init, --attn_from and --mlp_from name into the model -> how it was warmed up."""
+    s, specs = settings, []
+    warmed = {"tokens": 0, "seconds": 0.0, "before": None, "result": None}
+    for path, parts in ((s.init, parse_parts(s.transfer)), (s.mlp_from, ["mlp"]),
+                        (s.attn_from, ["attn"])):
+        if path:
+            source, state = load(path)
+            transfer(source, model, parts, s.embeddings, s.positions)
+            warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
+            warmed["tokens"] += warm.get("tokens", 0)
+            specs.append(state.get("source", {}).get("spec") or Path(path).stem)
+    return warmed | {"spec": " + ".join(specs) or s.warmup}
+
+
+def check_data(data, rule, settings):
+    """Refuses data that cannot be trained on. Returns their fingerprint. Raises UserError."""
+    fingerprint = [data.fingerprint()] + ([rule.fingerprint()] if rule else [])
+    for each in (data, rule) if rule else (data,):
+        if not (each.train.__getitems__(range(64))[1] != -1).any():
+            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}: longer "
+                            "ones are needed")
+    if rule and settings.embeddings == "keep" and rule.vocab_size != data.vocab_size:
+        raise UserError(f"--embeddings keep needs one vocabulary: {rule.spec} has "
+                        f"{rule.vocab_size} tokens, {data.spec} {data.vocab_size}")
+    smallest = min(settings.batch_size, settings.warmup_batch_size if rule else math.inf)
+    if smallest < world_size():
+        raise UserError(f"a batch of {smallest} is too small for {world_size()} processes")
+    if world_size() > 1:
+        theirs = [None] * world_size()
+        dist.all_gather_object(theirs, fingerprint)
+        if any(other != fingerprint for other in theirs):
+            raise UserError("processes see different data: corpora have to be on a disk that all "
+                            "machines share, or be copied to each")
+    return fingerprint
+
+
+def open_run(out, settings, fingerprint, warmup):
+    """Makes the run's folder, or checks that it holds this very run. Returns its result if that is
+    there, else None. Raises UserError."""
+    if rank() == 0:
+        remove_scratch(out)
+    config = {"settings": vars(settings), "warmup": warmup, "fingerprint": fingerprint,
+              "environment": environment()}
+    if not (out / "config.json").exists():
+        if any(out.glob("[!.]*")):
+            raise UserError(f"{out} is there and is not a run: choose another --out")
+        write_json(out / "config.json", config)
+        return None
+    there = read_json(out / "config.json")
+    if not isinstance(there.get("settings"), dict):
+        raise UserError(f"{out / 'config.json'} is not of a run: choose another --out")
+    for key, value in vars(settings).items():
+        if key not in OPERATIONAL and there["settings"].get(key) != value:
+            raise UserError(f"{out} holds a run with other settings ({key} "
+                            f"{there['settings'].get(key)}, here {value}): choose another --out")
+    if there.get("fingerprint") != fingerprint:
+        raise UserError(f"{settings.data} is not what it was when the run in {out} began: put it "
+                        "back, or choose another --out")
+    if (out / "result.json").exists():
+        return read_result(out / "result.json")
+    if not settings.resume and rank() == 0:
+        raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
+    return None
+
+
+def environment():
+    commit = None
+    with contextlib.suppress(OSError):  # there may be no git
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
+                                capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "device_name": name, "processes": world_size(),
+            "commit": commit or None}
+
+
+def write_result(out, settings, fingerprint, warmed, trained):
+    """Writes result.json, and returns what it holds."""
+    s, before, after = settings, warmed["before"] or {}, warmed["result"] or {}
+    found = {
+        "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
+        "warmup": warmed["spec"], "fingerprint": fingerprint,
+        "warmup_first_loss": before.get("loss"), "warmup_first_accuracy": before.get("accuracy"),
+        "warmup_loss": after.get("loss"), "warmup_accuracy": after.get("accuracy"),
+        **{f"val_{key}": value for key, value in trained["result"].items() if key != "tokens"},
+        "tokens": {"procedural": warmed["tokens"], "semantic": trained["tokens"]},
+        "seconds": warmed["seconds"] + trained["seconds"]}
+    if rank() == 0:
+        write_json(out / "result.json", found)
+    return found
+
+
+def read_result(path):
+    """What write_result wrote. Raises UserError."""
+    found = read_json(path)
+    try:
+        numbers = [found[f"val_{key}"] for key in ("loss", "accuracy", "exact")]
+        numbers += [found["tokens"]["procedural"], found["tokens"]["semantic"], found["seconds"]]
+        for key in ("warmup_first_loss", "warmup_first_accuracy", "warmup_loss", "warmup_accuracy",
+                    "val_bits_per_byte"):
+            numbers.append(found[key] or 0.0)  # or null
+        sum(numbers)
+        found["settings"]["data"], found["warmup"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not the result of a run") from None
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# A stage of training
+
+
+def train(model, data, stage, file, settings, **more):
+    """Trains a model for one stage. `file` is its checkpoint: gone on from if it is there, and
+    written with `more` in it. Returns {"before", "result": evaluations, "step", "tokens",
+    "seconds", ...}. Raises UserError, and Stopped after a signal."""
+    s = settings
+    say(f"[{LABELS[stage.name]}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
+        f"{stage.block_size} tokens")
+    model.recompute = s.recompute
+    model.to(s.device)
+    optimizer = make_optimizer(model, stage, s)
+    scaler = torch.amp.GradScaler(s.device.partition(":")[0], enabled=s.dtype == "float16")
+    progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
+                "length": 2 if stage.name == "warmup" and s.warmup_curriculum else None}
+    if file.exists():
+        progress = resume(file, model, optimizer, scaler, stage, more["fingerprint"])
+    first = progress["step"]
+    last = first if progress["passed"] == 2 else stage.steps  # see --stop_at
+    log, held_out = Log(file, stage, progress), held_out_rows(data, s.eval_rows)
+
+    def measure(rows):
+        result = evaluate(model, rows, s.device, autocast(s), data.tokenizer)
+        if not math.isfinite(result["loss"]):
+            raise UserError("the held-out loss is not finite: a lower learning rate may help")
+        return result
+
+    def checkpoint(step):
+        tokens = step * stage.batch_size * stage.block_size
+        progress.update(step=step, tokens=tokens, seconds=log.seconds())
+        if rank() == 0:
+            source = {"spec": data.spec, "tokenizer": s.tokenizer, "seed": s.seed}
+            save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                 stage=stage.name, source=source, **progress, **more)
+
+    if not progress["before"]:
+        progress["before"] = progress["result"] = measure(held_out)
+        log.add(0, result=progress["before"])
+    micro = s.grad_accum or enough_micro_batches(data, stage, s)
+    net = wrapped(model, data, stage, s, micro) if first < last else model
+    rows = rows_from(data, stage, first, s, progress["length"])
+    model.train()
+    for step in range(first, last):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(stage, step)
+        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
+            torch.manual_seed(zlib.crc32(f"{s.seed} {stage.name} {step} {rank()}".encode()))
+        x, y = next(rows)
+        counted, asked_to_stop = total(int((y != -1).sum()), len(SIGNALS))
+        if asked_to_stop:
+            checkpoint(step)
+            raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
+        parts = micro_batches(x, y, micro, trim=s.device == "cpu")
+        loss = gradients(net, model, parts, counted, stage, s, scaler)
+        done = step + 1
+        due = lambda every: done % every == 0 or done == stage.steps
+        logging, saving = due(s.log_every) or done == 1, due(s.save_every or stage.steps // 10 or 1)
+        take_step(model, optimizer, scaler, s, look=logging or saving or s.device == "cpu")
+        if logging:
+            log.add(done, loss=total(float(loss))[0], lr=lr_at(stage, step))
+        if due(s.eval_every or stage.steps // 5 or 1):
+            progress["result"] = measure(held_out)
+            log.add(done, result=progress["result"])
+            passed = s.stop_at and progress["result"]["accuracy"] >= s.stop_at
+            progress["passed"] = progress["passed"] + 1 if passed and stage.name == "train" else 0
+        if progress["length"] and done % 20 == 0:  # the curriculum: every 20 steps, by 2 (ours)
+            data.val.longest = progress["length"]
+            if measure(held_out_rows(data, 256))["accuracy"] > 0.99:
+                progress["length"] += 2
+                rows = rows_from(data, stage, done, s, progress["length"])
+        if saving or progress["passed"] == 2:
+            checkpoint(done)
+        if progress["passed"] == 2:
+            break
+    return progress
+
+
+def lr_at(stage, step):
+    """The learning rate of a step, which are counted from 0: a linear ramp up to lr, then along the
+    schedule down to min_lr."""
+    if step < stage.lr_ramp:
+        return stage.lr * (step + 1) / stage.lr_ramp
+    end = stage.lr / 10 if stage.min_lr is None else stage.min_lr
+    done = (step - stage.lr_ramp) / max(1, stage.steps - stage.lr_ramp)
+    share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1}
+    return end + (stage.lr - end) * share[stage.lr_schedule]
+
+
+def make_optimizer(model, stage, settings):
+    """AdamW, with weight decay on matrices and embeddings, not on biases and norms."""
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay,
+                             fused=settings.device != "mps")
+
+
+def rows_from(data, stage, first, settings, length):
+    """This process's share of the rows of each step from `first` on, an iterator of (x, y).
+
+    Step s of a stage has the rows s * batch_size and on, whatever the number of processes. length:
+    inputs are cut to this (a curriculum)."""
+    if length:
+        data.train.longest = length
+    share = [range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
+             for step in range(first, stage.steps)]
+    cuda, workers = settings.device.startswith("cuda"), settings.workers
+    if workers is None:  # on a CPU, they would take the cores from the model
+        workers = min(8, max(1, os.cpu_count() // 2)) if cuda else 0
+    # A batch is a range of row numbers, of which the Dataset makes x and y at once.
+    return iter(DataLoader(data.train, batch_sampler=share, collate_fn=tuple, num_workers=workers,
+                           worker_init_fn=ignore_ctrl_c, pin_memory=cuda))
+
+
+def ignore_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def enough_micro_batches(data, stage, settings):
+    """So many that a micro-batch's logits stay below 4 GB; of tasks on a CPU, 8 of 2,000 tokens or
+    more, so that rows of like length go together (measured)."""
+    tokens = stage.batch_size / world_size() * stage.block_size
+    if settings.device == "cpu" and data.kind != "text":
+        return max(1, min(8, int(tokens / 2000)))
+    return math.ceil(tokens * data.vocab_size / 2 ** 30)
+
+
+def wrapped(model, data, stage, settings, micro):
+    """The model as it is trained: compiled, and shared with other processes."""
+    net = model
+    if settings.compile:
+        # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
+        small = sum(p.numel() for p in model.parameters()) < 10_000_000
+        mode = "reduce-overhead" if small and settings.device.startswith("cuda") else None
+        x, y = data.train.__getitems__(range(max(1, stage.batch_size // world_size() // micro)))
+        try:
+            net = torch.compile(model, mode=mode)
+            with autocast(settings):
+                loss = net(x.to(settings.device), y.to(settings.device))
+            loss.backward()
+        except Exception as error:  # a missing compiler, another platform: torch raises many kinds
+            say(f"warning: torch.compile cannot run here ({type(error).__name__}): without it")
+            net = model
+        model.zero_grad(set_to_none=True)
+    if world_size() > 1:
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    return net
+
+
+def gradients(net, model, parts, counted, stage, settings, scaler):
+    """Backward through the micro-batches of a step -> this process's share of the step's loss.
+
+    counted: the tokens that count in the whole step, in whichever process they are."""
+    sharpen = settings.sharpen if stage.name == "train" else 0.0
+    loss = 0.0
+    for i, (x, y) in enumerate(parts):
+        x = x.to(settings.device, non_blocking=True)
+        y = y.to(settings.device, non_blocking=True)
+        waits = world_size() > 1 and i < len(parts) - 1  # processes share gradients once a step
+        watched = attention_maps(model) if sharpen else contextlib.nullcontext()
+        with net.no_sync() if waits else contextlib.nullcontext():
+            with autocast(settings), watched as maps:
+                part = net(x, y) / max(counted, 1)
+            loss += part.detach()
+            if sharpen:
+                part = part + sharpen * attention_entropy(maps, y) / stage.batch_size
+            scaler.scale(part * world_size()).backward()  # DDP takes the mean; wanted is the sum
+    return loss
+
+
+def take_step(model, optimizer, scaler, settings, look):
+    """Clips the gradient and takes a step. look: refuses a gradient that is not finite, for which
+    a GPU has to be waited for; what is not looked at now is found by the next look."""
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+    if look and not scaler.is_enabled() and not math.isfinite(norm.item()):
+        raise UserError("the loss or its gradient is not finite: a lower learning rate may help; "
+                        "--resume goes on from the last checkpoint")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def autocast(settings):
+    return torch.autocast(settings.device.partition(":")[0], getattr(torch, settings.dtype),
+                          enabled=settings.dtype != "float32")
+
+
+def attention_entropy(maps, y):
+    """The mean over layers, heads and places up to the last that counts, summed over rows; in nats.
+    maps: of each layer what its heads attend to, (rows, heads, T, T)."""
+    read = (y != -1).flip(1).cumsum(1).flip(1) > 0
+    share = read / read.sum(1, keepdim=True).clamp_min(1)
+    entropy = [torch.special.entr(each.clamp_min(1e-9)).sum(-1).mean(1) for each in maps]
+    return (torch.stack(entropy).mean(0) * share).sum()
+
+
+def resume(file, model, optimizer, scaler, stage, fingerprint):
+    """Puts a checkpoint into model, optimiser and scaler -> how far it is. Raises UserError."""
+    there, state = load(file)
+    try:
+        if there.config != model.config or state["fingerprint"] != fingerprint:
+            raise ValueError("it is of another model, or of other data")
+        names = ("step", "tokens", "seconds", "before", "result", "passed", "length")
+        progress = {key: state[key] for key in names}
+        if type(progress["step"]) is not int or not 0 <= progress["step"] <= stage.steps:
+            raise ValueError(f"its step is {progress['step']!r}")
+        saved, plain = state["optimizer"]["state"], optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(parameters if saved else []):
+            for moment in (saved[i]["exp_avg"], saved[i]["exp_avg_sq"]):
+                if moment.shape != p.shape or moment.dtype != p.dtype:
+                    raise ValueError("its optimiser is of another model")
+        optimizer.load_state_dict({"state": saved, "param_groups": plain["param_groups"]})
+        scaler.load_state_dict(state["scaler"])
+        for evaluation in (progress["before"], progress["result"]):
+            sum(evaluation[key] for key in ("loss", "accuracy", "exact"))  # they are numbers
+        progress["seconds"] = float(progress["seconds"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{file} is no checkpoint to go on from: {reason_of(error)}") from None
+    model.load_state_dict(there.state_dict())
+    return progress
+
+
+LABELS = {"warmup": "1/2 warm-up", "train": "2/2 train"}
+
+
+class Log:
+    """log.jsonl, an object a line, and the same for the eye. On resuming, the lines of a stage
+    after its checkpoint are dropped."""
+
+    def __init__(self, file, stage, progress):
+        """file: the stage's checkpoint, which may not be there yet."""
+        self.path, self.stage = file.parent / "log.jsonl", stage
+        self.first, self.tokens = progress["step"], stage.batch_size * stage.block_size
+        self.here = time.time()
+        self.began = self.here - progress["seconds"]
+        last = self.first if file.exists() else -1
+        if rank() == 0:
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+            with written_whole(self.path) as log:
+                for line in lines:
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
+                        entry = json.loads(line)
+                        if entry["stage"] != stage.name or entry["step"] <= last:
+                            log.write(f"{line}\n".encode())
+
+    def seconds(self):
+        return time.time() - self.began
+
+    def add(self, step, loss=None, lr=None, result=None):
+        """After a step: its loss and learning rate, or an evaluation, or both."""
+        entry = {"stage": self.stage.name, "step": step, "tokens": step * self.tokens}
+        label, steps = LABELS[self.stage.name], self.stage.steps
+        if loss is not None:
+            each = (time.time() - self.here) / (step - self.first)
+            entry |= {"loss": loss, "lr": lr, "tokens_per_second": round(self.tokens / each)}
+            say(f"[{label}] step {step:,}/{steps:,} | loss {loss:.3f} | "
+                f"{self.tokens / each:,.0f} tokens/s | {clock(each * (steps - step))} left")
+        if result:
+            entry |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
+            say(f"[{label}] {f'step {step:,}' if step else 'before'}: held-out loss "
+                f"{result['loss']:.3f}, accuracy {result['accuracy']:.1%}")
+        if rank() == 0:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror}; --resume goes on "
+                                "from the last checkpoint") from None
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes and signals
+
+SIGNALS = []  # those that came: after SIGINT and SIGTERM a step is finished and saved
+
+
+class Stopped(Exception):
+    """The run was stopped, and can go on from where it was."""
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_environment():
+    """Refuses what torchrun did not set, or not whole. Raises UserError."""
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"
+    there = {name: os.environ[name] for name in names if name in os.environ}
+    numbers = [value for name, value in there.items() if name != "MASTER_ADDR"]
+    whole = len(there) == len(names) and all(map(str.isdecimal, numbers)) and rank() < world_size()
+    if {"RANK", "WORLD_SIZE"} & there.keys() and not whole:
+        raise UserError(f"{there} is not as torchrun sets it: several processes need torchrun")
+
+
+def start_processes(settings):
+    """Joins the other processes of the run, if torchrun started several."""
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(wanted, lambda received, frame: SIGNALS.append(received))
+    if world_size() > 1:
+        cuda = settings.device.startswith("cuda")
+        if cuda:
+            settings.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(settings.device)
+        patience = datetime.timedelta(hours=6)  # process 0 may have a corpus to tokenise
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The block runs in process 0 and then in the others, which find its files there."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
+def total(*values):
+    """Sums over all processes; they meet on the CPU, so that no GPU is waited for."""
+    if world_size() == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+# --------------------------------------------------------------------------------------------------
 # Settings
 
-
-def flag(kind, text):
-    return field(default=None, metadata={"flag": (kind, None, text)})
-
-
-@dataclass
-class Stage:
-    """What both stages of a run have: --steps is the training's, --warmup_steps the warm-up's."""
-    steps: int = flag(number(0, 1e9), "optimiser steps")
-    tokens: int = flag(number(1, 1e15), "the same in tokens, such as 655M")
-    batch_size: int = flag(number(1, 1e6), "sequences per step, over all processes")
-    block_size: int = flag(number(1, 1e6), "context in tokens; of rules and tasks: their rows")
-    lr: float = flag(number(0, kind=float), "learning rate")
-    lr_schedule: str = flag(("cosine", "linear", "constant"), "how the learning rate falls")
-    lr_ramp: int = flag(number(0, 1e9), "steps in which it rises first")
-    min_lr: float = flag(number(0, kind=float), "where it ends; if not given, a tenth of --lr")
-    weight_decay: float = flag(number(0, kind=float), "on matrices and embeddings alone")
-    dropout: float = flag(number(0, 1, float), "dropout")
-    name: str = ""  # "warmup" or "train"
-
-    def lr_at(self, step):
-        """The learning rate of a step: a linear ramp to lr, then along the schedule to min_lr."""
-        if step < self.lr_ramp:
-            return self.lr * (step + 1) / self.lr_ramp
-        end = self.lr / 10 if self.min_lr is None else self.min_lr
-        done = (step - self.lr_ramp) / max(1, self.steps - self.lr_ramp)
-        left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1}
-        return end + (self.lr - end) * left[self.lr_schedule]
-
-
-FLAGS = {  # name: (type or choices, default, what it is)
+# Flags: name: (type or choices, default, what it is). Both stages have those of STAGE: --steps is
+# the training's, --warmup_steps the warm-up's.
+STAGE = {
+    "steps": (number(0, 1e9), None, "optimiser steps"),
+    "tokens": (number(1, 1e15), None, "the same in tokens, such as 655M"),
+    "batch_size": (number(1, 1e6), None, "sequences per step, over all processes"),
+    "block_size": (number(1, 1e6), None, "context in tokens; of rules and tasks: their rows"),
+    "lr": (number(0, kind=float), None, "learning rate"),
+    "lr_schedule": (("cosine", "linear", "constant"), None, "how the learning rate falls"),
+    "lr_ramp": (number(0, 1e9), None, "steps in which it rises first"),
+    "min_lr": (number(0, kind=float), None, "where it ends; if not given, a tenth of its height"),
+    "weight_decay": (number(0, kind=float), None, "on matrices and embeddings alone"),
+    "dropout": (number(0, 1, float), None, "dropout"),
+}
+FLAGS = {
     "warmup": (str, "dyck",
                "a rule or mixture (data.py list), none, or text: other text of the corpus"),
     "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it is learned"),
@@ -108,6 +604,9 @@ FLAGS = {  # name: (type or choices, default, what it is)
     "resume": (bool, False, "go on with the run in --out"),
     "plan": (bool, False, "train nothing: print parameters, tokens, operations, memory and hours"),
     "tflops": (number(1e-9, kind=float), None, "for --plan: what a GPU really does, 1e12 a second"),
+    **STAGE,
+    **{f"warmup_{name}": (kind, None, f"of the warm-up: {text}")
+       for name, (kind, _, text) in STAGE.items()},
 }
 # What may differ between a run and its resumption; everything else defines the run.
 OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_every", "log_every",
@@ -164,7 +663,7 @@ WARMUPS |= {"dyck": dict(warmup="dyck:k=64,length=2048") | LONG,
 def parse(argv):
     """The command line -> (settings, a namespace; those that were given). Raises UserError."""
     parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
-    for name, (kind, default, text) in every_flag().items():
+    for name, (kind, default, text) in FLAGS.items():
         text += f" (default {default})" if default and kind is not bool else ""
         if kind is bool:
             parser.add_argument(f"--{name}", action=BooleanOptionalAction, help=text)
@@ -173,22 +672,16 @@ def parse(argv):
         else:
             parser.add_argument(f"--{name}", type=kind, metavar="X", help=text)
     given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if value == "":
+            raise UserError(f"--{name} is empty")
+    check_environment()
     return settle(given), given
 
 
-def every_flag():
-    """FLAGS, and those of Stage for each of the two stages."""
-    flags = dict(FLAGS)
-    for f in filter(lambda f: f.metadata, dataclasses.fields(Stage)):
-        kind, default, text = f.metadata["flag"]
-        flags[f.name] = kind, default, text
-        flags[f"warmup_{f.name}"] = kind, default, f"of the warm-up: {text}"
-    return flags
-
-
 def settle(given):
-    """Every setting: as given, or else of the checkpoint that is taken up, or else of a row of
-    ROWS, or else the default of its flag. Raises UserError."""
+    """Every setting: as it is given, else as the checkpoint has it that the run starts from, else
+    as the row of ROWS says, else the default of its flag. Raises UserError."""
     preset = given.get("preset")
     if preset not in (None, *PRESETS):
         raise UserError(f"unknown --preset {preset}: there are {', '.join(PRESETS)}")
@@ -196,30 +689,33 @@ def settle(given):
     kind = kind_of(data)
     device = find_device(given.get("device"), elsewhere=given.get("plan", False))
     cuda = device.startswith("cuda")
-    row = preset or ("gpu" if cuda else "laptop")
-    if kind == "task":
-        task = data.partition(":")[0]
-        row = task if task in ROWS else "task"
-    taken_up = given.get("init") or given.get("attn_from") or given.get("mlp_from")
-    warmup = given.get("warmup") or ("none" if taken_up else "dyck")
+    checkpoint = given.get("init") or given.get("attn_from") or given.get("mlp_from")
 
-    s = {name: default for name, (_, default, _) in every_flag().items()}
+    s = {name: default for name, (_, default, _) in FLAGS.items()}
     s |= dict(dtype="float32", compile=cuda and not given.get("sharpen"))
     if cuda:  # old GPUs have no bfloat16
         s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
-    if kind == "text":
-        s["tokenizer"] = default_tokenizer(data)
-    s |= ROWS[row] | dict(data=data, device=device, warmup=warmup)
-    if kind == "text":
-        s |= (LAPTOP_WARMUPS if row == "laptop" else WARMUPS).get(warmup, {})
+    warmup, bare = given.get("warmup", "none" if checkpoint else "dyck"), {}
+    if kind == "task":
+        task = data.partition(":")[0]
+        s |= ROWS[task if task in ROWS else "task"]
+    else:
+        row = preset or ("gpu" if cuda else "laptop")
+        s |= ROWS[row] | dict(tokenizer=default_tokenizer(data))
+        bare = LAPTOP_WARMUPS if row == "laptop" else WARMUPS
+    name = warmup.removeprefix("shuffled:")
+    if name in bare:  # a control has all that its rule has, in another order
+        s |= bare[name]
+        warmup = warmup.replace(name, bare[name].get("warmup", name))
     if warmup == "text":
         s["embeddings"] = "keep"
-    if taken_up:
-        s |= settings_of(taken_up, whole=given.get("transfer") == "all")
-    s |= {name: value for name, value in given.items() if name not in ("warmup", "device")}
+    if checkpoint:
+        s |= settings_of(checkpoint, whole=given.get("transfer") == "all")
+    s |= given
+    s |= dict(data=data, device=device, warmup=warmup)
     if "warmup_steps" in given:
         s["warmup_tokens"] = None
-    if s["warmup"] == "none":
+    if warmup == "none":
         s["warmup_steps"] = 0
     s["out"] = s["out"] or f"out/{run_name(given)}"
     check(s, given, kind)
@@ -227,7 +723,7 @@ def settle(given):
 
 
 def settings_of(path, whole):
-    """What a run takes from a checkpoint: the model's shape, or everything that it has to keep."""
+    """What a run takes from a checkpoint: the model's shape, or all that it has to keep."""
     model, state = load(path)
     c = model.config
     settings = {"size": f"{c.n_layer}_{c.n_head}_{c.n_embd}"}
@@ -242,16 +738,16 @@ def check(s, given, kind):
     """Refuses settings that do not go together. Raises UserError."""
     warmup, data = s["warmup"], s["data"]
     parse_parts(s["transfer"])
-    parse_size(s["size"])
-    taken_up = s["init"] or s["attn_from"] or s["mlp_from"]
+    GPTConfig(1, 1, *parse_size(s["size"]))
+    checkpoint = s["init"] or s["attn_from"] or s["mlp_from"]
     for wrong, line in (
             (kind == "rule", f"--data {data} is a rule: --warmup takes rules"),
             (kind == "task" and s["preset"], "--preset is for text: tasks bring their settings"),
             (warmup not in ("none", "text") and kind_of(warmup) != "rule",
              f"--warmup {warmup} is no rule"),
             (warmup == "text" and kind == "task", "--warmup text needs --data that is text"),
-            (warmup != "none" and taken_up,
-             "--warmup makes a warm-up, --init, --attn_from and --mlp_from take one up: choose"),
+            (warmup != "none" and checkpoint,
+             "--warmup makes a warm-up, --init, --attn_from and --mlp_from name one: choose"),
             (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),
             ({"steps", "tokens"} <= given.keys(), "--steps and --tokens say the same: choose"),
             ({"warmup_steps", "warmup_tokens"} <= given.keys(),
@@ -273,482 +769,25 @@ def run_name(given):
     for key, value in given.items():
         if key not in OPERATIONAL | {"data", "warmup", "seed", "preset"}:
             name += f"-{key}={value}"
-    name = re.sub(r"[^\w.=+*-]+", "_", name)
+    name = re.sub(r"[^\w.=+*-]+", "_", name, flags=re.ASCII)
     return name if len(name) < 120 else f"{name[:110]}-{zlib.crc32(name.encode()):08x}"
 
 
 def stage_of(settings, name, block_size):
-    """The settings of one stage, "warmup" or "train"; tokens become steps."""
+    """The settings of one stage, "warmup" or "train". Tokens become steps, there too: steps define
+    a run."""
     prefix = "warmup_" if name == "warmup" else ""
-    names = [f.name for f in dataclasses.fields(Stage) if f.metadata]
-    stage = Stage(**{key: getattr(settings, prefix + key) for key in names}, name=name)
+    stage = Namespace(name=name, **{key: getattr(settings, prefix + key) for key in STAGE})
     stage.block_size = block_size
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.batch_size / block_size))
+        setattr(settings, f"{prefix}steps", stage.steps)
+        setattr(settings, f"{prefix}tokens", None)
     return stage
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes and signals
-
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def start_processes(settings):
-    """Joins the other processes of the run, if torchrun started several. Raises UserError."""
-    there = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
-    numbers = there["RANK"].isdecimal() and there["WORLD_SIZE"].isdecimal() and there["MASTER_ADDR"]
-    if any(there.values()) and not (numbers and rank() < world_size()):
-        raise UserError(f"{there} is not as torchrun sets it: several processes need torchrun")
-    for wanted in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(wanted, lambda received, frame: SIGNALS.append(received))
-    if world_size() > 1:
-        cuda = settings.device.startswith("cuda")
-        if cuda:
-            settings.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(settings.device)
-        patience = datetime.timedelta(hours=6)  # process 0 may have a corpus to tokenise
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The block runs in process 0 and then in the others, which find its files there."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
-
-
-def total(*values):
-    """Sums over all processes; they meet on the CPU, so that no GPU is waited for."""
-    if world_size() == 1:
-        return values
-    sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-SIGNALS = []  # those that came: after SIGINT and SIGTERM a step is finished and saved
-
-
-class Stopped(Exception):
-    """The run was stopped, and can go on from where it was."""
-
-
-# --------------------------------------------------------------------------------------------------
-# One stage of training
-
-
-def make_optimizer(model, stage, settings):
-    """AdamW, with weight decay on matrices and embeddings, not on biases and norms."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay,
-                             fused=settings.device != "mps")
-
-
-def rows_from(data, stage, first, settings, length):
-    """This process's share of the rows of each step from `first` on, an iterator of (x, y), and the
-    held-out rows. length: inputs are cut to this (a curriculum).
-
-    Step s of a stage has the rows s * batch_size and on, whatever the number of processes."""
-    if length:
-        data.train.longest = data.val.longest = length
-    share = [range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
-             for step in range(first, stage.steps)]
-    cuda, workers = settings.device.startswith("cuda"), settings.workers
-    if workers is None:  # on a CPU, they would take the cores from the model
-        workers = min(8, max(1, os.cpu_count() // 2)) if cuda else 0
-    loader = DataLoader(data.train, batch_sampler=share, collate_fn=tuple, num_workers=workers,
-                        worker_init_fn=ignore_ctrl_c, pin_memory=cuda)
-    return iter(loader), held_out_rows(data, settings.eval_rows)
-
-
-def ignore_ctrl_c(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def enough_micro_batches(data, stage, settings):
-    """So many that a micro-batch's logits stay below 4 GB; of tasks on a CPU, 8 of 2,000 tokens or
-    more, so that rows of like length go together (measured)."""
-    tokens = stage.batch_size / world_size() * stage.block_size
-    if settings.device == "cpu" and data.kind != "text":
-        return max(1, min(8, int(tokens / 2000)))
-    return math.ceil(tokens * data.vocab_size / 2 ** 30)
-
-
-def wrapped(model, data, stage, settings, n):
-    """The model as it is trained: compiled, and shared with other processes."""
-    net = model
-    if settings.compile:
-        # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
-        small = sum(p.numel() for p in model.parameters()) < 10_000_000
-        mode = "reduce-overhead" if small and settings.device.startswith("cuda") else None
-        x, y = data.train.__getitems__(range(max(1, stage.batch_size // world_size() // n)))
-        try:
-            net = torch.compile(model, mode=mode)
-            with autocast(settings):
-                loss = net(x.to(settings.device), y.to(settings.device))
-            loss.backward()
-        except Exception as error:  # a missing compiler, another platform: torch raises many kinds
-            say(f"warning: torch.compile cannot run here ({type(error).__name__}): without it")
-            net = model
-        model.zero_grad(set_to_none=True)
-    if world_size() > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    return net
-
-
-def attention_entropy(maps, y):
-    """The mean over layers, heads and places up to the last that counts, summed over rows; in nats.
-    maps: of each layer what its heads attend to, (rows, heads, T, T)."""
-    read = (y != -1).flip(1).cumsum(1).flip(1) > 0
-    share = read / read.sum(1, keepdim=True).clamp_min(1)
-    entropy = [torch.special.entr(each.clamp_min(1e-9)).sum(-1).mean(1) for each in maps]
-    return (torch.stack(entropy).mean(0) * share).sum()
-
-
-def resume(file, model, optimizer, scaler, stage, fingerprint):
-    """Puts a checkpoint into model, optimiser and scaler -> how far it is. Raises UserError."""
-    there, state = load(file)
-    try:
-        if there.config != model.config or state["fingerprint"] != fingerprint:
-            raise ValueError("it is of another model, or of other data")
-        names = ("step", "seconds", "before", "result", "passed", "length")
-        progress = {key: state[key] for key in names}
-        if type(progress["step"]) is not int or not 0 <= progress["step"] <= stage.steps:
-            raise ValueError(f"its step is {progress['step']!r}")
-        saved, plain = state["optimizer"]["state"], optimizer.state_dict()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(parameters if saved else []):
-            for moment in (saved[i]["exp_avg"], saved[i]["exp_avg_sq"]):
-                if moment.shape != p.shape or moment.dtype != p.dtype:
-                    raise ValueError("its optimiser is of another model")
-        optimizer.load_state_dict({"state": saved, "param_groups": plain["param_groups"]})
-        scaler.load_state_dict(state["scaler"])
-        progress["seconds"] = float(progress["seconds"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{file} is no checkpoint to go on from: {reason_of(error)}") from None
-    model.load_state_dict(there.state_dict())
-    return progress
-
-
-def gradients(net, model, parts, counted, stage, settings, scaler):
-    """Backward through the micro-batches of a step -> this process's share of the step's loss.
-
-    counted: the tokens that count in the whole step, in whichever process they are."""
-    sharpen = settings.sharpen if stage.name == "train" else 0.0
-    loss = 0.0
-    for i, (x, y) in enumerate(parts):
-        x = x.to(settings.device, non_blocking=True)
-        y = y.to(settings.device, non_blocking=True)
-        # Processes share their gradients once a step.
-        wait = world_size() > 1 and i < len(parts) - 1
-        with net.no_sync() if wait else contextlib.nullcontext():
-            with autocast(settings), watched(model, sharpen) as maps:
-                part = net(x, y) / max(counted, 1)
-            loss += part.detach()
-            if sharpen:
-                part = part + sharpen * attention_entropy(maps, y) / stage.batch_size
-            scaler.scale(part * world_size()).backward()  # of which DDP takes the mean
-    return loss
-
-
-def take_step(model, optimizer, scaler, settings, look):
-    """Clips the gradient and takes a step, if it is finite. To look at a number waits for a GPU."""
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
-    if look and not scaler.is_enabled() and not math.isfinite(norm.item()):
-        raise UserError("the loss or its gradient is not finite: a lower learning rate may help; "
-                        "--resume goes on from the last checkpoint")
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def autocast(settings):
-    return torch.autocast(settings.device.partition(":")[0], getattr(torch, settings.dtype),
-                          enabled=settings.dtype != "float32")
-
-
-def watched(model, sharpen):
-    return attention_maps(model) if sharpen else contextlib.nullcontext()
-
-
-def train(model, data, stage, file, settings, **more):
-    """Trains a model for one stage, from where `file` says on, and saves it there with `more`; if
-    that is the end, nothing is left to do. Returns {"before", "result": evaluations, "seconds",
-    ...}. Raises UserError, and Stopped after a signal."""
-    s, name = settings, stage.name
-    model.to(s.device).recompute = s.recompute
-    optimizer = make_optimizer(model, stage, s)
-    scaler = torch.amp.GradScaler(s.device.partition(":")[0], enabled=s.dtype == "float16")
-    progress = {"step": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
-                "length": 2 if name == "warmup" and s.warmup_curriculum else None}
-    if file.exists():
-        progress = resume(file, model, optimizer, scaler, stage, more["fingerprint"])
-    first, tokens = progress["step"], stage.batch_size * stage.block_size
-    log = Log(file.parent / "log.jsonl", name, first, stage.steps, tokens, progress["seconds"])
-    rows, held_out = rows_from(data, stage, first, s, progress["length"])
-
-    def measure():
-        result = evaluate(model, held_out, s.device, autocast(s), data.tokenizer)
-        if not math.isfinite(result["loss"]):
-            raise UserError(f"the held-out loss of {name} is not finite: a lower rate may help")
-        return result
-
-    def checkpoint(step):
-        progress.update(step=step, seconds=log.seconds())
-        if rank() == 0:
-            save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 stage=name, tokens=step * tokens, **progress, **more)
-
-    if not progress["before"]:
-        progress["before"] = progress["result"] = measure()
-        log.add(0, result=progress["before"])
-    n = s.grad_accum or enough_micro_batches(data, stage, s)
-    stopped = progress["passed"] == 2  # see --stop_at
-    net = model if stopped or first == stage.steps else wrapped(model, data, stage, s, n)
-    model.train()
-    for step in range(first, first if stopped else stage.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr_at(step)
-        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
-            torch.manual_seed(zlib.crc32(f"{s.seed} {name} {step} {rank()}".encode()))
-        x, y = next(rows)
-        counted, asked_to_stop = total(int((y != -1).sum()), len(SIGNALS))
-        if asked_to_stop:
-            checkpoint(step)
-            raise Stopped(f"stopped at {name} step {step:,} of {stage.steps:,}")
-        parts = micro_batches(x, y, n, trim=s.device == "cpu")
-        loss = gradients(net, model, parts, counted, stage, s, scaler)
-        done = step + 1
-        due = lambda every: done % every == 0 or done == stage.steps
-        logging, saving = due(s.log_every) or done == 1, due(s.save_every or stage.steps // 10 or 1)
-        take_step(model, optimizer, scaler, s, look=logging or saving or s.device == "cpu")
-        if logging:
-            log.add(done, loss=total(float(loss))[0], lr=stage.lr_at(step))
-        if due(s.eval_every or stage.steps // 5 or 1):
-            progress["result"] = measure()
-            log.add(done, result=progress["result"])
-            passed = s.stop_at and progress["result"]["accuracy"] >= s.stop_at
-            progress["passed"] = progress["passed"] + 1 if passed and name == "train" else 0
-        if progress["length"] and done % 20 == 0 and measure()["accuracy"] > 0.99:  # 20: ours
-            progress["length"] += 2
-            rows, held_out = rows_from(data, stage, done, s, progress["length"])
-        if saving or progress["passed"] == 2:
-            checkpoint(done)
-        if progress["passed"] == 2:
-            break
-    return progress
-
-
-class Log:
-    """log.jsonl, an object a line, and the same for the eye. On resuming, the lines of a stage
-    after its checkpoint are dropped."""
-
-    def __init__(self, path, stage, first, steps, tokens, seconds):
-        self.path, self.stage, self.tokens = path, stage, tokens
-        self.label = "1/2 warm-up" if stage == "warmup" else "2/2 train"
-        self.first, self.steps, self.began = first, steps, time.time() - seconds
-        self.here = time.time()
-        if rank() == 0:
-            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-            with written_whole(path) as file:
-                for line in lines:
-                    with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
-                        entry = json.loads(line)
-                        if entry["stage"] != stage or entry["step"] <= first:
-                            file.write(f"{line}\n".encode())
-
-    def seconds(self):
-        return time.time() - self.began
-
-    def add(self, step, loss=None, lr=None, result=None):
-        """After a step: its loss and learning rate, or an evaluation, or both."""
-        entry = {"stage": self.stage, "step": step, "tokens": step * self.tokens}
-        if loss is not None:
-            each = (time.time() - self.here) / (step - self.first)
-            entry |= {"loss": loss, "lr": lr, "tokens_per_second": round(self.tokens / each)}
-            say(f"[{self.label}] step {step:,}/{self.steps:,} | loss {loss:.3f} | "
-                f"{self.tokens / each:,.0f} tokens/s | {clock(each * (self.steps - step))} left")
-        if result:
-            entry |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
-            say(f"[{self.label}] {f'step {step:,}' if step else 'before'}: held-out loss "
-                f"{result['loss']:.3f}, accuracy {result['accuracy']:.1%}")
-        if rank() == 0:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write {self.path}: {error.strerror}; --resume goes on "
-                                "from the last checkpoint") from None
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
-
-
-def new_model(data, settings, tied, dropout, seed):
-    torch.manual_seed(seed)
-    size = parse_size(settings.size)
-    return GPT(GPTConfig(data.vocab_size, data.block_size, *size, dropout=dropout, tied=tied))
-
-
-def run(settings):
-    """Everything that the settings say -> the content of result.json. Raises UserError, Stopped."""
-    s, out = settings, Path(settings.out)
-    start_processes(s)
-    torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
-    with first_process_first():  # bad data are refused before anything is written
-        data = make_data(s.data, s.seed, s.block_size, s.tokenizer)
-        rule = None
-        if s.warmup == "text":
-            rule = make_data(s.data, s.seed, s.block_size, s.tokenizer, split="warmup")
-        elif s.warmup != "none":
-            rule = make_data(s.warmup, s.seed, s.warmup_block_size)
-    training = stage_of(s, "train", data.block_size)
-    s.steps, s.tokens = training.steps, None  # a run is defined by its steps
-    if rule:
-        warming = stage_of(s, "warmup", rule.block_size)
-        s.warmup_steps, s.warmup_tokens = warming.steps, None
-    fingerprint = check_data(data, rule, s)
-    model = new_model(data, s, s.tied, s.dropout, s.seed)
-    warmed = take_up(model, s)
-    with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext(), first_process_first():
-        finished = open_run(out, s, fingerprint, warmed["spec"])
-        if finished:
-            say(f"{out}: finished in an earlier run")
-            return finished
-        n = sum(p.numel() for p in model.parameters())
-        say(f"{out}: {s.size} GPT, {n:,} parameters, context {data.block_size}; {s.device}, "
-            f"{s.dtype}, {world_size()} process{'es' if world_size() > 1 else ''}")
-
-    # 1. Warm up.
-    if rule:
-        say(f"[1/2 warm-up] {s.warmup}: {warming.steps:,} steps of {warming.batch_size} x "
-            f"{rule.block_size} tokens")
-        warm = new_model(rule, s, True, warming.dropout, s.seed + 2 ** 32)
-        source = {"spec": s.data if s.warmup == "text" else s.warmup, "tokenizer": s.tokenizer,
-                  "seed": s.seed}
-        warmed = train(warm, rule, warming, out / "warmup.pt", s, source=source,
-                       fingerprint=fingerprint)
-        warmed |= {"tokens": warming.steps * warming.batch_size * rule.block_size, "spec": s.warmup}
-
-        # 2. Move what was learned.
-        transfer(warm, model, parse_parts(s.transfer), s.embeddings, s.positions)
-        del warm  # its memory is wanted now
-
-    # 3. Continue.
-    say(f"[2/2 train] {s.data}: {training.steps:,} steps of {training.batch_size} x "
-        f"{data.block_size} tokens")
-    source = {"spec": s.data, "tokenizer": s.tokenizer, "seed": s.seed}
-    trained = train(model, data, training, out / "ckpt.pt", s, source=source,
-                    fingerprint=fingerprint, warmed=warmed)
-
-    # 4. Say what came of it.
-    before, after, result = warmed["before"] or {}, warmed["result"] or {}, trained["result"]
-    found = {
-        "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
-        "warmup": warmed["spec"], "fingerprint": fingerprint,
-        "warmup_first_loss": before.get("loss"), "warmup_first_accuracy": before.get("accuracy"),
-        "warmup_loss": after.get("loss"), "warmup_accuracy": after.get("accuracy"),
-        **{f"val_{key}": result[key] for key in ("loss", "accuracy", "exact", "bits_per_byte")},
-        "tokens": {"procedural": warmed["tokens"],
-                   "semantic": trained["step"] * training.batch_size * data.block_size},
-        "seconds": warmed["seconds"] + trained["seconds"]}
-    if rank() == 0:
-        write_json(out / "result.json", found)
-    return found
-
-
-def check_data(data, rule, settings):
-    """Refuses data that cannot be trained on. Returns their fingerprint. Raises UserError."""
-    fingerprint = [data.fingerprint()] + ([rule.fingerprint()] if rule else [])
-    for each in (data, rule) if rule else (data,):
-        if not (each.train.__getitems__(range(64))[1] != -1).any():
-            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}: longer "
-                            "ones are needed")
-    if rule and settings.embeddings == "keep" and rule.vocab_size != data.vocab_size:
-        raise UserError(f"--embeddings keep needs one vocabulary: {rule.spec} has "
-                        f"{rule.vocab_size} tokens, {data.spec} {data.vocab_size}")
-    smallest = min(settings.batch_size, settings.warmup_batch_size if rule else math.inf)
-    if smallest < world_size():
-        raise UserError(f"a batch of {smallest} is too small for {world_size()} processes")
-    if world_size() > 1:
-        theirs = [None] * world_size()
-        dist.all_gather_object(theirs, fingerprint)
-        if any(other != fingerprint for other in theirs):
-            raise UserError("processes see different data: corpora have to be on a disk that all "
-                            "machines share, or be copied to each")
-    return fingerprint
-
-
-def take_up(model, settings):
-    """Moves what --init, --attn_from and --mlp_from name into the model -> what it was."""
-    warmed = {"tokens": 0, "seconds": 0.0, "before": None, "result": None, "spec": settings.warmup}
-    specs = []
-    for path, parts in ((settings.init, parse_parts(settings.transfer)),
-                        (settings.mlp_from, ["mlp"]), (settings.attn_from, ["attn"])):
-        if path:
-            source, state = load(path)
-            transfer(source, model, parts, settings.embeddings, settings.positions)
-            warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
-            warmed["tokens"] += warm.get("tokens", 0)
-            specs.append(state.get("source", {}).get("spec") or Path(path).stem)
-    warmed["spec"] = " + ".join(specs) or settings.warmup
-    return warmed
-
-
-def open_run(out, settings, fingerprint, warmup):
-    """Makes the run's folder, or checks that it holds this very run. Returns its result if that is
-    there, else None. Raises UserError."""
-    if rank() == 0:
-        remove_scratch(out)
-    config = {"settings": vars(settings), "warmup": warmup, "fingerprint": fingerprint,
-              "environment": environment()}
-    if not (out / "config.json").exists():
-        if any(out.glob("[!.]*")):
-            raise UserError(f"{out} is there and is not a run: choose another --out")
-        write_json(out / "config.json", config)
-        return None
-    there = read_json(out / "config.json")
-    if not isinstance(there.get("settings"), dict):
-        raise UserError(f"{out / 'config.json'} is not of a run: choose another --out")
-    for key, value in vars(settings).items():
-        if key not in OPERATIONAL and there["settings"].get(key) != value:
-            raise UserError(f"{out} holds a run with other settings ({key} "
-                            f"{there['settings'].get(key)}, here {value}): choose another --out")
-    if there.get("fingerprint") != fingerprint:
-        raise UserError(f"{settings.data} is not what it was when the run in {out} began: put it "
-                        "back, or choose another --out")
-    if (out / "result.json").exists():
-        return read_json(out / "result.json")
-    if not settings.resume and rank() == 0:
-        raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
-    return None
-
-
-def environment():
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
-                           capture_output=True, text=True)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "device_name": name, "processes": world_size(),
-            "commit": asked.stdout.strip() or None}
+# What is said before and after
 
 
 def summarise(found, settings, given):
@@ -756,7 +795,7 @@ def summarise(found, settings, given):
     s, spent, out = settings, found["tokens"], shlex.quote(settings.out)
     say("\n" + "-" * 100)
     if found["warmup_loss"] is None:
-        say(f"warm-up    {f'taken from {s.init}' if s.init else 'none'}")
+        say(f"warm-up    {found['warmup']}" + ", from a checkpoint" * (found["warmup"] != "none"))
     else:
         say(f"warm-up    {s.warmup}: held-out loss {found['warmup_first_loss']:.2f} -> "
             f"{found['warmup_loss']:.2f} nats per token, accuracy "
@@ -777,21 +816,24 @@ def summarise(found, settings, given):
             "answers right")
     say(f"files      {out}: config.json, log.jsonl, ckpt.pt, result.json "
         f"({clock(found['seconds'])})")
-    with_it = spent["procedural"] > 0
-    moves = ("out", "resume", "init", "transfer", "embeddings", "positions")
-    other = {key: value for key, value in given.items()
-             if key not in moves and not key.startswith("warmup")}
-    other["warmup"] = "none" if with_it else "dyck"
+    other = next_command(s, given, "none" if spent["procedural"] else "dyck")
     words = [f"--{'no-' if value is False else ''}{key}"
              + ("" if isinstance(value, bool) else f" {shlex.quote(str(value))}")
              for key, value in other.items()]
     say(f"next       python train.py {' '.join(words)}\n           the same "
-        f"{'without the' if with_it else 'with a'} warm-up; then: python analyze.py curves {out} "
-        f"{shlex.quote('out/' + run_name(other))}")
+        f"{'without the' if spent['procedural'] else 'with a'} warm-up; then: python analyze.py "
+        f"curves {out} {shlex.quote('out/' + run_name(other))}")
 
 
-# --------------------------------------------------------------------------------------------------
-# What would it take?
+def next_command(settings, given, warmup):
+    """The flags of the same run with another warm-up."""
+    s, moves = settings, ("init", "attn_from", "mlp_from", "transfer", "embeddings", "positions")
+    other = {key: value for key, value in given.items()
+             if key not in (*moves, "out", "resume") and not key.startswith("warmup")}
+    if s.init or s.attn_from or s.mlp_from:  # what came from the checkpoint
+        for key in ("size", "tied", "block_size", "tokenizer") if s.transfer == "all" else ["size"]:
+            other[key] = getattr(s, key)
+    return other | {"warmup": warmup}
 
 
 def print_plan(settings):
@@ -800,13 +842,16 @@ def print_plan(settings):
     A token takes 6 operations for each parameter in a matrix product, and 12 * n_layer * n_embd *
     context for attention (PaLM's way to count, arXiv 2204.02311, appendix B)."""
     s, (n_layer, _, d) = settings, parse_size(settings.size)
-    vocab = {"gpt2": 50257, "bytes": 257, "characters": 97}.get(s.tokenizer)
+    known = {"gpt2": 50257, "bytes": 257, "characters": 97} if s.data in CORPORA else {}
+    vocab = known.get(s.tokenizer)
     block_size = s.block_size
     if not vocab or not block_size:
         data = make_data(s.data, 0, block_size, s.tokenizer)
         vocab, block_size = data.vocab_size, data.block_size
     stages = [(stage_of(s, "train", block_size), vocab)]
-    if s.warmup not in ("none", "text"):
+    if s.warmup == "text":
+        stages.insert(0, (stage_of(s, "warmup", block_size), vocab))
+    elif s.warmup != "none":
         rule = make_data(s.warmup, 0, s.warmup_block_size)
         stages.insert(0, (stage_of(s, "warmup", rule.block_size), rule.vocab_size))
     operations = 0

@@ -165,7 +165,7 @@ def bad_file(r):
 
 
 def bad_flags(r):
-    argv, words, flags = list(r.choice((RUN, TEXT, TOKENS, INIT))), WORDS, train.every_flag()
+    argv, words, flags = list(r.choice((RUN, TEXT, TOKENS, INIT))), WORDS, train.FLAGS
     if r.random() < 0.2:
         argv, words = ["train.py", "--plan"], WORDS + HUGE * 5
     for name in r.sample(sorted(flags.keys() - {"compile", "plan", "tokenizer"}), r.randint(1, 3)):

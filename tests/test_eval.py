@@ -59,10 +59,6 @@ def opened(tmp_path):
     return make
 
 
-def values(finding):
-    return {label: value for label, (value, _) in finding.table.items()}
-
-
 # Loss and accuracy
 
 
@@ -227,11 +223,14 @@ def generator(name, **p):
     ("dyck_shuffle:k=2,length=5,depth=2", "dyck_shuffle", dict(k=2, length=5, p=0.5, depth=2))])
 def test_who_knows_the_rules_of_brackets_has_learned_them_and_closes_right(spec, name, p, opened):
     c = opened(spec, generator(name, **p))
-    learned, brackets = values(script.probe_learned(c)), values(script.probe_brackets(c))
+    learned, brackets = script.probe_learned(c), script.probe_brackets(c)
     assert learned["verdict"] == "learned"
     assert learned["above it"] == pytest.approx(0, abs=1e-5)
     assert learned["smallest possible"] > 0.3
-    assert {value for label, value in brackets.items() if "right type" in label} == {1.0}
+    assert brackets["closing bracket of a right type"] == 1
+    for what in ("depth", "distance"):
+        shares = brackets[f"share of a right type by {what} (brackets) from"]["model"]
+        assert set(shares.values()) == {1}
     assert brackets["probability of illegal tokens"] == pytest.approx(0, abs=1e-6)
 
 
@@ -241,17 +240,18 @@ def test_who_always_closes_the_other_type_is_never_right(opened):
                               for row in x.tolist()])
         return 30.0 * np.eye(vocab_size)[np.where(innermost == 0, 3, 2)]
     c = opened("dyck:k=2,length=20", closes_wrong)
-    found = values(script.probe_brackets(c))
-    assert {value for label, value in found.items() if "right type" in label} == {0.0}
+    found = script.probe_brackets(c)
+    assert found["closing bracket of a right type"] == 0
     assert found["probability of illegal tokens"] == pytest.approx(1) and found["by chance"] == 0.5
-    assert values(script.probe_learned(c))["verdict"] == "not learned"
+    assert script.probe_learned(c)["verdict"] == "not learned"
 
 
 def test_brackets_of_varying_lengths_give_no_number_that_is_none(opened):
     c = opened("dyck:k=2,length=4-12")
     for name, probe in script.PROBES.items():
-        finding = probe(c)
-        for label, value in values(finding).items() if finding else ():
+        found = probe(c)
+        assert found is None or script.printed(found), name
+        for label, value in script.printed(found or {}).items():
             assert isinstance(value, str) or math.isfinite(value), (name, label)
 
 
@@ -263,10 +263,12 @@ def test_brackets_of_varying_lengths_give_no_number_that_is_none(opened):
     "eca:width=4,length=12"])
 def test_who_always_answers_right_has_learned_it_and_who_guesses_has_not(spec, opened):
     c = opened(spec, right)
-    assert values(script.probe_learned(c))["verdict"] == "learned"
-    assert set(values(script.probe_answers(c)).values()) == {1.0}
+    assert script.probe_learned(c)["verdict"] == "learned"
+    found = script.probe_answers(c)
+    assert found["all tokens"] == found["whole answers"] == 1
+    assert set(found["share right by token of the answer"]["model"].values()) == {1}
     guesses = opened(spec, lambda x, y, vocab_size: np.zeros((*x.shape, vocab_size)))
-    found = values(script.probe_learned(guesses))
+    found = script.probe_learned(guesses)
     assert found["verdict"] == "not learned"
     assert found["loss (nats per counted token)"] == pytest.approx(math.log(c.data.vocab_size))
 
@@ -276,14 +278,14 @@ def test_learned_means_less_than_a_tenth_of_a_nat_above_the_smallest_loss(above,
     def nearly(x, y, vocab_size):
         others = math.log((1 - math.exp(-above)) / (vocab_size - 1))
         return np.where(right(x, y, vocab_size) > 0, -above, others)
-    found = values(script.probe_learned(opened("sorting:numbers=3", nearly)))
+    found = script.probe_learned(opened("sorting:numbers=3", nearly))
     assert found["above it"] == pytest.approx(above, abs=1e-4) and found["verdict"] == verdict
 
 
 def test_who_knows_only_how_often_tokens_come_has_not_learned_a_rule(opened):
     blind = opened("dyck:k=1,length=128", lambda x, y, vocab_size: np.zeros((*x.shape, vocab_size))
                    + np.array([0, 0, -30, -30]))
-    found = values(script.probe_learned(blind))
+    found = script.probe_learned(blind)
     assert found["verdict"] == "not learned"
     assert found["above it"] == pytest.approx(found["above it, the blind"], abs=1e-3)
 
@@ -296,8 +298,8 @@ def test_answers_are_counted_by_the_place_in_the_answer(opened):
         y = y.copy()
         y[:, 5] = (y[:, 5] + 1) % vocab_size
         return right(x, y, vocab_size)
-    found = values(script.probe_answers(opened("sorting:numbers=4", second_wrong)))
-    assert [found[f"token {i} of the answer"] for i in (1, 2, 3, 4)] == [1, 0, 1, 1]
+    found = script.probe_answers(opened("sorting:numbers=4", second_wrong))
+    assert found["share right by token of the answer"] == {"model": {1: 1, 2: 0, 3: 1, 4: 1}}
     assert found["all tokens"] == 0.75 and found["whole answers"] == 0
 
 
@@ -308,10 +310,9 @@ def test_other_lengths_are_asked_as_far_as_positions_go(opened):
             n = row.index(100)
             out[n:2 * n] = sorted(row[:n]) if n <= 5 else 0
         return right(x, y, vocab_size)
-    found = values(script.probe_length(opened("sorting:numbers=4", sorts_up_to_five, 17)))
-    assert found.pop("numbers=4 (its own)") == 1
-    sizes = {int(label.removeprefix("numbers=")): share for label, share in found.items()}
-    assert sizes == {n: float(n <= 5) for n in sizes} and {1, 2, 3, 5, 8} <= sizes.keys()
+    found = script.probe_length(opened("sorting:numbers=4", sorts_up_to_five, 17))
+    sizes = found["share of whole answers right by numbers"]["model"]
+    assert sizes == {n: float(n <= 5) for n in sizes} and {1, 2, 3, 4, 5, 8} <= sizes.keys()
     assert max(sizes) == 8, "8 numbers, a separator and 8 numbers fill 17 positions"
 
 
@@ -334,9 +335,10 @@ def test_sums_are_told_apart_by_their_longest_chain_of_carries(name, opened):
     def right_with_one(x, y, vocab_size):
         one = np.array([longest_chain(row) == 1 for row in x.tolist()])
         return right(x, y, vocab_size) * one[:, None, None]
-    found = values(script.probe_errors(opened(f"{name}:digits=3", right_with_one)))
-    assert found == {f"longest chain of carries {n} (n={chains[n]})": float(n == 1)
-                     for n in range(4)}
+    found = script.probe_errors(opened(f"{name}:digits=3", right_with_one))
+    assert sorted(chains) == [0, 1, 2, 3]
+    assert found["share of sums right by longest chain of carries"] == {
+        "model": {n: float(n == 1) for n in range(4)}}
 
 
 def test_haystacks_are_told_apart_by_size_and_by_depth_of_the_needle(opened):
@@ -346,11 +348,12 @@ def test_haystacks_are_told_apart_by_size_and_by_depth_of_the_needle(opened):
             depth = row.index(row[asked] - 12) / asked
             each *= depth < 0.5 and asked <= 20
         return logits
-    finding = script.probe_errors(opened("haystack:pairs=12", right_in_first_half_of_small_ones))
-    matrix = finding.panels[0]["matrix"]
-    assert len(matrix) == 3 and matrix[2] == [0] * 5
-    assert [row[:2] + row[3:] for row in matrix[:2]] == [[1, 1, 0, 0]] * 2
-    found = values(finding)
+    found = script.probe_errors(opened("haystack:pairs=12", right_in_first_half_of_small_ones))
+    curves = found["share of needles found by depth of the needle (%)"]
+    assert list(curves["11-15 pairs"].values()) == [0] * 5
+    for group in ("1-5 pairs", "6-10 pairs"):
+        assert 0 <= curves[group].pop("40-60") <= 1
+        assert curves[group] == {"0-20": 1, "20-40": 1, "60-80": 0, "80-100": 0}
     assert found["11-15 pairs"] == 0 and 0.4 < found["6-10 pairs"] < found["1-5 pairs"] < 0.8
 
 
@@ -359,10 +362,10 @@ def test_the_loss_is_told_by_how_much_came_before(prose, opened):
         logits = right(x, y, vocab_size)
         logits[:, :8] = 0
         return logits
-    finding = script.probe_context(opened(str(prose), right_after_eight, 32))
+    found = script.probe_context(opened(str(prose), right_after_eight, 32))
     blind = pytest.approx(math.log(257), abs=1e-4)
-    assert values(finding) == {f"up to {n} tokens before": blind if n <= 8 else pytest.approx(0)
-                               for n in (1, 2, 4, 8, 16, 32)}
+    assert found["loss (nats per token) by tokens before, up to"] == {
+        "model": {n: blind if n <= 8 else pytest.approx(0) for n in (1, 2, 4, 8, 16, 32)}}
 
 
 def looks_back(x, y, vocab_size):
@@ -395,16 +398,19 @@ def knows_nothing(x, y, vocab_size):
 def test_a_needle_in_text_is_found_by_one_who_looks_back_alone(prose, opened):
     shares = []
     for answer in (looks_back, forgets_the_end, knows_nothing):
-        shares.append(set(values(script.probe_needle(opened(str(prose), answer, 80))).values()))
+        found = script.probe_needle(opened(str(prose), answer, 80))
+        curve = found["share of numbers found by depth of the line (%)"]["model"]
+        assert list(curve) == [0, 25, 50, 75, 100]
+        shares.append(set(curve.values()))
     assert shares == [{1.0}, {0.0}, {0.0}]
     assert script.probe_needle(opened(str(prose), knows_nothing, 32)) is None, "no room"
 
 
 def test_copying_is_seen_in_one_who_looks_back(opened):
-    found = values(script.probe_copying(opened("sorting:numbers=20", looks_back)))
+    found = script.probe_copying(opened("sorting:numbers=20", looks_back))
     assert found["second copy right"] > 0.9
     assert found["loss on the second copy (nats)"] < found["loss on the first copy (nats)"] / 2
-    found = values(script.probe_copying(opened("sorting:numbers=20", knows_nothing)))
+    found = script.probe_copying(opened("sorting:numbers=20", knows_nothing))
     assert found["loss on the second copy (nats)"] == pytest.approx(math.log(101), abs=1e-4)
 
 
@@ -438,8 +444,8 @@ def test_problems_are_solved_only_if_every_character_is_right(tmp_path, opened):
         return right(x, wanted, vocab_size)
     c = opened(str(tmp_path / "math"), doubles_small_numbers, 16)
     c.wanted = 3
-    assert values(script.probe_problems(c)) == {
-        "interpolate, all modules": pytest.approx(2 / 3), "extrapolate, all modules": 0,
+    assert script.probe_problems(c) == {
+        "n": "3 problems of each module", "interpolate, all modules": pytest.approx(2 / 3), "extrapolate, all modules": 0,
         "interpolate-sums": pytest.approx(2 / 3), "extrapolate-sums_big": 0}
 
 
@@ -497,11 +503,11 @@ def test_a_head_that_looks_where_a_probe_looks_gets_one_and_others_nothing(name,
     c = opened("dyck:k=2,length=16")
     for where, score in ((place, 1), (never, 0)):
         c.attention = looks_at(where)
-        found = values(script.probe_heads(c))
+        found = script.probe_heads(c)
         assert found[f"{name}, strongest head"] == pytest.approx(score)
         assert found["entropy, sharpest head"] == 0
     c.attention = lambda x: np.broadcast_to(alike(x.shape[1]), (len(x), 1, 1, *[x.shape[1]] * 2))
-    found = values(script.probe_heads(c))
+    found = script.probe_heads(c)
     assert found[f"{name}, strongest head"] == pytest.approx(
         found[f"{name}, if all were attended to alike"])
 
@@ -516,7 +522,7 @@ def test_a_head_built_by_hand_to_look_at_the_token_before_is_found(opened):
         block.ln_1.weight.fill_(1)
         block.attn.c_attn.weight[16:31, 0:15] = 100 * torch.eye(15).roll(1, 1)  # q of head 1: t - 1
         block.attn.c_attn.weight[48:64, 0:16] = torch.eye(16)  # k of head 1: t
-    found = values(script.probe_heads(c))
+    found = script.probe_heads(c)
     assert found["previous token, which (layer.head)"] == "1.1"
     assert found["previous token, strongest head"] == pytest.approx(1, abs=1e-3)
     assert found["entropy, mean of heads"] > 0.7 > 0.01 > found["entropy, sharpest head"]
@@ -554,14 +560,12 @@ def test_a_state_planted_in_the_residual_stream_is_read_there_alone(opened):
             stream[:, 1, :, :10] += 1000 * np.eye(10)[np.minimum(depth, 9)]
         return stream
     c.residual = planted
-    found = values(script.probe_linear(c))
-    name = "bracket depth (9: or more)"
-    assert found[f"{name}, 1 layers passed, trained"] == 1
+    found = script.probe_linear(c)
+    name = "bracket depth up to 9"
+    curves = found[f"{name}, share right by layers passed"]
     chance = pytest.approx(found[f"{name}: chance"], abs=0.08)
-    for label in ("0 layers passed, trained", "1 layers passed, untrained",
-                  "2 layers passed, trained"):
-        assert found[f"{name}, {label}"] == chance
-    assert found[f"{name}, 1 layers passed, control task"] < 0.6, "its labels are random"
+    assert curves["model"] == {0: chance, 1: 1, 2: chance} and curves["untrained"][1] == chance
+    assert curves["control task"][1] < 0.6, "its labels are random"
 
 
 def test_the_residual_stream_is_what_goes_through_the_blocks(opened):
@@ -627,14 +631,16 @@ def test_every_probe_that_fits_is_printed_kept_and_drawn(kind, probes, checkpoin
     lines = text.splitlines()
     for name, found in kept.items():
         assert any(line.startswith(f"{name}: ") for line in lines)
-        assert all(any(line.startswith(label) for line in lines) for label in found["table"])
+        numbers = [label for label in found if isinstance(found[label], float)]
+        assert all(any(line.startswith(label) for line in lines) for label in numbers)
+        assert found["step"] == 7 and f"({found['n']})" in text
         figure = path.parent / f"eval-{kind}-{name}.png"
-        assert figure.exists() == bool(found["panels"])
-        if found["panels"]:
+        assert figure.exists() == any(isinstance(each, (dict, list)) for each in found.values())
+        if figure.exists():
             assert image.imread(figure).std() > 0.02, "it is no empty picture"
     x, y = make_data(spec, 0, load(path)[0].config.block_size).val.__getitems__(range(16))
     loss = load(path)[0](x, y).item() / (y != -1).sum().item()
-    assert kept["loss"]["table"]["loss (nats per counted token)"] == pytest.approx(loss, abs=0.05)
+    assert kept["loss"]["loss (nats per counted token)"] == pytest.approx(loss, abs=0.05)
 
 
 def test_checkpoints_stand_side_by_side(checkpoints, printed):
@@ -665,10 +671,12 @@ def test_what_is_in_eval_json_stays_there(checkpoints, printed):
 
 def test_a_number_that_is_none_is_kept_as_null(opened):
     c = opened("set:length=4")
-    table = {"there": (np.float32(0.5), "{}"), "none": (math.nan, "{}"), "word": ("yes", "{}")}
-    script.add_to_json(c, {"loss": script.Finding(table, n="9 rows")})
-    kept = findings(c.path)[c.path.name]["set:length=4"]["loss"]
-    assert kept["table"] == {"there": 0.5, "none": None, "word": "yes"} and kept["n"] == "9 rows"
+    found = {"there": np.float32(0.5), "none": np.float32(math.nan), "word": "yes",
+             "curves": {"model": {1: np.float64(1), 2: math.nan}}}
+    script.add_to_json(c, "loss", found)
+    assert findings(c.folder)["ckpt.pt"]["set:length=4"]["loss"] == {
+        "step": 0, "there": 0.5, "none": None, "word": "yes",
+        "curves": {"model": {"1": 1.0, "2": None}}}
 
 
 @pytest.mark.parametrize("text", ["{damaged", "[]", '{"rule.pt": 3}',
@@ -721,15 +729,18 @@ def test_a_runs_folder_is_its_checkpoint(tmp_path, script, printed):
                  "--steps", 2, "--warmup_steps", 2, "--batch_size", 4, "--warmup_batch_size", 4,
                  "--eval_rows", 8, "--size", "1_1_8", "--device", "cpu", "--out", tmp_path / "run")
     assert run.returncode == 0, run.stderr
-    text = printed(tmp_path / "run", tmp_path / "run" / "warmup.pt", "--probe", "learned")
+    text = printed(tmp_path / "run", tmp_path / "run" / "warmup.pt", "--probe", "learned,answers",
+                   "--plot")
     lines = text.splitlines()
     assert lines[0].endswith("held-out haystack:pairs=2") and ": train step 2, " in lines[0]
     assert lines[1].endswith("held-out dyck:k=2,length=8") and ": warmup step 2, " in lines[1]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     kept = findings(tmp_path / "run")
+    printed(tmp_path / "run" / "ckpt.pt", "--probe", "learned,answers", "--plot")
+    assert findings(tmp_path / "run") == kept and kept.keys() == {"ckpt.pt", "warmup.pt"}
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"eval-ckpt-answers.png"}
     assert set(kept["warmup.pt"]["dyck:k=2,length=8"]) == {"learned"}
-    (entry,) = kept[next(name for name in kept if name != "warmup.pt")].values()
-    loss = entry["learned"]["table"]["loss (nats per counted token)"]
+    loss = kept["ckpt.pt"]["haystack:pairs=2"]["learned"]["loss (nats per counted token)"]
     assert loss == pytest.approx(result["val_loss"], abs=0.1)
 
 
@@ -748,12 +759,12 @@ def test_answers_of_a_task_are_said_to_be_right_or_wrong(checkpoints, printed, m
         return logits
     fake = Fake(model.config, finds_large_values)
     monkeypatch.setattr(script, "load", lambda *_: (fake, state))
-    lines = printed(checkpoints["task"], "--sample", 20, "--probe", "loss").splitlines()[1:21]
+    lines = printed(checkpoints["task"], "--sample", 20, "--probe", "loss").splitlines()[2:42:2]
     assert len({line.endswith("right") for line in lines}) == 2
     for line in lines:
-        *pairs, last, answer = line.split("   ")[0].split()
+        *pairs, last = line.partition(" ▶ ")[0].split()
         value = int(pairs[pairs.index(last.removeprefix("?") + ":") + 1])
-        verdict = f"«{value}»   right" if value > 40 else f"»   wrong: {value}"
+        verdict = f" ▶ {value}   right" if value > 40 else f"   wrong: {value}"
         assert line.endswith(verdict)
 
 
