@@ -117,8 +117,7 @@ class Opened:
             self.path = self.path / "ckpt.pt"
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
-        source = state.get("source")
-        source = source if isinstance(source, dict) else {}  # another program's
+        source = state.get("source", {})
         self.spec, seed = spec or source.get("spec"), source.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
         if not isinstance(self.spec, str):

@@ -11,6 +11,7 @@ the pieces of its step; the settings; and what is said before and after.
 """
 import contextlib
 import datetime
+import gc
 import json
 import math
 import os
@@ -896,6 +897,7 @@ def main():
         sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])
     finally:
         if dist.is_initialized():
+            gc.collect()  # of DDP, which would keep the group's threads to the end, and abort
             dist.destroy_process_group()
 
 

@@ -704,8 +704,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(kind, arguments, reason, ch
     assert reason in refused(script, checkpoints[kind], *arguments)
 
 
-@pytest.mark.parametrize("told", [{}, {"source": "code"}, {"source": {"tokenizer": "bytes"}},
-                                  {"source": {"spec": 3}}])
+@pytest.mark.parametrize("told", [{}, {"source": {"tokenizer": "bytes"}}, {"source": {"spec": 3}}])
 def test_who_says_not_what_it_was_trained_on_needs_data(told, tmp_path, prose, printed, refused):
     torch.manual_seed(0)
     save(tmp_path / "a.pt", GPT(GPTConfig(264, 32, 1, 1, 8)), **told)  # a padded vocabulary
