@@ -235,12 +235,6 @@ def train(model, data, stage, file, settings, **more):
     last = first if progress["passed"] == 2 else stage.steps  # see --stop_at
     log, held_out = Log(file, stage, progress), held_out_rows(data, s.eval_rows)
 
-    def measure(rows):
-        result = evaluate(model, rows, s.device, autocast(s), data.tokenizer)
-        if not math.isfinite(result["loss"]):
-            raise UserError("the held-out loss is not finite: a lower learning rate may help")
-        return result
-
     def checkpoint(step):
         tokens = step * stage.batch_size * stage.block_size
         progress.update(step=step, tokens=tokens, seconds=log.seconds())
@@ -250,7 +244,7 @@ def train(model, data, stage, file, settings, **more):
                  stage=stage.name, source=source, **progress, **more)
 
     if not progress["before"]:
-        progress["before"] = progress["result"] = measure(held_out)
+        progress["before"] = progress["result"] = measure(model, held_out, data, s)
         log.add(0, result=progress["before"])
     micro = s.grad_accum or enough_micro_batches(data, stage, s)
     net = wrapped(model, data, stage, s, micro) if first < last else model
@@ -275,13 +269,13 @@ def train(model, data, stage, file, settings, **more):
         if logging:
             log.add(done, loss=total(float(loss))[0], lr=lr_at(stage, step))
         if due(s.eval_every or stage.steps // 5 or 1):
-            progress["result"] = measure(held_out)
+            progress["result"] = measure(model, held_out, data, s)
             log.add(done, result=progress["result"])
             passed = s.stop_at and progress["result"]["accuracy"] >= s.stop_at
             progress["passed"] = progress["passed"] + 1 if passed and stage.name == "train" else 0
         if progress["length"] and done % 20 == 0:  # the curriculum: every 20 steps, by 2 (ours)
             data.val.longest = progress["length"]
-            if measure(held_out_rows(data, 256))["accuracy"] > 0.99:
+            if measure(model, held_out_rows(data, 256), data, s)["accuracy"] > 0.99:
                 progress["length"] += 2
                 rows = rows_from(data, stage, done, s, progress["length"])
         if saving or progress["passed"] == 2:
@@ -289,6 +283,14 @@ def train(model, data, stage, file, settings, **more):
         if progress["passed"] == 2:
             break
     return progress
+
+
+def measure(model, rows, data, settings):
+    """An evaluation, see eval.py. Raises UserError if its loss is not finite."""
+    result = evaluate(model, rows, settings.device, autocast(settings), data.tokenizer)
+    if not math.isfinite(result["loss"]):
+        raise UserError("the held-out loss is not finite: a lower learning rate may help")
+    return result
 
 
 def lr_at(stage, step):

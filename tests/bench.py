@@ -56,8 +56,8 @@ def a_run(flags, name="train"):
     else:
         data = make_data(settings.data, 0, settings.block_size, settings.tokenizer)
     stage = train.stage_of(settings, name, data.block_size)
-    model = train.new_model(data, settings.size, settings.tied, stage.dropout, 0).to(settings.device)
-    return settings, data, stage, model
+    model = train.new_model(data, settings.size, settings.tied, stage.dropout, 0)
+    return settings, data, stage, model.to(settings.device)
 
 
 def batches_of(data, stage):

@@ -445,7 +445,8 @@ def test_problems_are_solved_only_if_every_character_is_right(tmp_path, opened):
     c = opened(str(tmp_path / "math"), doubles_small_numbers, 16)
     c.wanted = 3
     assert script.probe_problems(c) == {
-        "n": "3 problems of each module", "interpolate, all modules": pytest.approx(2 / 3), "extrapolate, all modules": 0,
+        "n": "3 problems of each module",
+        "interpolate, all modules": pytest.approx(2 / 3), "extrapolate, all modules": 0,
         "interpolate-sums": pytest.approx(2 / 3), "extrapolate-sums_big": 0}
 
 
