@@ -949,3 +949,23 @@ def test_one_preparation_of_a_corpus_at_a_time(own_cache, published):
     with data.lock(own_cache / "c4-bytes/lock"), pytest.raises(UserError, match="another process"):
         prepare("c4", published)
     prepare("c4", published, wanted=1000)
+
+
+def test_a_console_that_knows_few_characters_and_a_full_disk_get_no_traceback(script):
+    few = script("data.py", "show", "eca", env={"PYTHONIOENCODING": "ascii"})
+    assert few.returncode == 0 and "?" in few.stdout and not few.stderr, few.stderr
+    command = [sys.executable, data.__file__, "list"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+def test_a_byte_order_mark_is_no_text_and_the_cache_may_be_in_ones_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NANOWARM_CACHE", "~/x")
+    plain, marked = "a" * 900, "\ufeff" + "a" * 900
+    first = make_data(write(tmp_path / "1", {"a.txt": plain}), block_size=8)
+    for name, content in (("a.txt", marked), ("a.jsonl", "\ufeff" + json.dumps({"text": plain}))):
+        data = make_data(write(tmp_path / name, {name: content}), block_size=8)
+        assert data.fingerprint() == first.fingerprint()
+    assert (tmp_path / "x").is_dir()
