@@ -1008,7 +1008,7 @@ def read_meta(folder):
     try:
         if (folder / "meta.json").exists():
             meta = read_json(folder / "meta.json")
-        elif (folder / "meta.pkl").exists():
+        elif (folder / "meta.pkl").is_file():
             with open(folder / "meta.pkl", "rb") as file:
                 meta = PlainUnpickler(file).load()
         size, dtype = meta["vocab_size"], meta.get("dtype", "uint16")

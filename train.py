@@ -205,9 +205,10 @@ def read_result(path):
         for key in ("warmup_first_loss", "warmup_first_accuracy", "warmup_loss", "warmup_accuracy",
                     "val_bits_per_byte"):
             numbers.append(found[key] or 0.0)  # or null
-        sum(numbers)
         found["settings"]["data"], found["warmup"]
-    except (KeyError, TypeError):
+        if not math.isfinite(sum(numbers)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path} is not the result of a run") from None
     return found
 
@@ -420,8 +421,9 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
             raise ValueError("it is of another model, or of other data")
         names = ("step", "tokens", "seconds", "before", "result", "passed", "length")
         progress = {key: state[key] for key in names}
-        if type(progress["step"]) is not int or not 0 <= progress["step"] <= stage.steps:
-            raise ValueError(f"its step is {progress['step']!r}")
+        whole = [progress[key] for key in ("step", "tokens", "passed")] + [progress["length"] or 0]
+        if set(map(type, whole)) != {int} or not 0 <= progress["step"] <= stage.steps:
+            raise ValueError(f"its step, tokens, passed and length are {whole}")
         saved, plain = state["optimizer"]["state"], optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(parameters if saved else []):
@@ -430,9 +432,11 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
                     raise ValueError("its optimiser is of another model")
         optimizer.load_state_dict({"state": saved, "param_groups": plain["param_groups"]})
         scaler.load_state_dict(state["scaler"])
+        numbers = [progress["seconds"]]
         for evaluation in (progress["before"], progress["result"]):
-            sum(evaluation[key] for key in ("loss", "accuracy", "exact"))  # they are numbers
-        progress["seconds"] = float(progress["seconds"])
+            numbers += [evaluation[key] for key in ("loss", "accuracy", "exact")]
+        if not math.isfinite(sum(numbers)):
+            raise ValueError("its seconds or evaluations are not finite")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{file} is no checkpoint to go on from: {reason_of(error)}") from None
     model.load_state_dict(there.state_dict())
