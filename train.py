@@ -157,8 +157,10 @@ def open_run(out, settings, fingerprint, warmup):
         raise UserError(f"{out / 'config.json'} is not of a run: choose another --out")
     for key, value in vars(settings).items():
         if key not in OPERATIONAL and there["settings"].get(key) != value:
+            longer = f", or --init {out}/ckpt.pt --transfer all to train on" * (key == "steps")
             raise UserError(f"{out} holds a run with other settings ({key} "
-                            f"{there['settings'].get(key)}, here {value}): choose another --out")
+                            f"{there['settings'].get(key)}, here {value}): choose another --out"
+                            + longer)
     if there.get("fingerprint") != fingerprint:
         raise UserError(f"{settings.data} is not what it was when the run in {out} began: put it "
                         "back, or choose another --out")

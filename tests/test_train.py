@@ -532,7 +532,8 @@ def test_a_run_whose_data_have_changed_is_refused(refused, monkeypatch, printed)
 @pytest.mark.parametrize("more", [[], ["--resume"]])
 def test_a_folder_that_holds_something_else_is_refused_and_left_alone(more, refused, cut):
     before = files_of(cut)
-    assert "steps 14, here 99" in refused(train, *words(cut, *more, steps=99))
+    line = refused(train, *words(cut, *more, steps=99))
+    assert "steps 14, here 99" in line and f"--init {cut}/ckpt.pt --transfer all" in line
     assert files_of(cut) == before
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("precious")
