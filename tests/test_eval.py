@@ -2,8 +2,10 @@
 import collections
 import json
 import math
+import os
 import pickle
 import random
+import resource
 
 import numpy as np
 import pytest
@@ -801,3 +803,15 @@ def test_a_prompt_of_characters_is_read_with_the_folders_own_names(tmp_path, pri
     save(tmp_path / "a.pt", GPT(GPTConfig(3, 8, 1, 1, 4)), source={"spec": str(tmp_path)})
     assert "\nab b ▶ " in printed(tmp_path / "a.pt", "--prompt", "ab b", "--tokens", 3)
     assert "'abc'" in refused(script, tmp_path / "a.pt", "--prompt", "abc")
+
+
+def test_a_figure_that_finds_the_disk_full_leaves_the_old_one(tmp_path):
+    path, limits = tmp_path / "a.png", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path.write_bytes(b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="a.png"):
+            script.keep_figure(script.pyplot().figure(), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["a.png"] and path.read_bytes() == b"old"
