@@ -206,7 +206,7 @@ def read_result(path):
         numbers += [found["tokens"]["procedural"], found["tokens"]["semantic"], found["seconds"]]
         for key in ("warmup_first_loss", "warmup_first_accuracy", "warmup_loss", "warmup_accuracy",
                     "val_bits_per_byte"):
-            numbers.append(found[key] or 0.0)  # or null
+            numbers.append(0.0 if found[key] is None else found[key])
         found["settings"]["data"], found["warmup"]
         if not math.isfinite(sum(numbers)):
             raise ValueError
@@ -460,7 +460,9 @@ class Log:
         self.began = self.here - progress["seconds"]
         last = self.first if file.exists() else -1
         if rank() == 0:
-            lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+            lines = []
+            if self.path.is_file():
+                lines = self.path.read_text(errors="replace").splitlines()
             with written_whole(self.path) as log:
                 for line in lines:
                     with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
