@@ -276,7 +276,8 @@ def train(model, data, stage, file, settings, **more):
             log.add(done, result=progress["result"])
             passed = s.stop_at and progress["result"]["accuracy"] >= s.stop_at
             progress["passed"] = progress["passed"] + 1 if passed and stage.name == "train" else 0
-        if progress["length"] and done % 20 == 0:  # the curriculum: every 20 steps, by 2 (ours)
+        growing = progress["length"] and progress["length"] < stage.block_size
+        if growing and done % 20 == 0:  # the curriculum: every 20 steps, by 2 (ours)
             data.val.longest = progress["length"]
             if measure(model, held_out_rows(data, 256), data, s)["accuracy"] > 0.99:
                 progress["length"] += 2
@@ -773,10 +774,13 @@ def check(s, given, kind):
 
 def run_name(given):
     """"code-dyck-s0", and whatever else was given: "code-dyck-s0-transfer=attn"."""
-    data, warmup = Path(given.get("data", "code")).name, given.get("warmup", "dyck")
+    what = [given["preset"]] if "preset" in given else []
+    if "data" in given or not what:
+        what.append(Path(given.get("data", "code")).name)
+    warmup = given.get("warmup", "dyck")
     if given.get("init") or given.get("attn_from") or given.get("mlp_from"):
         warmup = "none"
-    name = f"{given.get('preset', data)}-{warmup}-s{given.get('seed', 0)}"
+    name = f"{'-'.join(what)}-{warmup}-s{given.get('seed', 0)}"
     for key, value in given.items():
         if key not in OPERATIONAL | {"data", "warmup", "seed", "preset"}:
             name += f"-{key}={value}"

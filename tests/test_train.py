@@ -686,6 +686,7 @@ def test_a_plan_for_a_folder_of_tokens_has_its_vocabulary(printed):
 def test_runs_with_other_settings_get_names_of_their_own_that_are_never_too_long():
     given = [[], ["--warmup=none"], ["--seed=1"], ["--transfer=attn"], ["--tokens=9M"],
              ["--data=haystack:pairs=3"], ["--data=haystack:pairs=4"], ["--preset=c4"],
+             ["--data=docs", "--preset=c4"],
              ["--preset=c4-350m"], ["--data=c4", "--preset=c4-350m", "--no-tied"],
              ["--warmup=set+union"], ["--warmup=0.7*set+0.3*union"], ["--warmup=shuffled:set"],
              [f"--warmup={'+'.join(['set'] * 99)}"], [f"--warmup={'+'.join(['set'] * 98)}"]]
