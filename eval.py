@@ -582,10 +582,12 @@ def printed(finding):
     """What is printed of a finding, {label: value}: 12 places of a curve at most, and no map."""
     found = {}
     for label, value in finding.items():
-        for name, curve in value.items() if isinstance(value, dict) else ():
-            for x in list(curve)[::math.ceil(len(curve) / 12)]:
-                found[f"{label} {x}: {name}"] = curve[x]
-        if not isinstance(value, (dict, Map)) and label != "n":
+        if isinstance(value, dict):
+            places = list(dict.fromkeys(x for curve in value.values() for x in curve))
+            for x in places[::math.ceil(len(places) / 12)]:
+                for name, curve in value.items():
+                    found[f"{label} {x}: {name}"] = curve.get(x, "-")
+        elif not isinstance(value, Map) and label != "n":
             found[label] = value
     return found
 
@@ -594,7 +596,10 @@ def print_table(name, findings):
     """A row for each label, a column for each checkpoint."""
     columns = [printed(finding or {}) for finding in findings]
     n = next(finding["n"] for finding in findings if finding)
-    print(f"\n{name}: {PROBES[name].__doc__.splitlines()[0]} ({n})")
+    question, _, more = PROBES[name].__doc__.partition("\n\n")
+    print(f"\n{name}: {question} ({n})")
+    if more:  # what its words mean
+        print(" ".join(more.split()))
     labels = {label: None for column in columns for label in column}
     wide = max(map(len, labels)) + 2
     if len(findings) > 1:
@@ -665,7 +670,8 @@ def draw_curves(axis, key, curves):
 
 def draw_map(axis, key, panel):
     axis.grid(False)
-    image = axis.imshow(panel.matrix, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    most = max(0.2, panel.matrix.max())  # so that small shares are seen, and noise is not
+    image = axis.imshow(panel.matrix, cmap="Greys", vmin=0, vmax=most, aspect="auto")
     axis.figure.colorbar(image, ax=axis)
     axis.set(title=key, xlabel=panel.xlabel, ylabel=panel.ylabel)
     for put, n in zip((axis.set_yticks, axis.set_xticks), panel.matrix.shape):
@@ -673,7 +679,7 @@ def draw_map(axis, key, panel):
         put(range(n), ticks, fontsize=12 if n <= 12 else 8)
     for (row, column), share in np.ndenumerate(panel.matrix) if panel.matrix.size <= 64 else ():
         axis.text(column, row, f"{share:.2f}", ha="center", va="center",
-                  color="white" if share > 0.6 else "black")
+                  color="white" if share > 0.6 * most else "black")
 
 
 def add_to_json(c, name, finding):

@@ -481,8 +481,11 @@ class Log:
         if loss is not None:
             each = (time.time() - self.here) / (step - self.first)
             entry |= {"loss": loss, "lr": lr, "tokens_per_second": round(self.tokens / each)}
-            say(f"[{label}] step {step:,}/{steps:,} | loss {loss:.3f} | "
-                f"{self.tokens / each:,.0f} tokens/s | {clock(each * (steps - step))} left")
+            line = f"[{label}] step {step:,}/{steps:,} | loss {loss:.3f}"
+            if step > self.first + 1:  # the first step is slow, and says nothing of the others
+                left = clock(each * (steps - step))
+                line += f" | {self.tokens / each:,.0f} tokens/s | {left} left"
+            say(line)
         if result:
             entry |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
             say(f"[{label}] {f'step {step:,}' if step else 'before'}: held-out loss "
@@ -820,7 +823,7 @@ def summarise(found, settings, given):
         return
     share = spent["procedural"] / spent["semantic"]
     say(f"tokens     {spent['procedural']:,} of warm-up, {spent['semantic']:,} of {s.data}"
-        + f": {share:.3g} for one (paper: 0.001 to 0.003, in far longer runs)" * (share > 0))
+        + f": {share:.3g} to 1 (paper: 0.001 to 0.003, in far longer runs)" * (share > 0))
     line = f"result     held-out loss {found['val_loss']:.4f} nats per counted token"
     if found["val_bits_per_byte"] is not None:
         line += f" = {found['val_bits_per_byte']:.4f} bits per byte"
@@ -829,7 +832,8 @@ def summarise(found, settings, given):
     else:
         say(f"{line}, {found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of "
             "answers right")
-    say(f"files      {out}: config.json, log.jsonl, ckpt.pt, result.json "
+    say(f"files      {out}: config.json, log.jsonl, {'warmup.pt, ' * (s.warmup != 'none')}"
+        "ckpt.pt, result.json "
         f"({clock(found['seconds'])})")
     other = next_command(s, given, "none" if spent["procedural"] else "dyck")
     words = [f"--{'no-' if value is False else ''}{key}"
@@ -881,7 +885,7 @@ def print_plan(settings):
     say(f"compute    {operations:.3g} operations")
     if s.tflops:
         hours = operations * (4 / 3 if s.recompute else 1) / s.tflops / 1e12 / 3600 / world_size()
-        say(f"time       {hours:,.1f} hours at {s.tflops:g} TFLOP/s on each of {world_size()}")
+        say(f"time       {hours:,.1f} hours at {s.tflops:g} TFLOP/s a GPU; GPUs: {world_size()}")
     else:
         say("time       add --tflops: what one GPU really does, often 0.3 to 0.5 of its peak")
     share = stage.batch_size / world_size() * stage.block_size
@@ -889,7 +893,7 @@ def print_plan(settings):
     # Bytes that the backward pass keeps of each token, layer and unit of width (by reading).
     kept = 4 if s.recompute else 60 if s.dtype == "float32" else 34
     activations = share * (kept * d * n_layer + 8 * vocab) / 2 ** 30
-    say(f"memory     on each of {world_size()}: {16 * parameters / 2 ** 30:.2f} GiB of weights, "
+    say(f"memory     a GPU: {16 * parameters / 2 ** 30:.2f} GiB of weights, "
         f"gradients and AdamW's state; about {activations:.2f} GiB of activations of micro-batches "
         f"of {share:,.0f} tokens")
     if s.data in PUBLISHED:
