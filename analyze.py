@@ -680,9 +680,9 @@ def curves(runs, picture):
         s, last, label = dict(said["settings"]), points[-1], said["warmup"]
         print(f"{name:44} {label:20} {s['seed']:4} {last['tokens']:13,} {last['val_loss']:8.4f} "
               f"{last['val_accuracy']:9.2%}")
-        moved = [s.pop(key) for key in ("transfer", "embeddings", "positions")]
+        parts, embeddings, positions = map(s.pop, ("transfer", "embeddings", "positions"))
         if label != "none":  # else nothing moved
-            label = ", ".join([label, *moved])
+            label += f": {parts}, embeddings {embeddings}, positions {positions}"
         alike = label, repr([s[key] for key in sorted(s.keys() - moot)])
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
         curve = {point["tokens"]: point[metric] for point in points[1:] or points}

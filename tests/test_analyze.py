@@ -388,7 +388,7 @@ def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch):
     call(monkeypatch, "curves", *(tmp_path / out for out in "abc"))
     assert sorted(found.pop("")) == sorted(drawn.values())
     mean = np.mean([drawn["a"], drawn["b"]], 0)
-    assert found == {"set, full, random, fit (n = 2)": [pytest.approx(mean)],
+    assert found == {"set: full, embeddings random, positions fit (n = 2)": [pytest.approx(mean)],
                      "none (n = 1)": [drawn["c"]]}
 
 
