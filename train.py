@@ -450,7 +450,7 @@ LABELS = {"warmup": "1/2 warm-up", "train": "2/2 train"}
 
 
 class Log:
-    """log.jsonl, an object a line, and the same for the eye. On resuming, the lines of a stage
+    """log.jsonl, an object a line, and the same printed. On resuming, the lines of a stage
     after its checkpoint are dropped."""
 
     def __init__(self, file, stage, progress):
