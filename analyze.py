@@ -30,8 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (RULES, Parser, UserError, lock, number, read_json, run_main, write_json,
-                  written_whole)
+from data import (RULES, Parser, UserError, json_lines, lock, number, read_json, run_main,
+                  write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
 from train import OPERATIONAL, PRESETS, clock
@@ -374,7 +374,7 @@ def make_warmup(flags, seed, results, device):
             call_train(flags, folder, seed, device)
         if not (folder / "learned.json").exists():
             found = probe_learned(Opened(folder / "warmup.pt", "cpu")) or {}
-            write_json(folder / "learned.json", json.loads(json.dumps(found, default=float)))
+            write_json(folder / "learned.json", found)
     return f"{folder.name}/warmup.pt"
 
 
@@ -466,9 +466,8 @@ def checked(value, form, where):
 def read_log(path):
     """The evaluations of a run's training stage. Raises UserError."""
     entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # half a line
-            entry = json.loads(line)
+    for entry in json_lines(path):
+        with contextlib.suppress(KeyError, TypeError):  # no entry of train.py's
             if entry["stage"] == "train" and "val_loss" in entry:
                 entries.append(entry)
     return checked(entries, LOG, path)

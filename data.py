@@ -496,9 +496,14 @@ def written_whole(path):
         scratch.unlink(missing_ok=True)
 
 
+def plain(value):
+    """numpy's numbers and arrays, where JSON is made: json.dumps(value, default=plain)"""
+    return value.tolist()
+
+
 def write_json(path, value):
     with written_whole(path) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
+        file.write(json.dumps(value, indent=1, default=plain).encode() + b"\n")
 
 
 def read_json(path):
@@ -512,6 +517,13 @@ def read_json(path):
         return value
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
+
+
+def json_lines(path):
+    """The values in a file of JSON lines, without what is none: a kill may leave half a line."""
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            yield json.loads(line)
 
 
 def reason_of(error):
@@ -533,7 +545,7 @@ def lock(path, wait=False):
     except BlockingIOError:
         raise UserError(f"another process is at work in {path.parent}: let it end first") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {reason_of(error)}") from None
 
 
 def remove_scratch(folder):

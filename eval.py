@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (PROBLEM, RULES, Parser, UserError, default_tokenizer, make_data, number,
-                  parse_spec, read_json, run_main, write_json, written_whole)
+from data import (PROBLEM, RULES, Parser, UserError, default_tokenizer, make_data, number, plain,
+                  read_json, run_main, write_json, written_whole)
 from model import GPT, attention_maps, load
 
 
@@ -139,10 +139,10 @@ class Opened:
         rows, and brackets of varying length: where such a row ends, nobody can know."""
         if self.data.kind == "text":
             return None, {}
-        shuffled, members = parse_spec(self.spec)
-        _, name, p = members[0]
+        rows = self.data.train
+        _, name, p = rows.members[0]
         varies = name.startswith("dyck") and p["length"][0] < p["length"][1]
-        return (None, {}) if shuffled or len(members) > 1 or varies else (name, p)
+        return (None, {}) if rows.shuffled or len(rows.members) > 1 or varies else (name, p)
 
     def rows(self, n=None, data=None):
         """The first held-out rows x, y: int64 arrays (n, block_size)."""
@@ -692,7 +692,7 @@ def add_to_json(c, name, finding):
         if not isinstance(entry, dict):
             raise UserError(f"{path} is not as eval.py writes it: put it elsewhere")
     entry[name] = {"step": c.step, **finding}
-    text = json.dumps(there, default=lambda value: value.tolist())  # numpy's
+    text = json.dumps(there, default=plain)
     write_json(path, json.loads(text, parse_constant=lambda _: None))  # nan is no JSON
 
 

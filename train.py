@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (CORPORA, PUBLISHED, Parser, UserError, default_tokenizer, kind_of, lock,
-                  make_data, number, read_json, reason_of, remove_scratch, run_main, say,
+from data import (CORPORA, PUBLISHED, Parser, UserError, default_tokenizer, json_lines, kind_of,
+                  lock, make_data, number, read_json, reason_of, remove_scratch, run_main, say,
                   write_json, written_whole)
 from eval import evaluate, find_device, held_out_rows, micro_batches, perplexity
 from model import GPT, GPTConfig, attention_maps, load, parse_parts, parse_size, save, transfer
@@ -236,11 +236,13 @@ def train(model, data, stage, file, settings, **more):
         progress = resume(file, model, optimizer, scaler, stage, more["fingerprint"])
     first = progress["step"]
     last = first if progress["passed"] == 2 else stage.steps  # see --stop_at
-    log, held_out = Log(file, stage, progress), held_out_rows(data, s.eval_rows)
+    log = Log(file, stage, progress)
+    if progress["before"] and first == last:
+        return progress  # it was complete
+    held_out = held_out_rows(data, s.eval_rows)
 
     def checkpoint(step):
-        tokens = step * stage.batch_size * stage.block_size
-        progress.update(step=step, tokens=tokens, seconds=log.seconds())
+        progress.update(step=step, tokens=step * log.tokens, seconds=log.seconds())
         if rank() == 0:
             source = {"spec": data.spec, "tokenizer": s.tokenizer, "seed": s.seed}
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
@@ -461,15 +463,11 @@ class Log:
         self.began = self.here - progress["seconds"]
         last = self.first if file.exists() else -1
         if rank() == 0:
-            lines = []
-            if self.path.is_file():
-                lines = self.path.read_text(errors="replace").splitlines()
             with written_whole(self.path) as log:
-                for line in lines:
-                    with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
-                        entry = json.loads(line)
+                for entry in json_lines(self.path):
+                    with contextlib.suppress(KeyError, TypeError):  # no entry of ours
                         if entry["stage"] != stage.name or entry["step"] <= last:
-                            log.write(f"{line}\n".encode())
+                            log.write(f"{json.dumps(entry)}\n".encode())
 
     def seconds(self):
         return time.time() - self.began
@@ -704,7 +702,7 @@ def settle(given):
     kind = kind_of(data)
     device = find_device(given.get("device"), elsewhere=given.get("plan", False))
     cuda = device.startswith("cuda")
-    checkpoint = given.get("init") or given.get("attn_from") or given.get("mlp_from")
+    checkpoint = named_checkpoint(given)
 
     s = {name: default for name, (_, default, _) in FLAGS.items()}
     s |= dict(dtype="float32", compile=cuda and not given.get("sharpen"))
@@ -737,6 +735,11 @@ def settle(given):
     return Namespace(**s)
 
 
+def named_checkpoint(s):
+    """The checkpoint that a run starts from, if its settings name one."""
+    return s.get("init") or s.get("attn_from") or s.get("mlp_from")
+
+
 def settings_of(path, whole):
     """What a run takes from a checkpoint: the model's shape, or all that it has to keep."""
     model, state = load(path)
@@ -754,7 +757,7 @@ def check(s, given, kind):
     warmup, data = s["warmup"], s["data"]
     parse_parts(s["transfer"])
     GPTConfig(1, 1, *parse_size(s["size"]))
-    checkpoint = s["init"] or s["attn_from"] or s["mlp_from"]
+    checkpoint = named_checkpoint(s)
     for wrong, line in (
             (kind == "rule", f"--data {data} is a rule: --warmup takes rules"),
             (kind == "task" and s["preset"], "--preset is for text: tasks bring their settings"),
@@ -780,9 +783,7 @@ def run_name(given):
     what = [given["preset"]] if "preset" in given else []
     if "data" in given or not what:
         what.append(Path(given.get("data", "code")).name)
-    warmup = given.get("warmup", "dyck")
-    if given.get("init") or given.get("attn_from") or given.get("mlp_from"):
-        warmup = "none"
+    warmup = given.get("warmup", "none" if named_checkpoint(given) else "dyck")
     name = f"{'-'.join(what)}-{warmup}-s{given.get('seed', 0)}"
     for key, value in given.items():
         if key not in OPERATIONAL | {"data", "warmup", "seed", "preset"}:
@@ -849,7 +850,7 @@ def next_command(settings, given, warmup):
     s, moves = settings, ("init", "attn_from", "mlp_from", "transfer", "embeddings", "positions")
     other = {key: value for key, value in given.items()
              if key not in (*moves, "out", "resume") and not key.startswith("warmup")}
-    if s.init or s.attn_from or s.mlp_from:  # what came from the checkpoint
+    if named_checkpoint(vars(s)):  # what came from it
         for key in ("size", "tied", "block_size", "tokenizer") if s.transfer == "all" else ["size"]:
             other[key] = getattr(s, key)
     return other | {"warmup": warmup}

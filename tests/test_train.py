@@ -403,7 +403,8 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(owner, name, 
         kill(n, owner, name, f"{n}", "--warmup_curriculum", **ALL)
         if Path(f"{n}/log.jsonl").exists():
             with open(f"{n}/log.jsonl", "ab") as file:
-                file.write(b'[1]\n{"stage": "train"}\n\xff\n7\n{"stage": "train", "st')
+                file.write(b'[1]\n{"stage": "train"}\n\xff\n7\n' + b'[' * 100_000)
+                file.write(b'\n{"stage": "train", "st')
         go(f"{n}", "--warmup_curriculum", "--resume", "--save_every=7", **ALL)
         assert outcome(f"{n}") == whole, n
 
