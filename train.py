@@ -593,7 +593,7 @@ FLAGS = {
     "positions": (("fit", "moved", "random"), "fit", "how positions begin; fit: moved where the "
                   "warm-up has as many"),
     "preset": (str, None, "a published run: c4, codeparrot, deepmind_math, wikitext103, or one of "
-               "these with -350m or -1.3b"),
+               "these with -350m or -1.3b; or laptop: what text has without a GPU"),
     "data": (str, None, "a task, a corpus or a path (data.py list) to train on; code if not given"),
     "tokenizer": (str, None, "of text: bytes, or one that tiktoken knows, such as gpt2"),
     "size": (str, None, "tiny, gpt2, gpt2-medium, -large, -xl, 1.3b, or layers_heads_width"),
@@ -633,8 +633,9 @@ TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, l
             warmup_steps=10_000, warmup_batch_size=128, warmup_lr=5e-3, warmup_lr_schedule="cosine",
             warmup_lr_ramp=200, warmup_min_lr=0.0, warmup_weight_decay=0.1, warmup_dropout=0.0)
 # Text on two CPU cores, in less than three minutes: the lowest loss of what was tried (ours).
-LAPTOP = dict(size="tiny", steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine",
-              lr_ramp=100, weight_decay=0.1, dropout=0.0, eval_rows=320,
+LAPTOP = dict(data="code", size="tiny", steps=3000, batch_size=8, block_size=128, lr=2e-3,
+              lr_schedule="cosine", lr_ramp=100, weight_decay=0.1, dropout=0.0, dtype="float32",
+              eval_rows=320,
               warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
               warmup_lr_ramp=200, warmup_min_lr=0.0, warmup_weight_decay=0.1, warmup_dropout=0.0)
 # Text at GPT-2's size: paper, "Semantic pretraining"; no positions move. Its warm-ups are below.
@@ -649,13 +650,12 @@ MATH = PARROT | dict(data="deepmind_math", steps=50_000, batch_size=64, block_si
 WIKI = C4 | dict(data="wikitext103", block_size=1024)  # ours, after C4's
 MEDIUM, LARGE = dict(size="24_16_1024"), dict(size="1.3b", recompute=True)
 PRESETS = {
-    "c4": C4, "c4-350m": C4 | MEDIUM,
+    "laptop": LAPTOP, "c4": C4, "c4-350m": C4 | MEDIUM,
     "c4-1.3b": C4 | LARGE | dict(steps=160_000),  # 10.5 billion tokens, the largest published run
     "codeparrot": PARROT, "codeparrot-350m": PARROT | MEDIUM, "codeparrot-1.3b": PARROT | LARGE,
     "deepmind_math": MATH, "deepmind_math-350m": MATH | MEDIUM, "deepmind_math-1.3b": MATH | LARGE,
     "wikitext103": WIKI, "wikitext103-350m": WIKI | MEDIUM, "wikitext103-1.3b": WIKI | LARGE}
 ROWS = PRESETS | {
-    "laptop": LAPTOP,
     "gpu": C4 | dict(steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1, dropout=0.0,
                      warmup_dropout=0.0),  # for corpora of some 10 MB (ours)
     "task": TASK,
