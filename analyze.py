@@ -157,7 +157,8 @@ class Column:
 
 def table(column):
     """which warm-up helps which task, moved over in either published way, or in ours"""
-    for spec in ("dyck", "identity", "set", "eca") if column.quick else RULES:
+    quick = ("dyck", "identity", "set", "eca", "nca:states=2,grid=6,length=128")
+    for spec in (*(quick if column.quick else RULES), "eca:rule=random"):
         for start, flags in STARTS.items():
             yield column.row(spec, f"{spec}, {start}", flags)
 
@@ -234,7 +235,8 @@ def mix(column):
 
 def efficiency(column):
     """how much less text does it take, until the loss is that of the baseline with all of it"""
-    for spec in ("set", "union", "sort", "dyck", "dyck_shuffle", "eca", "text"):
+    for spec in ("set", "union", "sort", "dyck", "dyck_shuffle", "eca", "eca:rule=random", "nca",
+                 "text"):
         yield column.row(spec)
     flags = as_dict(column.train)
     steps = int(flags.get("--steps") or PRESETS[flags["--preset"]]["steps"])

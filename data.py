@@ -70,6 +70,7 @@ class UserError(Exception):
 # (paper, "Procedural data").
 
 BAR = None  # the separator; `Rows` gives it its number
+RANDOM = -1  # what "rule=random" says of eca
 
 
 def symbols(r, length, vocab):
@@ -169,7 +170,11 @@ def dyck_shuffle(r, k=16, length=128, p=0.5, depth=16):
 
 
 def eca(r, rule=110, width=16, length=128):
-    """a cellular automaton on a ring of `width` cells, row after row; the first row is random"""
+    """a cellular automaton on a ring of `width` cells, row after row; the first row is random
+
+    rule=random: each example has a rule of its own, which has to be found out (ours)."""
+    if rule == RANDOM:
+        rule = r.randrange(256)
     cells = r.choices((0, 1), k=width)
     row = list(cells)
     while len(row) < length:
@@ -177,6 +182,31 @@ def eca(r, rule=110, width=16, length=128):
         cells = [rule >> (4 * left + 2 * cell + right) & 1 for left, cell, right in neighbours]
         row += cells
     return row[:width], row[width:length]
+
+
+def nca(r, states=10, grid=12, length=180, simple=0, complex=1000):
+    """a neural cellular automaton, frame after frame; each example has a net of its own
+
+    After arXiv 2603.10055, but for the net, which is ours: 3 x 3 cells of a grid without edges, 16
+    hidden units, and the likeliest state. A token is a patch of 2 x 2 cells. An example counts if
+    its cells, a byte each, zip to `simple` to `complex` thousandths of their size."""
+    for _ in range(200):
+        g = np.random.default_rng(r.getrandbits(64))
+        hidden, out = g.normal(size=(9 * states, 16)), g.normal(size=(16, states))
+        frames = [g.integers(states, size=(grid, grid))]
+        while len(frames) * grid ** 2 < 4 * length:
+            seen = np.eye(states)[frames[-1]]
+            around = [np.roll(seen, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+            frames.append((np.tanh(np.concatenate(around, 2) @ hidden) @ out).argmax(2))
+        cells = np.array(frames)
+        zipped = len(zlib.compress(cells.astype(np.uint8).tobytes())) / cells.size
+        if simple <= 1000 * zipped <= complex:
+            break
+    else:
+        raise UserError(f"nca: of 200 nets none is between simple={simple} and complex={complex}")
+    patches = cells.reshape(len(cells), grid // 2, 2, grid // 2, 2).swapaxes(2, 3).reshape(-1, 4)
+    row = (patches @ states ** np.arange(3, -1, -1)).tolist()
+    return row[:grid ** 2 // 4], row[grid ** 2 // 4:length]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -250,6 +280,7 @@ RULES = {
     "dyck": Kind(dyck, lambda p: p["length"], lambda p: 2 * p["k"]),
     "dyck_shuffle": Kind(dyck_shuffle, lambda p: p["length"], lambda p: 2 * p["k"]),
     "eca": Kind(eca, lambda p: p["length"], lambda p: 2),
+    "nca": Kind(nca, lambda p: p["length"], lambda p: p["states"] ** 4),
 }
 TASKS = {
     "haystack": Kind(haystack, lambda p: 2 * p["pairs"] + 3, lambda p: 256, pad=0),
@@ -347,8 +378,8 @@ def is_held_out(prompt):
 
 LIMITS = {  # what a parameter accepts; one that is not here goes from 0 to a million
     "length": (1, 65536), "vocab": (3, 50000), "k": (1, 20000), "p": (0, 1), "depth": (1, 1024),
-    "rule": (0, 255), "width": (3, 4096), "pairs": (1, 64), "digits": (1, 100),
-    "numbers": (1, 1024), "below": (2, 50000)}
+    "rule": (RANDOM, 255), "width": (3, 4096), "pairs": (1, 64), "digits": (1, 100),
+    "numbers": (1, 1024), "below": (2, 50000), "states": (2, 16), "grid": (2, 64)}
 
 
 def parse_spec(spec):
@@ -389,7 +420,7 @@ def parameters(name, given=""):
             if key == "length":
                 values = [int(end) for end in text.split("-", 1)]
             else:
-                values = [type(p[key])(text)]
+                values = [RANDOM if (key, text) == ("rule", "random") else type(p[key])(text)]
         except ValueError:
             values = [math.nan]
         if not least <= values[0] <= values[-1] <= most:
@@ -397,6 +428,8 @@ def parameters(name, given=""):
         p[key] = (values[0], values[-1]) if key == "length" else values[0]
     if name == "eca" and p["length"][0] <= p["width"]:
         raise UserError(f"{name}: a length up to its width is a first row and nothing that follows")
+    if name == "nca" and (p["grid"] % 2 or p["length"][0] <= p["grid"] ** 2 // 4):
+        raise UserError("nca: grid is even, and length, in patches, more than one grid has")
     return p
 
 

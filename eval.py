@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (PROBLEM, RULES, Parser, UserError, default_tokenizer, make_data, number, plain,
-                  read_json, run_main, write_json, written_whole)
+from data import (PROBLEM, RANDOM, RULES, Parser, UserError, default_tokenizer, make_data, number,
+                  plain, read_json, run_main, write_json, written_whole)
 from model import GPT, attention_maps, load
 
 
@@ -113,6 +113,7 @@ class Opened:
         self.path, self.device, self.wanted = Path(path), find_device(device), problems
         self.model, state = load(path, self.device)
         self.model.eval()
+        self.first = self  # of several, the one that the others are compared with
         if (self.path / "ckpt.pt").exists():  # a run's folder
             self.path = self.path / "ckpt.pt"
         self.folder = self.path if self.path.is_dir() else self.path.parent
@@ -136,12 +137,14 @@ class Opened:
 
     def rule(self):
         """The name and parameters of a single rule or task. None, {} for text, mixtures, shuffled
-        rows, and brackets of varying length: where such a row ends, nobody can know."""
+        rows, and what nobody can know: the end of brackets of varying length, a rule that is each
+        example's own."""
         if self.data.kind == "text":
             return None, {}
         rows = self.data.train
         _, name, p = rows.members[0]
         varies = name.startswith("dyck") and p["length"][0] < p["length"][1]
+        varies |= name == "nca" or p.get("rule") == RANDOM
         return (None, {}) if rows.shuffled or len(rows.members) > 1 or varies else (name, p)
 
     def rows(self, n=None, data=None):
@@ -569,9 +572,35 @@ def probe_linear(c):
     return found
 
 
+def probe_similarity(c):
+    """how like the first checkpoint it is, on the same rows
+
+    The residual stream by linear CKA, which is 1 for the same but for rotation and scale (Kornblith
+    and others, arXiv 1905.00414), and the predictions by their KL divergence from the first's."""
+    other = c.first
+    if other is c or c.spec != other.spec or c.model.config.n_layer != other.model.config.n_layer:
+        return None
+    x = c.rows(min(c.n, max(8, 2 ** 13 // c.model.config.block_size)))[0]
+    real, ours, theirs = c.real(x), c.residual(x), other.residual(x)
+    alike = {layer: cka(ours[:, layer][real], theirs[:, layer][real])
+             for layer in range(ours.shape[1])}
+    apart = [F.kl_div(mine.log_softmax(-1), yours.log_softmax(-1), reduction="none",
+                      log_target=True).sum(-1) for mine, yours in zip(c.logits(x), other.logits(x))]
+    return {"n": f"{real.sum():,} tokens", "KL divergence (nats)": torch.cat(apart)[real].mean(),
+            "linear CKA by layers passed": {"residual stream": alike}}
+
+
+def cka(x, y):
+    """Linear CKA of two sets of n vectors, (n, d) and (n, e)."""
+    x, y = (each.astype(np.float64) - each.mean(0) for each in (x, y))
+    norm = np.linalg.norm
+    return norm(x.T @ y) ** 2 / max(norm(x.T @ x) * norm(y.T @ y), 1e-300)
+
+
 PROBES = {probe.__name__.removeprefix("probe_"): probe for probe in (
     probe_loss, probe_learned, probe_answers, probe_length, probe_errors, probe_brackets,
-    probe_context, probe_needle, probe_copying, probe_problems, probe_heads, probe_linear)}
+    probe_context, probe_needle, probe_copying, probe_problems, probe_heads, probe_linear,
+    probe_similarity)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -738,6 +767,7 @@ def main():
     opened = [Opened(path, args.device, args.data, args.tokenizer, args.problems)
               for path in args.checkpoints]
     for i, c in enumerate(opened):
+        c.first = opened[0]
         n = sum(p.numel() for p in c.model.parameters())
         print(f"[{i + 1}] {c.path}: {c.stage} step {c.step}, {n:,} parameters, held-out {c.spec}")
         for row in range(max(args.sample, args.prompt is not None)):
@@ -747,7 +777,8 @@ def main():
         if any(findings):
             print_table(name, findings)
         elif args.probe:
-            raise UserError(f"the probe {name} does not fit {opened[0].spec}")
+            why = ": it compares checkpoints of one rule or corpus" * (name == "similarity")
+            raise UserError(f"the probe {name} does not fit {opened[0].spec}{why}")
         for c, finding in zip(opened, findings):
             if finding:
                 add_to_json(c, name, finding)

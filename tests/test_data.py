@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -194,6 +195,52 @@ def test_each_row_of_the_automaton_is_the_rules_image_of_the_one_before(rule, im
     assert np.mean(first_rows) == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_random_rule_is_one_for_the_whole_row_and_another_for_the_next():
+    found = set()
+    for prompt, answer in examples("eca:rule=random,width=16,length=128", pad=None, n=40):
+        rows = np.array(prompt + answer).reshape(8, 16)
+        image = {}
+        for above, below in itertools.pairwise(rows):
+            for seen in zip(np.roll(above, 1), above, np.roll(above, -1), below):
+                assert image.setdefault(seen[:3], seen[3]) == seen[3]
+        found.add(tuple(sorted(image.items())))
+    assert len(found) > 30
+
+
+@pytest.mark.parametrize("states,grid", [(2, 4), (10, 12)])
+def test_a_neural_automatons_cells_are_images_of_their_neighbours_by_one_net(states, grid):
+    r, image, changed = random.Random(3), {}, 0
+    for _ in range(5):
+        prompt, answer = data.nca(r, states=states, grid=grid, length=5 * grid ** 2 // 4)
+        frames = np.zeros((5, grid, grid), int)
+        for i, token in enumerate(prompt + answer):
+            frame, patch = divmod(i, grid ** 2 // 4)
+            row, column = divmod(patch, grid // 2)
+            for place in range(4):
+                digit = token // states ** (3 - place) % states
+                frames[frame, 2 * row + place // 2, 2 * column + place % 2] = digit
+        image.clear()
+        for above, below in itertools.pairwise(frames):
+            for i, j in np.ndindex(grid, grid):
+                seen = tuple(above[(i + a) % grid, (j + b) % grid]
+                             for a in (-1, 0, 1) for b in (-1, 0, 1))
+                assert image.setdefault(seen, below[i, j]) == below[i, j]
+            changed += (above != below).any()
+    assert changed > 5
+
+
+def test_a_neural_automaton_is_as_simple_as_asked():
+    for low, high in ((0, 150), (300, 400)):
+        for seed in range(4):
+            r = random.Random(seed)
+            prompt, answer = data.nca(r, states=4, grid=8, length=160, simple=low, complex=high)
+            digits = np.array(prompt + answer)[:, None] // [64, 16, 4, 1] % 4
+            cells = digits.reshape(10, 4, 4, 2, 2).swapaxes(2, 3).astype(np.uint8).tobytes()
+            assert low <= 1000 * len(zlib.compress(cells)) / len(cells) <= high
+    with pytest.raises(UserError, match="of 200 nets none"):
+        data.nca(random.Random(0), states=2, grid=4, length=8, simple=0, complex=1)
+
+
 # Algorithmic tasks
 
 
@@ -244,7 +291,7 @@ def test_an_example_is_for_training_or_for_validation_never_both(spec, different
 
 
 @pytest.mark.parametrize("spec", ["dyck:k=4,length=30", "set+union:length=2-9", "shuffled:stack",
-                                  "eca", "haystack", "TEXT"])
+                                  "eca:rule=random", "nca", "haystack", "TEXT"])
 def test_a_row_is_a_pure_function_of_seed_split_and_number(spec, prose):
     spec = str(prose) if spec == "TEXT" else spec
     one, two = make_data(spec, 3).train, make_data(spec, 3).train
@@ -298,7 +345,8 @@ def test_a_curriculum_cuts_the_length_of_inputs_and_nothing_else():
     "dyck:k=0", "eca:rule=256", "dyck:p=2", "dyck:p=nan", "set:length=9-2", "set:vocab=2",
     "set:wide=3", "set:length", "set:length=x", "set:length=0", "set:length=2-",
     "haystack:pairs=65", "addition:digits=0", "-1*set+union", "a*set",
-    "1e308*set+1e308*union", f"set:length={'9' * 400}", "x" * 300, "eca:length=8"])
+    "1e308*set+1e308*union", f"set:length={'9' * 400}", "x" * 300, "eca:length=8",
+    "eca:rule=some", "nca:grid=5", "nca:length=36", "nca:states=17"])
 def test_bad_specs_are_refused_in_one_line(spec, refused):
     refused(data, "show", spec)
 
@@ -323,6 +371,7 @@ def test_a_refusal_says_what_there_is(refused):
     ("stack:length=5", r"(\d+ |pop )+\| «[\d ]+»[ _]*"),
     ("dyck:k=3,length=8", r"[(\[{] «[()\[\]{} ]{13}»"), ("dyck:k=9,length=4", r"\(\d «[()\d ]+»"),
     ("eca:width=8,length=24", r"[·█]{8}\n«[·█]{8}\n[·█]{8}»"),
+    ("nca:states=2,grid=4,length=8", r"(\d+ ){4}«(\d+ ?){4}»"),
     ("haystack:pairs=1", r"k0: \d+ \?k0 «\d+» _"), ("addition:digits=2", r"\d\d\+\d\d=«\d+\.»_?"),
     ("sorting:numbers=2", r"\d+ \d+ \| «\d+ \d+»"),
     ("multiplication:digits=1", r"\d\*\d=«\d+\.»_*"),

@@ -660,6 +660,33 @@ def test_checkpoints_stand_side_by_side(checkpoints, printed):
     assert kept["task.pt"][SPECS["task"]].keys() == {"learned"}
 
 
+def test_similarity_is_one_for_a_turned_copy_and_the_kl_divergence_is_that_of_the_predictions(
+        checkpoints, printed):
+    path = checkpoints["rule"]
+    other, spec = path.parent / "other.pt", SPECS["rule"]
+    torch.manual_seed(5)
+    model = GPT(load(path)[0].config)
+    save(other, model, source={"spec": spec, "tokenizer": "bytes", "seed": 0})
+    text = printed(path, path, other, "--probe", "similarity")
+    line = next(line for line in text.splitlines() if line.startswith("KL divergence"))
+    assert line.split()[-3:-1] == ["-", "0.0000"]
+    found = findings(path.parent)["other.pt"][spec]["similarity"]
+    c = script.Opened(path, "cpu")
+    x = torch.from_numpy(c.rows()[0])
+    real = torch.from_numpy(c.real(x.numpy()))
+    p, q = (each(x).log_softmax(-1)[real].double() for each in (load(path)[0], model))
+    assert found["KL divergence (nats)"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item())
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 4))
+    turn, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    assert script.cka(x, 3 * x @ turn + 1) == pytest.approx(1)
+    y, middle = rng.normal(size=(50, 3)), np.eye(50) - 1 / 50
+    k, m = (middle @ each @ each.T @ middle for each in (x, y))
+    hsic = np.trace(k @ m) / np.sqrt(np.trace(k @ k) * np.trace(m @ m))
+    assert script.cka(x, y) == pytest.approx(hsic)
+
+
 def test_what_is_in_eval_json_stays_there(checkpoints, printed):
     folder = checkpoints["rule"].parent
     (folder / "eval.json").write_text(json.dumps({"other.pt": {"dyck": {"loss": 1}}}))
