@@ -1,8 +1,9 @@
-"""What README shows: its worked example and its commands."""
+"""What README and the course show: worked examples are tried, commands are run or accepted."""
 import argparse
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -17,24 +18,32 @@ from conftest import ROOT
 from data import Parser
 
 README = (ROOT / "README.md").read_text()
+COURSE = (ROOT / "assets/course.md").read_text()
+EXERCISES = re.findall(r"^python .*", COURSE, re.MULTILINE)
 COMMANDS = re.findall(r"^(?:python|torchrun) .*\.py.*", README, re.MULTILINE)
 
 
-def test_a_rule_is_added_in_six_lines_as_readme_shows(tmp_path):
-    function, entry = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def with_rule(folder, text):
+    """Puts the rule that a text shows into a copy of the scripts, in at most six lines. Returns a
+    function that runs one of these."""
+    function, entry = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len((function + entry).splitlines()) <= 6
     for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    text = (tmp_path / "data.py").read_text()
+        shutil.copy(path, folder)
+    code = (folder / "data.py").read_text()
     for block, place in ((f"{function}\n\n", "# ---------"), (entry, "}\nTASKS = {")):
-        after = text.index(place, text.index("def eca("))
-        text = text[:after] + block + text[after:]
-    (tmp_path / "data.py").write_text(text)
+        after = code.index(place, code.index("def nca("))
+        code = code[:after] + block + code[after:]
+    (folder / "data.py").write_text(code)
 
     def python(*argv):
-        return subprocess.run([sys.executable, *argv], cwd=tmp_path, check=True, text=True,
+        return subprocess.run([sys.executable, *argv], cwd=folder, check=True, text=True,
                               capture_output=True, timeout=60).stdout
+    return python
 
+
+def test_a_rule_is_added_in_six_lines_as_readme_shows(tmp_path):
+    python = with_rule(tmp_path, README)
     row = python("data.py", "show", "swap:length=6", "-n", "1").splitlines()[-1]
     x, answer = row.removesuffix("»").split(" | «")
     x, answer = x.split(), answer.split()
@@ -42,6 +51,36 @@ def test_a_rule_is_added_in_six_lines_as_readme_shows(tmp_path):
     said = python(*"train.py --warmup swap --warmup_steps 2 --data haystack:pairs=2 --steps 2 "
                   "--batch_size 4 --warmup_batch_size 4 --eval_rows 8 --device cpu".split())
     assert "warm-up    swap: held-out loss" in said
+
+
+def test_the_rule_that_solves_the_last_exercise_is_one(tmp_path):
+    python = with_rule(tmp_path, COURSE)
+    row = python("data.py", "show", "lookup:length=6", "-n", "1").splitlines()[-1]
+    pairs, answer = (re.findall(r"(\d+) (\d+)", part) for part in row.split("|"))
+    assert len(pairs) == 3 and answer == sorted(pairs, key=lambda pair: int(pair[0]))
+
+
+def test_the_exercises_run(tmp_path, prose, monkeypatch, capsys):
+    small = "--batch_size 8 --warmup_batch_size 8 --eval_rows 16 --device cpu --no-compile"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    scripts = {"data.py": data, "eval.py": probes, "analyze.py": analyze, "train.py": train}
+    assert len(EXERCISES) > 15
+    for command in EXERCISES:
+        _, name, *argv = shlex.split(command.replace("--data docs", f"--data {prose}"))
+        if name == "-c":
+            exec(argv[0], {})
+            continue
+        if name == "train.py":
+            settings = train.parse([*argv, "--device", "cpu"])[0]
+            steps = ["--steps", str(min(3, settings.steps)), "--eval_every", "3"]
+            steps += ["--warmup_steps", "3"] if settings.warmup != "none" else []
+            argv += [*steps, *small.split()]
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        scripts[name].main()
+    said = capsys.readouterr().out
+    assert "learned: " in said and (tmp_path / "curves.png").exists()
+    assert (tmp_path / "out/brackets/eval-warmup-heads.png").exists()
 
 
 class Parsed(Exception):
