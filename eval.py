@@ -578,7 +578,9 @@ def probe_similarity(c):
     The residual stream by linear CKA, which is 1 for the same but for rotation and scale (Kornblith
     and others, arXiv 1905.00414), and the predictions by their KL divergence from the first's."""
     other = c.first
-    if other is c or c.spec != other.spec or c.model.config.n_layer != other.model.config.n_layer:
+    ours, theirs = ((each.spec, each.model.config.vocab_size, each.model.config.block_size,
+                     each.model.config.n_layer) for each in (c, other))
+    if other is c or ours != theirs:
         return None
     x = c.rows(min(c.n, max(8, 2 ** 13 // c.model.config.block_size)))[0]
     real, ours, theirs = c.real(x), c.residual(x), other.residual(x)

@@ -770,7 +770,7 @@ def check(s, given, kind):
             ({"steps", "tokens"} <= given.keys(), "--steps and --tokens say the same: choose"),
             ({"warmup_steps", "warmup_tokens"} <= given.keys(),
              "--warmup_steps and --warmup_tokens say the same: choose"),
-            (s["warmup_curriculum"] and (warmup in ("none", "text") or "eca" in warmup),
+            (s["warmup_curriculum"] and re.search("^none$|^text$|eca|nca", warmup),
              "--warmup_curriculum needs a rule whose input can grow from length 2"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
              "--sharpen looks at the attention: it excludes --compile and --recompute")):

@@ -12,7 +12,7 @@ from model import load
 FLAGS = "--data haystack:pairs=4 --batch_size 32 --eval_rows 64 --eval_every 4 --device cpu "
 RUNS = {
     "rates": ["--warmup none --steps 12 --lr 3e-2", "--warmup none --steps 12 --lr_ramp 3 --seed 1",
-              "--init w1/warmup.pt --embeddings mean --steps 8"],
+              "--init warm/warmup.pt --embeddings mean --steps 8"],
     "penalties": ["--warmup none --steps 8 --sharpen 0.1", "--warmup none --steps 8 --sharpen 1"],
     "whole answers": ["--data sorting:numbers=4,below=9 --warmup none --steps 8"],
     "found": [f"--data sorting:numbers=4,below=3 --warmup none --steps 24 {more}"
@@ -59,9 +59,6 @@ def test_warm_ups_made_together_are_those_that_train_makes(compare):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_runs_made_together_are_those_that_train_makes(name, compare, tmp_path):
-    if name == "rates":
-        warm = train.parse([*FLAGS.split(), *f"{WARM} dyck:length=12 --out w1".split()])[0]
-        train.run(warm)
-        os.rename("w1", "warm")
-    compare([run.replace("w1/", "warm/") for run in RUNS[name]])
+def test_runs_made_together_are_those_that_train_makes(name, compare):
+    train.run(train.parse(f"{FLAGS} {WARM} dyck:length=12 --out warm".split())[0])
+    compare(RUNS[name])

@@ -1,12 +1,13 @@
-"""Many small runs at once on one GPU: the rows of an experiment on a task, with all their seeds.
+"""Many small runs at once: the rows that the claims about tasks name, with all their seeds.
 
-    python tests/together.py warmups controls table --results results
-    python tests/together.py runs controls table --only recall --results results
+    python tests/together.py warmups --results results
+    python tests/together.py runs --results results --only "recall of 15 | dyck"
 
 A model of 15,000 parameters leaves a GPU idle, and hundreds of runs of one take a CPU days. Here
 models of one shape are stacked, and trained side by side, each with its weights, rows and rates.
 The folders written are those that analyze.py would make; only the order of sums in a step differs
-from train.py, which test_together.py holds this to. It neither resumes nor takes text.
+from train.py, which test_together.py holds this to. It neither resumes nor takes text. On a CPU it
+saves little: --device cpu --workers 0.
 """
 import argparse
 import contextlib
@@ -29,8 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import train
 from analyze import CLAIMS, TASKS, changed_checkpoint, folder_of, read_results, rows_of
-from data import make_data
-from eval import first_rows, held_out_rows
+from data import make_data, write_json
+from eval import Opened, first_rows, held_out_rows, probe_learned
 from model import save
 
 
@@ -90,7 +91,13 @@ class Member:
             warmed = self.warmed
         with open(self.out / "log.jsonl", "w") as file:
             file.writelines(f"{json.dumps(entry)}\n" for entry in self.log)
+        write_json(self.out / "config.json", {
+            "settings": vars(s), "warmup": warmed["spec"], "fingerprint": self.fingerprint,
+            "environment": train.environment()})
         train.write_result(self.out, s, self.fingerprint, warmed, done)
+        if self.warm:
+            found = probe_learned(Opened(self.out / "warmup.pt", "cpu"))
+            write_json(self.out / "learned.json", found or {})
 
 
 @functools.cache
@@ -293,14 +300,14 @@ def changed(job):
     changed_checkpoint(*job)
 
 
-def together(stage, runs, results, device, workers, compiled, only):
+def together(stage, runs, results, device, workers, compiled):
     """Makes the warm-ups or the runs that are not there yet, those of one shape at a time."""
     members, jobs = [], []
     if stage == "warmups":
         for flags, seed in warmups_of(runs):
             folder = Path(folder_of(seed, flags))
-            if only in flags and not (results / folder / "result.json").exists():
-                members.append(Member(flags, seed, folder, True))
+            if not (results / folder / "result.json").exists():
+                members.append(Member(f"{flags} --device {device}", seed, folder, True))
     else:
         found = {folder_of(seed, flags): f"{folder_of(seed, flags)}/warmup.pt"
                  for flags, seed in warmups_of(runs)}
@@ -318,7 +325,10 @@ def together(stage, runs, results, device, workers, compiled, only):
                 flags += f" --{'attn_from' if row.mlp_from else 'init'} {path}"
             if row.mlp_from:
                 flags += f" --mlp_from {found[folder_of(seed, row.mlp_from)]}"
-            members.append(Member(flags, seed, Path(row.folder(seed)), False))
+            out = Path(row.folder(seed))
+            members.append(Member(f"{flags} --device {device}", seed, out, False))
+        for *_, to in jobs:
+            Path(to).unlink()
     groups = {}
     for member in members:
         member.out.mkdir(exist_ok=True)
@@ -332,8 +342,7 @@ def together(stage, runs, results, device, workers, compiled, only):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("stage", choices=("warmups", "runs"))
-    parser.add_argument("--only", default="")
-    parser.add_argument("--skip", default="nothing")
+    parser.add_argument("--only", default="", help="rows with this in \"column | row\"")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--workers", type=int, default=4)
@@ -347,14 +356,14 @@ def main():
     for name in {claim.experiment for claim in CLAIMS}:
         for row in rows_of(name, "quick"):
             if (name, row.column, row.name) in wanted and row.column in TASKS and (
-                    args.stage == "warmups" or args.only in f"{row.column} | {row.train}") and (
-                    args.skip not in f"{row.column} | {row.train}"):
+                    args.only in f"{row.column} | {row.name}"):
                 for seed in range(args.seeds):
                     if "result" not in there.get(row.folder(seed), {}):
                         runs[row.folder(seed)] = row, seed
-    with contextlib.chdir(args.results):
-        together(args.stage, list(runs.values()), args.results.resolve(), args.device,
-                 args.workers, not args.no_compile, args.only)
+    results = args.results.resolve()
+    with contextlib.chdir(results):
+        together(args.stage, list(runs.values()), results, args.device, args.workers,
+                 not args.no_compile)
 
 
 if __name__ == "__main__":
