@@ -573,6 +573,10 @@ def permutation_p(a, b):
     return float((differences >= differences[0] - 1e-9 * np.abs(both).max()).mean())  # rounding
 
 
+def shown_p(p):
+    return "" if math.isnan(p) else f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
 def bootstrap(a, b):
     """The 95 % interval of how much larger the mean of a is than that of b, over seeds."""
     r = np.random.default_rng(0)
@@ -640,7 +644,7 @@ def table_lines(columns):
             compared = ["", "", ""]
             if first.n and each is not first:
                 gain, (low, high), p = each.against(first)
-                compared = [each.show(gain), f"{each.show(low)} to {each.show(high)}", f"{p:.4f}"]
+                compared = [each.show(gain), f"{each.show(low)} to {each.show(high)}", shown_p(p)]
             lines.append(f"| {' | '.join([*cells, str(each.n), *compared, each.learned])} |")
         missing = [each.row.name for each in outcomes if not each.n]
         lines += ["", f"no result yet: {'; '.join(missing)}"] if missing else []
@@ -694,16 +698,18 @@ def curves(runs, picture):
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
         curve = {point["tokens"]: point[metric] for point in points[1:] or points}
         groups.setdefault(alike, []).append(curve)
-    figure, axis = pyplot().subplots(figsize=(8, 5.5))
+    figure, axis = pyplot().subplots(figsize=(8, 6.5))
     for i, ((label, _), group) in enumerate(groups.items()):
         shared = sorted(set(group[0]).intersection(*group))
+        if len({max(curve) for curve in group}) > 1:
+            shared = []  # some stopped when they had learned it: a mean of the others would mislead
         mean = [np.mean([curve[tokens] for curve in group]) for tokens in shared]
         axis.plot(shared, mean, color=f"C{i}", linewidth=2.5, label=f"{label} (n = {len(group)})")
         for curve in group:
-            axis.plot(list(curve), list(curve.values()), color=f"C{i}", alpha=0.35, linewidth=0.8)
+            axis.plot(list(curve), list(curve.values()), color=f"C{i}", alpha=0.5, linewidth=1)
     axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
     axis.set(title=data[0], xlabel="tokens of training", ylabel=ylabel)
-    axis.legend()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)
 
 
@@ -779,9 +785,8 @@ def claims_lines(found, seeds):
              "|---|---|---|---|---|---|---|"]
     for claim in CLAIMS:
         measured, n, p, verdict = judge(claim, seeds, found)
-        p = "" if math.isnan(p) else f"{p:.4f}"
-        lines.append(f"| {claim.text} | {claim.published} | {measured} | {n} | {p} | {verdict} "
-                     f"| `{claim.experiment} --only {shlex.quote(claim.column)}` |")
+        lines.append(f"| {claim.text} | {claim.published} | {measured} | {n} | {shown_p(p)} "
+                     f"| {verdict} | `{claim.experiment} --only {shlex.quote(claim.column)}` |")
     return lines
 
 

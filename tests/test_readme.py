@@ -103,3 +103,16 @@ def test_the_commands_of_readme_are_accepted(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *argv])
     with pytest.raises(Parsed):
         {"data.py": data, "eval.py": probes, "analyze.py": analyze, "model.py": model}[name].main()
+
+
+@pytest.mark.parametrize("text,folder", [(README, ROOT), (COURSE, ROOT / "assets")])
+def test_what_is_pointed_to_is_there(text, folder):
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (folder / link).exists(), link
+
+
+def test_the_table_of_readme_is_what_the_packed_results_say():
+    found = analyze.read_results(ROOT / "assets/results.jsonl.gz")
+    for line in analyze.claims_lines(found, seeds=10):
+        row = "|".join(line.split("|")[:7])
+        assert row in README
