@@ -72,6 +72,10 @@ class Row:
     change: str = ""    # what is done to the weights of the warm-up first, see change_weights
     mlp_from: str = ""  # flags of a second warm-up, whose MLPs are taken with the first's attention
 
+    def warmups(self):
+        """The flags of the warm-ups that it takes up."""
+        return [flags for flags in (self.warmup, self.mlp_from) if flags]
+
     def folder(self, seed):
         return folder_of(seed, self.train, self.warmup, self.change, self.mlp_from)
 
@@ -374,8 +378,8 @@ def call_train(flags, folder, seed, device):
 
 
 def make_warmup(flags, seed, results, device):
-    """Makes a warm-up unless it is there, and asks whether it was learned. Returns its checkpoint,
-    as seen from `results`. Raises UserError and Stopped."""
+    """Makes a warm-up unless it is there, and asks whether it was learned. Raises UserError and
+    Stopped."""
     folder = results / folder_of(seed, flags)
     with LOCKS[folder]:
         if not (folder / "result.json").exists():
@@ -383,32 +387,46 @@ def make_warmup(flags, seed, results, device):
         if not (folder / "learned.json").exists():
             found = probe_learned(Opened(folder / "warmup.pt", "cpu")) or {}
             write_json(folder / "learned.json", found)
-    return f"{folder.name}/warmup.pt"
+
+
+def with_checkpoints(row, seed, results):
+    """The flags of a row, and in them the checkpoints of its warm-ups, as seen from `results`,
+    where they are. One that is to be changed is copied first, beside the run."""
+    flags = row.train
+    if row.warmup:
+        path = f"{folder_of(seed, row.warmup)}/warmup.pt"
+        if row.change:
+            copy = f"{row.folder(seed)}.changed.pt"
+            changed_checkpoint(results / path, row.change, seed, results / copy)
+            path = copy
+        flags += f" --{'attn_from' if row.mlp_from else 'init'} {path}"
+    if row.mlp_from:
+        flags += f" --mlp_from {folder_of(seed, row.mlp_from)}/warmup.pt"
+    return flags
 
 
 def make_run(row, seed, results, device):
     """Runs or resumes a row with one seed. Raises UserError and Stopped."""
-    flags, name = row.train, row.folder(seed)
-    scratch = results / f"{name}.changed.pt"
-    if row.warmup:
-        path = make_warmup(row.warmup, seed, results, device)
-        if row.change:
-            changed_checkpoint(results / path, row.change, seed, scratch)
-            path = scratch.name
-        flags += f" --{'attn_from' if row.mlp_from else 'init'} {path}"
-    if row.mlp_from:
-        flags += f" --mlp_from {make_warmup(row.mlp_from, seed, results, device)}"
-    call_train(flags, results / name, seed, device)
-    scratch.unlink(missing_ok=True)
+    for flags in row.warmups():
+        make_warmup(flags, seed, results, device)
+    name = row.folder(seed)
+    call_train(with_checkpoints(row, seed, results), results / name, seed, device)
+    (results / f"{name}.changed.pt").unlink(missing_ok=True)
+
+
+def missing(rows, seeds, results):
+    """{folder: (row, seed)} of what has no result yet."""
+    found, runs = read_results(results), {}
+    for seed, row in itertools.product(range(seeds), rows):
+        if "result" not in found.get(row.folder(seed), {}):
+            runs.setdefault(row.folder(seed), (row, seed))
+    return runs
 
 
 def run_all(rows, seeds, results, jobs, device):
     """Every row with every seed that has no result yet, `jobs` at a time, all rows of a seed first;
     and before these, the warm-ups that they take up."""
-    found, runs = read_results(results), {}
-    for seed, row in itertools.product(range(seeds), rows):
-        if "result" not in found.get(row.folder(seed), {}):
-            runs.setdefault(row.folder(seed), (row, seed))
+    runs = missing(rows, seeds, results)
     print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
     began, ended = time.time(), itertools.count(1)
 
@@ -431,8 +449,8 @@ def run_all(rows, seeds, results, jobs, device):
     pool, futures = ThreadPoolExecutor(jobs), []
     for seed in range(seeds):
         ours = [row for row, of in runs.values() if of == seed]
-        warmups = dict.fromkeys(flags for row in ours for flags in (row.warmup, row.mlp_from))
-        for flags in filter(None, warmups):  # if one fails, its rows say so
+        warmups = dict.fromkeys(flags for row in ours for flags in row.warmups())
+        for flags in warmups:  # if one fails, its rows say so
             pool.submit(make_warmup, flags, seed, results, device)
         futures += [pool.submit(one, row, seed) for row in ours]
     try:
@@ -700,9 +718,9 @@ def curves(runs, picture):
         groups.setdefault(alike, []).append(curve)
     figure, axis = pyplot().subplots(figsize=(8, 6.5))
     for i, ((label, _), group) in enumerate(groups.items()):
-        shared = sorted(set(group[0]).intersection(*group))
-        if len({max(curve) for curve in group}) > 1:
-            shared = []  # some stopped when they had learned it: a mean of the others would mislead
+        # Of some that stopped when they had learned it, the mean of the others would mislead.
+        level = len({max(curve) for curve in group}) == 1
+        shared = sorted(set(group[0]).intersection(*group)) if level else []
         mean = [np.mean([curve[tokens] for curve in group]) for tokens in shared]
         axis.plot(shared, mean, color=f"C{i}", linewidth=2.5, label=f"{label} (n = {len(group)})")
         for curve in group:

@@ -143,13 +143,18 @@ class Opened:
             return None, {}
         rows = self.data.train
         _, name, p = rows.members[0]
+        mixed = rows.shuffled or len(rows.members) > 1
         varies = name.startswith("dyck") and p["length"][0] < p["length"][1]
-        varies |= name == "nca" or p.get("rule") == RANDOM
-        return (None, {}) if rows.shuffled or len(rows.members) > 1 or varies else (name, p)
+        hidden = name == "nca" or p.get("rule") == RANDOM
+        return (None, {}) if mixed or varies or hidden else (name, p)
 
     def rows(self, n=None, data=None):
         """The first held-out rows x, y: int64 arrays (n, block_size)."""
         return [each.numpy() for each in first_rows(data or self.data, n or self.n)]
+
+    def few_rows(self):
+        """Fewer of these, x alone, where every layer's stream of them is kept."""
+        return self.rows(min(self.n, max(8, 2 ** 13 // self.model.config.block_size)))[0]
 
     def real(self, x):
         """bool (n, T): the places before the pads that fill a row up. Text has none."""
@@ -549,7 +554,7 @@ def probe_linear(c):
 
     Beside it stand an untrained model, and a control task: random labels for each pair of a token
     and the one before it (after Hewitt and Liang, arXiv 1909.03368)."""
-    x = c.rows(min(c.n, max(8, 2 ** 13 // c.model.config.block_size)))[0]
+    x = c.few_rows()
     states, rng = rule_states(c, x), np.random.default_rng(c.seed)
     if not states:
         return None
@@ -582,7 +587,7 @@ def probe_similarity(c):
                      each.model.config.n_layer) for each in (c, other))
     if other is c or ours != theirs:
         return None
-    x = c.rows(min(c.n, max(8, 2 ** 13 // c.model.config.block_size)))[0]
+    x = c.few_rows()
     real, ours, theirs = c.real(x), c.residual(x), other.residual(x)
     alike = {layer: cka(ours[:, layer][real], theirs[:, layer][real])
              for layer in range(ours.shape[1])}

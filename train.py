@@ -386,7 +386,7 @@ def gradients(net, model, parts, counted, stage, settings, scaler):
                 part = net(x, y) / max(counted, 1)
             loss += part.detach()
             if sharpen:
-                part = part + sharpen * attention_entropy(maps, y) / stage.batch_size
+                part = part + sharpen * attention_entropy(maps, y).sum() / stage.batch_size
             scaler.scale(part * world_size()).backward()  # DDP takes the mean; wanted is the sum
     return loss
 
@@ -410,12 +410,12 @@ def autocast(settings):
 
 
 def attention_entropy(maps, y):
-    """The mean over layers, heads and places up to the last that counts, summed over rows; in nats.
-    maps: of each layer what its heads attend to, (rows, heads, T, T)."""
+    """The mean over layers, heads and places up to the last that counts, (rows,), in nats. maps: of
+    each layer what its heads attend to, (rows, heads, T, T)."""
     read = (y != -1).flip(1).cumsum(1).flip(1) > 0
     share = read / read.sum(1, keepdim=True).clamp_min(1)
     entropy = [torch.special.entr(each.clamp_min(1e-9)).sum(-1).mean(1) for each in maps]
-    return (torch.stack(entropy).mean(0) * share).sum()
+    return (torch.stack(entropy).mean(0) * share).sum(1)
 
 
 def resume(file, model, optimizer, scaler, stage, fingerprint):

@@ -20,6 +20,8 @@ from data import Parser
 README = (ROOT / "README.md").read_text()
 COURSE = (ROOT / "assets/course.md").read_text()
 EXERCISES = re.findall(r"^python .*", COURSE, re.MULTILINE)
+SCRIPTS = {"data.py": data, "model.py": model, "train.py": train, "eval.py": probes,
+           "analyze.py": analyze}
 COMMANDS = re.findall(r"^(?:python|torchrun) .*\.py.*", README, re.MULTILINE)
 
 
@@ -64,7 +66,6 @@ def test_the_exercises_run(tmp_path, prose, monkeypatch, capsys):
     small = "--batch_size 8 --warmup_batch_size 8 --eval_rows 16 --device cpu --no-compile"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    scripts = {"data.py": data, "eval.py": probes, "analyze.py": analyze, "train.py": train}
     assert len(EXERCISES) > 15
     for command in EXERCISES:
         _, name, *argv = shlex.split(command.replace("--data docs", f"--data {prose}"))
@@ -77,7 +78,7 @@ def test_the_exercises_run(tmp_path, prose, monkeypatch, capsys):
             steps += ["--warmup_steps", "3"] if settings.warmup != "none" else []
             argv += [*steps, *small.split()]
         monkeypatch.setattr(sys, "argv", [name, *argv])
-        scripts[name].main()
+        SCRIPTS[name].main()
     said = capsys.readouterr().out
     assert "learned: " in said and (tmp_path / "curves.png").exists()
     assert (tmp_path / "out/brackets/eval-warmup-heads.png").exists()
@@ -102,7 +103,7 @@ def test_the_commands_of_readme_are_accepted(command, monkeypatch):
     monkeypatch.setattr(Parser, "parse_args", parse_args)
     monkeypatch.setattr(sys, "argv", [name, *argv])
     with pytest.raises(Parsed):
-        {"data.py": data, "eval.py": probes, "analyze.py": analyze, "model.py": model}[name].main()
+        SCRIPTS[name].main()
 
 
 @pytest.mark.parametrize("text,folder", [(README, ROOT), (COURSE, ROOT / "assets")])

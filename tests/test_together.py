@@ -1,6 +1,5 @@
 """tests/together.py against train.py: the same runs, but for the order of sums."""
 import json
-import os
 
 import pytest
 import torch
@@ -29,8 +28,6 @@ def compare(tmp_path, monkeypatch):
         words = [[*FLAGS.split(), *run.split()] for run in runs]
         members = [together.Member(FLAGS + run, train.parse(argv)[0].seed, f"m{i}", warm)
                    for i, (run, argv) in enumerate(zip(runs, words))]
-        for member in members:
-            os.mkdir(member.out)
         together.train_together(members, "cpu", 0, False)
         for i, argv in enumerate(words):
             train.run(train.parse([*argv, "--out", f"w{i}"])[0])

@@ -18,7 +18,6 @@ import math
 import shlex
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +28,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import train
-from analyze import CLAIMS, TASKS, changed_checkpoint, folder_of, read_results, rows_of
-from data import make_data, write_json
-from eval import Opened, first_rows, held_out_rows, probe_learned
+from analyze import CLAIMS, TASKS, folder_of, make_warmup, missing, rows_of, with_checkpoints
+from data import make_data
+from eval import first_rows, held_out_rows
 from model import save
 
 
@@ -39,7 +38,7 @@ class Member:
     """A run, or with warm=True a warm-up, as train.py has it before its first step."""
 
     def __init__(self, flags, seed, out, warm):
-        words = [*shlex.split(flags), "--seed", str(seed), "--out", str(out)]
+        words = [*shlex.split(flags), "--seed", str(seed), "--out", str(out), "--resume"]
         self.s, _ = train.parse(words)
         self.out, self.warm = Path(out), warm
         data, rule = train.open_data(self.s)
@@ -47,6 +46,8 @@ class Member:
         self.task, self.data = data, rule if warm else data
         self.model = train.new_model(data, self.s.size, self.s.tied, self.s.dropout, seed)
         self.warmed = train.start_from_checkpoints(self.model, self.s)
+        self.out.mkdir(exist_ok=True)
+        train.open_run(self.out, self.s, self.fingerprint, self.warmed["spec"])
         if warm:
             self.target = self.model
             self.model = train.new_model(rule, self.s.size, True, 0.0, seed + 2 ** 32)
@@ -91,13 +92,7 @@ class Member:
             warmed = self.warmed
         with open(self.out / "log.jsonl", "w") as file:
             file.writelines(f"{json.dumps(entry)}\n" for entry in self.log)
-        write_json(self.out / "config.json", {
-            "settings": vars(s), "warmup": warmed["spec"], "fingerprint": self.fingerprint,
-            "environment": train.environment()})
         train.write_result(self.out, s, self.fingerprint, warmed, done)
-        if self.warm:
-            found = probe_learned(Opened(self.out / "warmup.pt", "cpu"))
-            write_json(self.out / "learned.json", found or {})
 
 
 @functools.cache
@@ -185,11 +180,8 @@ class Stack:
                                reduction="none").view(wanted.shape)
         loss = each.sum(1) / counts.sum((1, 2))
         if sharpen is not None:
-            read = counts.flip(2).cumsum(2).flip(2) > 0
-            share = read / read.sum(2, keepdim=True).clamp_min(1)
-            entropy = [torch.special.entr(m.clamp_min(1e-9)).sum(-1).mean(1) for m in maps]
-            entropy = torch.stack(entropy).mean(0).view(read.shape)
-            loss = loss + sharpen * (entropy * share).sum((1, 2)) / x.shape[1]
+            entropy = train.attention_entropy(maps, y.flatten(0, 1)).view(x.shape[:2])
+            loss = loss + sharpen * entropy.mean(1)
         return loss, ((logits.argmax(-1) == wanted) & (wanted != -1)).sum(1)
 
 
@@ -289,54 +281,28 @@ def train_together(members, device, workers, compiled):
                   flush=True)
 
 
-def warmups_of(runs):
-    """{(flags, seed)} of the warm-ups that runs (row, seed) take up."""
-    return list(dict.fromkeys((flags, seed) for row, seed in runs
-                              for flags in (row.warmup, row.mlp_from) if flags))
-
-
-def changed(job):
-    torch.set_num_threads(1)
-    changed_checkpoint(*job)
-
-
 def together(stage, runs, results, device, workers, compiled):
-    """Makes the warm-ups or the runs that are not there yet, those of one shape at a time."""
-    members, jobs = [], []
-    if stage == "warmups":
-        for flags, seed in warmups_of(runs):
-            folder = Path(folder_of(seed, flags))
-            if not (results / folder / "result.json").exists():
-                members.append(Member(f"{flags} --device {device}", seed, folder, True))
-    else:
-        found = {folder_of(seed, flags): f"{folder_of(seed, flags)}/warmup.pt"
-                 for flags, seed in warmups_of(runs)}
-        for row, seed in runs:
-            if row.change:
-                path, to = found[folder_of(seed, row.warmup)], f"{row.folder(seed)}.changed.pt"
-                jobs.append((path, row.change, seed, to))
-        with ProcessPoolExecutor(max(1, workers)) as pool:
-            list(pool.map(changed, jobs))
-        for row, seed in runs:
-            flags = row.train
-            if row.warmup:
-                path = found[folder_of(seed, row.warmup)]
-                path = f"{row.folder(seed)}.changed.pt" if row.change else path
-                flags += f" --{'attn_from' if row.mlp_from else 'init'} {path}"
-            if row.mlp_from:
-                flags += f" --mlp_from {found[folder_of(seed, row.mlp_from)]}"
-            out = Path(row.folder(seed))
-            members.append(Member(f"{flags} --device {device}", seed, out, False))
-        for *_, to in jobs:
-            Path(to).unlink()
+    """Makes the warm-ups of runs (row, seed), or these, where they are not there yet; those of one
+    shape at a time. The current folder is `results`."""
+    members, warmups = [], {}
+    for row, seed in runs:
+        warmups |= {folder_of(seed, flags): (flags, seed) for flags in row.warmups()}
+        if stage == "runs":
+            flags = with_checkpoints(row, seed, results) + f" --device {device}"
+            members.append(Member(flags, seed, row.folder(seed), False))
+            Path(f"{row.folder(seed)}.changed.pt").unlink(missing_ok=True)
+    for folder, (flags, seed) in warmups.items():
+        if not Path(folder, "result.json").exists():
+            members.append(Member(f"{flags} --device {device}", seed, folder, True))
     groups = {}
     for member in members:
-        member.out.mkdir(exist_ok=True)
         shape = (repr(member.model.config), member.stage.batch_size, member.stage.steps,
                  member.warm, member.task.spec, bool(member.s.sharpen))
         groups.setdefault(shape, []).append(member)
     for group in groups.values():
         train_together(group, device, workers, compiled)
+    for flags, seed in warmups.values():
+        make_warmup(flags, seed, results, [])  # is there, and is asked whether it was learned
 
 
 def main():
@@ -350,20 +316,16 @@ def main():
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     args.results.mkdir(exist_ok=True)
-    there, runs = read_results(args.results), {}
+    results = args.results.resolve()
     wanted = {(claim.experiment, claim.column, name)
               for claim in CLAIMS for name in ("none", claim.better, *claim.worse)}
-    for name in {claim.experiment for claim in CLAIMS}:
-        for row in rows_of(name, "quick"):
-            if (name, row.column, row.name) in wanted and row.column in TASKS and (
-                    args.only in f"{row.column} | {row.name}"):
-                for seed in range(args.seeds):
-                    if "result" not in there.get(row.folder(seed), {}):
-                        runs[row.folder(seed)] = row, seed
-    results = args.results.resolve()
+    rows = [row for name in dict.fromkeys(claim.experiment for claim in CLAIMS)
+            for row in rows_of(name, "quick")
+            if (name, row.column, row.name) in wanted and row.column in TASKS
+            and args.only in f"{row.column} | {row.name}"]
+    runs = missing(rows, args.seeds, results).values()
     with contextlib.chdir(results):
-        together(args.stage, list(runs.values()), results, args.device, args.workers,
-                 not args.no_compile)
+        together(args.stage, runs, results, args.device, args.workers, not args.no_compile)
 
 
 if __name__ == "__main__":
