@@ -190,15 +190,16 @@ def nca(r, states=10, grid=12, length=180, simple=0, complex=10_000):
     After arXiv 2603.10055, but for the net, which is ours: 3 x 3 cells of a grid without edges, 16
     hidden units, and the likeliest state. A token is a patch of 2 x 2 cells. Of 50 nets it is the
     first whose cells, a byte each, zip to `simple` to `complex` thousandths, or the nearest."""
-    nearest = math.inf
+    places = np.arange(grid ** 2).reshape(grid, grid)
+    around = [np.roll(places, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    around, one_hot, nearest = np.stack(around, 2), np.eye(states), math.inf
     for _ in range(50):
         g = np.random.default_rng(r.getrandbits(64))
         hidden, out = g.normal(size=(9 * states, 16)), g.normal(size=(16, states))
         frames = [g.integers(states, size=(grid, grid))]
         while len(frames) * grid ** 2 < 4 * length:
-            seen = np.eye(states)[frames[-1]]
-            around = [np.roll(seen, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-            frames.append((np.tanh(np.concatenate(around, 2) @ hidden) @ out).argmax(2))
+            seen = one_hot[frames[-1].take(around)].reshape(grid, grid, -1)
+            frames.append((np.tanh(seen @ hidden) @ out).argmax(2))
         zipped = len(zlib.compress(np.array(frames, np.uint8).tobytes()))
         share = 1000 * zipped / (len(frames) * grid ** 2)
         off = max(simple - share, share - complex, 0)

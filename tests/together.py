@@ -1,6 +1,6 @@
-"""Many small runs at once: the rows that the claims about tasks name, with all their seeds.
+"""Many small runs at once: rows of experiments on tasks, with all their seeds.
 
-    python tests/together.py warmups --results results
+    python tests/together.py warmups --results results --only "recall of 15 | dyck"
     python tests/together.py runs --results results --only "recall of 15 | dyck"
 
 A model of 15,000 parameters leaves a GPU idle, and hundreds of runs of one take a CPU days. Here
@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import train
-from analyze import CLAIMS, TASKS, folder_of, make_warmup, missing, rows_of, with_checkpoints
+from analyze import (EXPERIMENTS, TASKS, folder_of, make_warmup, missing, rows_of,
+                     with_checkpoints)
 from data import make_data
 from eval import first_rows, held_out_rows
 from model import save
@@ -308,7 +309,7 @@ def together(stage, runs, results, device, workers, compiled):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("stage", choices=("warmups", "runs"))
-    parser.add_argument("--only", default="", help="rows with this in \"column | row\"")
+    parser.add_argument("--only", required=True, help="rows with this in \"column | row\"")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--workers", type=int, default=4)
@@ -317,12 +318,8 @@ def main():
     args = parser.parse_args()
     args.results.mkdir(exist_ok=True)
     results = args.results.resolve()
-    wanted = {(claim.experiment, claim.column, name)
-              for claim in CLAIMS for name in ("none", claim.better, *claim.worse)}
-    rows = [row for name in dict.fromkeys(claim.experiment for claim in CLAIMS)
-            for row in rows_of(name, "quick")
-            if (name, row.column, row.name) in wanted and row.column in TASKS
-            and args.only in f"{row.column} | {row.name}"]
+    rows = [row for name in EXPERIMENTS for row in rows_of(name, "quick")
+            if row.column in TASKS and args.only in f"{row.column} | {row.name}"]
     runs = missing(rows, args.seeds, results).values()
     with contextlib.chdir(results):
         together(args.stage, runs, results, args.device, args.workers, not args.no_compile)
