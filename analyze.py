@@ -668,30 +668,52 @@ def table_lines(columns):
                 compared = [each.show(gain), f"{each.show(low)} to {each.show(high)}", shown_p(p)]
             lines.append(f"| {' | '.join([*cells, str(each.n), *compared, each.learned])} |")
         missing = [each.row.name for each in outcomes if not each.n]
-        lines += ["", f"no result yet: {'; '.join(missing)}"] if missing else []
+        lines += ["", f"no result yet of {column}: {'; '.join(missing)}"] if missing else []
         lines += [f"failed: {line}" for each in outcomes for line in each.failed]
     return lines
 
 
+COLOURS = {  # of a warm-up, in all figures: Okabe and Ito's, and six of Tol's "muted"
+    "none": "#000000", "text": "#999999", "dyck": "#0072B2", "set": "#D55E00",
+    "identity": "#009E73", "union": "#CC79A7", "eca": "#E69F00", "nca": "#56B4E9",
+    "sort": "#882255", "reverse": "#999933", "delete": "#332288", "stack": "#117733",
+    "dyck_shuffle": "#44AA99", "shuffled": "#CC6677"}
+
+
+def colour_of(warmup):
+    """"dyck:k=3" -> that of dyck; of a mixture, that of its first rule."""
+    name = re.search(r"^(?:[\d.]+\*)?(\w*)", warmup)[1]
+    return COLOURS.get(name, "#999999")
+
+
 def draw(columns, path):
-    """A panel for each column: every seed a dot, the mean a bar."""
-    columns = {column: outcomes for column, outcomes in columns.items()
-               if any(each.n for each in outcomes)}
-    figure, axes = pyplot().subplots(1, len(columns), squeeze=False, figsize=(
-        2 + 4.5 * len(columns), 1.5 + 0.34 * max(map(len, columns.values()))))
-    for axis, (column, outcomes) in zip(axes[0], columns.items()):
-        there, first = [each for each in outcomes if each.n], outcomes[0]
+    """A panel for each column, and in it a line for each row: every seed a dot, or a ring where
+    the weights of its warm-up were changed; the mean a bar."""
+    panels = {}
+    for column, outcomes in columns.items():
+        there = [each for each in outcomes if each.n]
+        if there:
+            panels[column] = there
+    sizes = [len(there) + 1.5 for there in panels.values()]
+    figure, axes = pyplot().subplots(len(panels), 1, squeeze=False, height_ratios=sizes,
+                                     figsize=(9, 0.4 * sum(sizes) + 0.6 * len(panels)))
+    for axis, (column, there) in zip(axes[:, 0], panels.items()):
+        labels, first = [], columns[column][0]
         for y, each in enumerate(there):
-            axis.plot(each.values, [y] * each.n, "o", color="C0", alpha=0.5)
-            axis.plot([each.mean], [y], "|", color="black", markersize=16, markeredgewidth=2)
+            warmup = as_dict(each.row.warmup or each.row.train).get("--warmup", "none")
+            places = y + 0.25 * np.linspace(-1, 1, each.n)  # else equal values hide each other
+            axis.plot(each.values, places if each.n > 1 else [y], "o", color=colour_of(warmup),
+                      alpha=0.7, fillstyle="none" if each.row.change else "full")
+            axis.plot([each.mean], [y], "|", color="black", markersize=18, markeredgewidth=2)
+            labels.append(f"{each.row.name} (n = {each.n})")
         if not there[0].text:
             axis.axvline(there[0].budget, color="grey", linestyle=":")
-            axis.set(xlim=(0, None), xlabel=f"steps to {FOUND:.0%} right (dotted: the budget)")
+            axis.set(xlim=(0, None), xlabel=f"steps to {FOUND:.0%} right (dotted: never)")
         else:
-            axis.set_xlabel(f"held-out loss, nats per token (dotted: {first.row.name})")
+            axis.set_xlabel(f"held-out loss, nats per token (dotted: mean of {first.row.name})")
             if first.n:
                 axis.axvline(first.mean, color="grey", linestyle=":")
-        axis.set_yticks(range(len(there)), [each.row.name for each in there])
+        axis.set_yticks(range(len(there)), labels)
         axis.set(title=column, ylim=(len(there) - 0.5, -0.5))
     keep_figure(figure, path)
 
@@ -719,15 +741,18 @@ def curves(runs, picture):
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
         curve = {point["tokens"]: point[metric] for point in points[1:] or points}
         groups.setdefault(alike, []).append(curve)
-    figure, axis = pyplot().subplots(figsize=(8, 6.5))
-    for i, ((label, _), group) in enumerate(groups.items()):
+    figure, axis = pyplot().subplots(figsize=(9, 6.5))
+    styles = collections.defaultdict(lambda: itertools.cycle(("-", "--", ":", "-.")))
+    for (label, _), group in groups.items():
+        colour = colour_of(label)
+        look = {"color": colour, "linestyle": next(styles[colour])}  # one warm-up, one colour
         # Of some that stopped when they had learned it, the mean of the others would mislead.
         level = len({max(curve) for curve in group}) == 1
         shared = sorted(set(group[0]).intersection(*group)) if level else []
         mean = [np.mean([curve[tokens] for curve in group]) for tokens in shared]
-        axis.plot(shared, mean, color=f"C{i}", linewidth=2.5, label=f"{label} (n = {len(group)})")
+        axis.plot(shared, mean, **look, linewidth=2.5, label=f"{label} (n = {len(group)})")
         for curve in group:
-            axis.plot(list(curve), list(curve.values()), color=f"C{i}", alpha=0.5, linewidth=1)
+            axis.plot(list(curve), list(curve.values()), **look, alpha=0.5, linewidth=1)
     axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
     axis.set(title=data[0], xlabel="tokens of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
@@ -774,8 +799,8 @@ CLAIMS = [
           "recall of 15", f"dyck, {OURS}", (f"shuffled:dyck, {OURS}",)),
     Claim("... it takes its weights as they are, not shuffled in each tensor", "gain gone",
           "weights", "recall of 15", "as it is", ("shuffled",)),
-    Claim("set helps code", "perplexity 5.47 -> 5.15", "efficiency", "code", "set", ("none",)),
-    Claim("set helps English", "perplexity 62.0 -> 59.9", "efficiency", "english", "set",
+    Claim("set helps code", "perplexity 5.47 -> 5.15", "controls", "code", "set", ("none",)),
+    Claim("set helps English", "perplexity 62.0 -> 59.9", "controls", "english", "set",
           ("none",)),
     Claim("set helps English at a modest rate without a ramp", "perplexity 62.0 -> 59.9", "tuned",
           "english", "set, 1e-3, ramp 0", ("none, 1e-3, ramp 0",)),
@@ -815,9 +840,14 @@ def report(results, seeds):
     """All claims, tables and figures that there are results for, in report.md beside them."""
     found, folder = read_results(results), results if results.is_dir() else results.parent
     lines = ["# What was found", "", *claims_lines(found, seeds)]
+    shown = set()  # rows, which several experiments may have
     for budget, (name, (make, _)) in itertools.product(COLUMNS, EXPERIMENTS.items()):
-        columns = compare(rows_of(name, budget), seeds, found)
-        if any(each.n for outcomes in columns.values() for each in outcomes[1:]):
+        columns = {column: outcomes
+                   for column, outcomes in compare(rows_of(name, budget), seeds, found).items()
+                   if any(each.n for each in outcomes[1:])}
+        there = {each.row.folder(0) for each in sum(columns.values(), []) if each.n}
+        if there - shown:
+            shown |= there
             draw(columns, folder / f"{name}-{budget}.png")
             lines += ["", f"## {name} ({budget}): {make.__doc__}", *table_lines(columns), "",
                       f"![{name}]({name}-{budget}.png)"]
