@@ -621,6 +621,8 @@ TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, l
     ("--warmup none", dict(warmup="none", warmup_steps=0)),
     ("--data haystack", dict(TASK, warmup="dyck", transfer="attn")),
     ("--data sorting", dict(TASK, transfer="full")),
+    ("--preset laptop --data haystack", dict(TASK, steps=1500, batch_size=250, lr=2e-3, stop_at=0.9,
+                                             warmup="dyck:length=36", warmup_steps=4000)),
     ("--data multiplication", dict(TASK, size="4_8_512", steps=156_250, batch_size=64)),
     ("--preset c4", C4 | DYCK),
     ("--preset c4 --warmup union", dict(C4, warmup="union:length=64", warmup_steps=2500,
