@@ -270,6 +270,7 @@ class Kind:
     width: Callable = lambda p: 2 * p["length"] + 1  # parameters -> tokens of the longest row
     vocab: Callable = lambda p: p["vocab"]           # parameters -> the number of symbols
     pad: int = None  # of a task: fills its rows up
+    least: Callable = lambda p: 1  # parameters -> the smallest length
 
 
 RULES = {
@@ -282,8 +283,9 @@ RULES = {
     "stack": Kind(stack),
     "dyck": Kind(dyck, lambda p: p["length"], lambda p: 2 * p["k"]),
     "dyck_shuffle": Kind(dyck_shuffle, lambda p: p["length"], lambda p: 2 * p["k"]),
-    "eca": Kind(eca, lambda p: p["length"], lambda p: 2),
-    "nca": Kind(nca, lambda p: p["length"], lambda p: p["states"] ** 4),
+    "eca": Kind(eca, lambda p: p["length"], lambda p: 2, least=lambda p: p["width"] + 1),
+    "nca": Kind(nca, lambda p: p["length"], lambda p: p["states"] ** 4,
+                least=lambda p: p["grid"] ** 2 // 4 + 1),
 }
 TASKS = {
     "haystack": Kind(haystack, lambda p: 2 * p["pairs"] + 3, lambda p: 256, pad=0),
@@ -432,11 +434,17 @@ def parameters(name, given=""):
         if not least <= values[0] <= values[-1] <= most:
             raise UserError(f"{name}: {key}={text} is not accepted: from {least} to {most}")
         p[key] = (values[0], values[-1]) if key == "length" else values[0]
-    if name == "eca" and p["length"][0] <= p["width"]:
-        raise UserError(f"{name}: a length up to its width is a first row and nothing that follows")
-    if name == "nca" and (p["grid"] % 2 or p["length"][0] <= p["grid"] ** 2 // 4):
-        raise UserError("nca: grid is even, and length, in patches, more than one grid has")
+    least = KINDS[name].least(p)
+    if "length" in p and p["length"][0] < least:
+        raise UserError(f"{name}: length, its first frame and what follows, is {least} or more")
+    if p.get("grid", 0) % 2:
+        raise UserError(f"{name}: grid is even, since a token is a patch of 2 x 2 cells")
     return p
+
+
+def can_grow(spec):
+    """Whether a rule's inputs may be as short as one likes. Raises UserError."""
+    return all(KINDS[name].least(p) == 1 for _, name, p in parse_spec(spec)[1])
 
 
 def word(token, name, p):

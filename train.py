@@ -32,9 +32,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (CORPORA, PUBLISHED, Parser, UserError, default_tokenizer, json_lines, kind_of,
-                  lock, make_data, number, read_json, reason_of, remove_scratch, run_main, say,
-                  write_json, written_whole)
+from data import (CORPORA, PUBLISHED, Parser, UserError, can_grow, default_tokenizer, json_lines,
+                  kind_of, lock, make_data, number, parse_spec, read_json, reason_of,
+                  remove_scratch, run_main, say, write_json, written_whole)
 from eval import evaluate, find_device, held_out_rows, micro_batches, perplexity
 from model import GPT, GPTConfig, attention_maps, load, parse_parts, parse_size, save, transfer
 
@@ -765,6 +765,8 @@ def check(s, given, kind):
     parse_parts(s["transfer"])
     GPTConfig(1, 1, *parse_size(s["size"]))
     checkpoint = named_checkpoint(s)
+    if warmup not in ("none", "text"):
+        parse_spec(warmup)
     for wrong, line in (
             (kind == "rule", f"--data {data} is a rule: --warmup takes rules"),
             (kind == "task" and s["preset"] not in (None, "laptop"),
@@ -778,7 +780,7 @@ def check(s, given, kind):
             ({"steps", "tokens"} <= given.keys(), "--steps and --tokens say the same: choose"),
             ({"warmup_steps", "warmup_tokens"} <= given.keys(),
              "--warmup_steps and --warmup_tokens say the same: choose"),
-            (s["warmup_curriculum"] and re.search("^none$|^text$|eca|nca", warmup),
+            (s["warmup_curriculum"] and (warmup in ("none", "text") or not can_grow(warmup)),
              "--warmup_curriculum needs a rule whose input can grow from length 2"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
              "--sharpen looks at the attention: it excludes --compile and --recompute")):

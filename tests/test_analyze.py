@@ -495,7 +495,7 @@ def test_a_sweep_runs_what_is_missing_and_lists_what_failed(prose, tmp_path, mon
     order = ("weights", "--seeds", 1, "--jobs", 2, "--results", tmp_path)
     call(monkeypatch, *order)
     told = capsys.readouterr().out
-    assert "4 runs to go" in told and "bad" in told
+    assert "4 runs to go" in told and re.search("no result yet of .*: bad\n", told)
     assert "failed: prose | bad | 0: the width 5 is no multiple of the 2 heads" in told
     folders = [row.folder(0) for row in rows[:3]]
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in folders]
