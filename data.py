@@ -553,17 +553,34 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1, default=plain).encode() + b"\n")
 
 
-def read_json(path):
-    """The JSON object in a file. Raises UserError."""
+def read_json(path, form=dict):
+    """The JSON object in a file, if it has this form, see `fits`. Raises UserError."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is not a file")  # a pipe would make us wait for ever
-        value = json.loads(Path(path).read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-        return value
+        return checked(json.loads(Path(path).read_bytes()), form, path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
+
+
+def checked(value, form, where):
+    if not fits(value, form):
+        raise UserError(f"{where} is not of the form in which it is written here")
+    return value
+
+
+def fits(value, form):
+    """Whether a value from a file has a form: None, a type such as float (whole, too, and finite),
+    one of several, (float, None), these keys, {"loss": float}, or a list of such, [form]."""
+    if isinstance(form, tuple):
+        return any(fits(value, each) for each in form)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(fits(value.get(key), form[key]) for key in form)
+    if isinstance(form, list):
+        return isinstance(value, list) and bool(value) and all(fits(x, form[0]) for x in value)
+    if form is float:
+        return type(value) in (int, float) and abs(value) < 1e15
+    return value is None if form is None else type(value) is form
 
 
 def json_lines(path):

@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import (CORPORA, PUBLISHED, Parser, UserError, can_grow, default_tokenizer, json_lines,
-                  kind_of, lock, make_data, number, parse_spec, read_json, reason_of,
+from data import (CORPORA, PUBLISHED, Parser, UserError, can_grow, default_tokenizer, fits,
+                  json_lines, kind_of, lock, make_data, number, parse_spec, read_json, reason_of,
                   remove_scratch, run_main, say, write_json, written_whole)
 from eval import evaluate, find_device, held_out_rows, micro_batches, perplexity
 from model import GPT, GPTConfig, attention_maps, load, parse_parts, parse_size, save, transfer
@@ -152,9 +152,7 @@ def open_run(out, settings, fingerprint, warmup):
             raise UserError(f"{out} is there and is not a run: choose another --out")
         write_json(out / "config.json", config)
         return None
-    there = read_json(out / "config.json")
-    if not isinstance(there.get("settings"), dict):
-        raise UserError(f"{out / 'config.json'} is not of a run: choose another --out")
+    there = read_json(out / "config.json", {"settings": dict})
     for key, value in vars(settings).items():
         if key not in OPERATIONAL and there["settings"].get(key) != value:
             longer = f", or --init {out}/ckpt.pt --transfer all to train on" * (key == "steps")
@@ -165,7 +163,7 @@ def open_run(out, settings, fingerprint, warmup):
         raise UserError(f"{settings.data} is not what it was when the run in {out} began: put it "
                         "back, or choose another --out")
     if (out / "result.json").exists():
-        return read_result(out / "result.json")
+        return read_json(out / "result.json", RESULT)
     if not settings.resume and rank() == 0:
         raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
     return None
@@ -198,21 +196,13 @@ def write_result(out, settings, fingerprint, warmed, trained):
     return found
 
 
-def read_result(path):
-    """What write_result wrote. Raises UserError."""
-    found = read_json(path)
-    try:
-        numbers = [found[f"val_{key}"] for key in ("loss", "accuracy", "exact")]
-        numbers += [found["tokens"]["procedural"], found["tokens"]["semantic"], found["seconds"]]
-        for key in ("warmup_first_loss", "warmup_first_accuracy", "warmup_loss", "warmup_accuracy",
-                    "val_bits_per_byte"):
-            numbers.append(0.0 if found[key] is None else found[key])
-        found["settings"]["data"], found["warmup"]
-        if not math.isfinite(sum(numbers)):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is not the result of a run") from None
-    return found
+EVALUATION = {"loss": float, "accuracy": float, "exact": float}
+RESULT = {  # what of result.json a finished run prints again
+    "settings": {"data": str}, "warmup": str, "val_loss": float, "val_accuracy": float,
+    "val_exact": float, "val_bits_per_byte": (float, None), "warmup_loss": (float, None),
+    "warmup_accuracy": (float, None), "warmup_first_loss": (float, None),
+    "warmup_first_accuracy": (float, None), "seconds": float,
+    "tokens": {"procedural": float, "semantic": float}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -418,17 +408,19 @@ def attention_entropy(maps, y):
     return (torch.stack(entropy).mean(0) * share).sum(1)
 
 
+PROGRESS = {"step": int, "tokens": int, "seconds": float, "before": EVALUATION,
+            "result": EVALUATION, "passed": int, "length": (int, None)}
+
+
 def resume(file, model, optimizer, scaler, stage, fingerprint):
     """Puts a checkpoint into model, optimiser and scaler -> how far it is. Raises UserError."""
     there, state = load(file)
     try:
         if there.config != model.config or state["fingerprint"] != fingerprint:
             raise ValueError("it is of another model, or of other data")
-        names = ("step", "tokens", "seconds", "before", "result", "passed", "length")
-        progress = {key: state[key] for key in names}
-        whole = [progress[key] for key in ("step", "tokens", "passed")] + [progress["length"] or 0]
-        if set(map(type, whole)) != {int} or not 0 <= progress["step"] <= stage.steps:
-            raise ValueError(f"its step, tokens, passed and length are {whole}")
+        if not fits(state, PROGRESS) or not 0 <= state["step"] <= stage.steps:
+            raise ValueError("it does not say how far it is")
+        progress = {key: state[key] for key in PROGRESS}
         saved, plain = state["optimizer"]["state"], optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(parameters if saved else []):
@@ -437,11 +429,6 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
                     raise ValueError("its optimiser is of another model")
         optimizer.load_state_dict({"state": saved, "param_groups": plain["param_groups"]})
         scaler.load_state_dict(state["scaler"])
-        numbers = [progress["seconds"]]
-        for evaluation in (progress["before"], progress["result"]):
-            numbers += [evaluation[key] for key in ("loss", "accuracy", "exact")]
-        if not math.isfinite(sum(numbers)):
-            raise ValueError("its seconds or evaluations are not finite")
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{file} is no checkpoint to go on from: {reason_of(error)}") from None
     model.load_state_dict(there.state_dict())
