@@ -132,21 +132,20 @@ class Opened:
             raise UserError(f"{self.spec} has {self.data.vocab_size} tokens, {path} {vocab_size}")
         self.name, self.p = self.rule()
         self.brackets = self.name in ("dyck", "dyck_shuffle")
-        self.answers = self.name is not None and not self.brackets  # a prompt has one answer
+        # Whether a prompt has one answer.
+        self.answers = self.name is not None and not self.brackets and self.p.get("rule") != RANDOM
         self.n = max(16, min(256, 2 ** 15 // self.model.config.block_size))  # rows to look at
 
     def rule(self):
         """The name and parameters of a single rule or task. None, {} for text, mixtures, shuffled
-        rows, and what nobody can know: the end of brackets of varying length, a rule that is each
-        example's own."""
+        rows, and what cannot be known: the end of brackets of varying length, the net of an nca."""
         if self.data.kind == "text":
             return None, {}
         rows = self.data.train
         _, name, p = rows.members[0]
         mixed = rows.shuffled or len(rows.members) > 1
         varies = name.startswith("dyck") and p["length"][0] < p["length"][1]
-        hidden = name == "nca" or p.get("rule") == RANDOM
-        return (None, {}) if mixed or varies or hidden else (name, p)
+        return (None, {}) if mixed or varies or name == "nca" else (name, p)
 
     def rows(self, n=None, data=None):
         """The first held-out rows x, y: int64 arrays (n, block_size)."""
@@ -236,8 +235,8 @@ LEARNED = 0.1  # nats above the smallest possible loss, and share of what the bl
 def probe_learned(c):
     """was it learned at all? The loss beside the smallest possible one
 
-    That is 0 where the prompt decides the answer, and what the generator knows of brackets. The
-    blind know how often each token comes, and nothing else."""
+    That is 0 where the prompt decides the answer, what the generator knows of brackets, and where
+    each example has a rule of its own, what can be known of that from its row. The blind know how often each token comes, and nothing else."""
     if c.name is None:
         return None
     x, y = c.rows()
@@ -246,6 +245,8 @@ def probe_learned(c):
         odds = bracket_rows(c, x)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
+    elif not c.answers:
+        floor = math.log(2) * coin_flips(c, x, y) / (y != -1).sum()
     share = np.bincount(y[y != -1]) / (y != -1).sum()
     blind = -(share * np.log(np.maximum(share, 1e-30))).sum()
     learned = loss - floor < LEARNED * min(1, blind - floor)
@@ -253,6 +254,17 @@ def probe_learned(c):
             "smallest possible": floor, "above it": loss - floor,
             "above it, the blind": blind - floor,
             "verdict": "learned" if learned else "not learned"}
+
+
+def coin_flips(c, x, y):
+    """How many counted tokens of eca:rule=random no row has told yet: what follows three cells is a
+    fair coin the first time, and known from then on."""
+    width = c.p["width"]
+    t = np.arange(width, x.shape[1])
+    frame = t - t % width - width  # where the one before begins
+    left, cell, right = (x[:, frame + (t + shift) % width] for shift in (-1, 0, 1))
+    cells = np.where(y[:, width - 1:-1] != -1, 4 * left + 2 * cell + right, -1)
+    return sum(len({*row} - {-1}) for row in cells.tolist())
 
 
 def probe_answers(c):

@@ -236,6 +236,29 @@ def test_who_knows_the_rules_of_brackets_has_learned_them_and_closes_right(spec,
     assert brackets["probability of illegal tokens"] == pytest.approx(0, abs=1e-6)
 
 
+def who_weighs_all_rules(x, y, vocab_size):
+    """Logits of one who knows that a row of 5 cells follows one of 256 rules, each as likely."""
+    logits = np.full((*x.shape, vocab_size), -30.0)
+    for i, row in enumerate(x.tolist()):
+        left = set(range(256))
+        for t in range(5, len(row)):
+            frame, j = row[t - t % 5 - 5:t - t % 5], t % 5
+            place = 4 * frame[j - 1] + 2 * frame[j] + frame[(j + 1) % 5]
+            ones = {rule for rule in left if rule >> place & 1}
+            for token, rules in ((0, left - ones), (1, ones)):
+                logits[i, t - 1, token] = math.log(max(len(rules), 1e-9) / len(left))
+            left = ones if row[t] else left - ones
+    return logits
+
+
+def test_what_can_be_known_of_a_rule_of_its_own_is_what_the_row_has_told(opened):
+    c = opened("eca:rule=random,width=5,length=20", who_weighs_all_rules)
+    found = script.probe_learned(c)
+    assert found["above it"] == pytest.approx(0, abs=1e-5) and found["verdict"] == "learned"
+    assert 0.2 < found["smallest possible"] < 0.4 < found["above it, the blind"]
+    assert script.probe_answers(c) is None, "the first of its answers are a coin's"
+
+
 def test_who_always_closes_the_other_type_is_never_right(opened):
     def closes_wrong(x, y, vocab_size):
         innermost = np.stack([script.bracket_facts(row, "dyck", dict(k=2, p=0.5))["innermost"]
