@@ -236,7 +236,8 @@ def probe_learned(c):
     """was it learned at all? The loss beside the smallest possible one
 
     That is 0 where the prompt decides the answer, what the generator knows of brackets, and where
-    each example has a rule of its own, what can be known of that from its row. The blind know how often each token comes, and nothing else."""
+    each example has a rule of its own, what can be known of that from its row. The blind know how
+    often each token comes, and nothing else."""
     if c.name is None:
         return None
     x, y = c.rows()
