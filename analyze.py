@@ -10,7 +10,6 @@ seed in a folder of its own below --results. The others are compared with the fi
 What is compared is said in one place: `measure`.
 """
 import collections
-import contextlib
 import functools
 import gzip
 import itertools
@@ -20,7 +19,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -30,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (RULES, Parser, UserError, checked, json_lines, lock, number, read_json, run_main,
-                  write_json, written_whole)
+from data import (RULES, Parser, UserError, checked, fits, json_lines, lock, number, read_json,
+                  run_main, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
-from train import OPERATIONAL, PRESETS, clock
+from train import OPERATIONAL, PRESETS, Stopped, clock
 
 # --------------------------------------------------------------------------------------------------
 # Rows are command lines
@@ -360,13 +358,6 @@ def changed_checkpoint(path, change, seed, to):
 # Running them
 
 
-LOCKS = collections.defaultdict(threading.Lock)  # by folder: one thread makes a warm-up
-
-
-class Stopped(Exception):
-    """Ctrl-C came, or another process is at this run: it is neither done nor failed."""
-
-
 def call_train(flags, folder, seed, device):
     """Runs or resumes train.py in a folder. Raises UserError with what it said, and Stopped."""
     script = Path(__file__).resolve().parent / "train.py"
@@ -384,12 +375,11 @@ def make_warmup(flags, seed, results, device):
     """Makes a warm-up unless it is there, and asks whether it was learned. Raises UserError and
     Stopped."""
     folder = results / folder_of(seed, flags)
-    with LOCKS[folder]:
-        if not (folder / "result.json").exists():
-            call_train(flags, folder, seed, device)
-        if not (folder / "learned.json").exists():
-            found = probe_learned(Opened(folder / "warmup.pt", "cpu")) or {}
-            write_json(folder / "learned.json", found)
+    if not (folder / "result.json").exists():
+        call_train(flags, folder, seed, device)
+    if not (folder / "learned.json").exists():
+        found = probe_learned(Opened(folder / "warmup.pt", "cpu"))
+        write_json(folder / "learned.json", found or {})
 
 
 def with_checkpoints(row, seed, results):
@@ -406,15 +396,6 @@ def with_checkpoints(row, seed, results):
     if row.mlp_from:
         flags += f" --mlp_from {folder_of(seed, row.mlp_from)}/warmup.pt"
     return flags
-
-
-def make_run(row, seed, results, device):
-    """Runs or resumes a row with one seed. Raises UserError and Stopped."""
-    for flags in row.warmups():
-        make_warmup(flags, seed, results, device)
-    name = row.folder(seed)
-    call_train(with_checkpoints(row, seed, results), results / name, seed, device)
-    (results / f"{name}.changed.pt").unlink(missing_ok=True)
 
 
 def missing(rows, seeds, results):
@@ -434,9 +415,13 @@ def run_all(rows, seeds, results, jobs, device):
     began, ended = time.time(), itertools.count(1)
 
     def one(row, seed):
-        failed = results / f"{row.folder(seed)}.failed"
+        name = row.folder(seed)
+        failed = results / f"{name}.failed"
         try:
-            make_run(row, seed, results, device)
+            for flags in row.warmups():
+                warmups[flags, seed].result()  # waits for it, and raises what it raised
+            call_train(with_checkpoints(row, seed, results), results / name, seed, device)
+            (results / f"{name}.changed.pt").unlink(missing_ok=True)
             failed.unlink(missing_ok=True)
             state = "done"
         except Stopped:
@@ -449,12 +434,11 @@ def run_all(rows, seeds, results, jobs, device):
         print(f"[{n}/{len(runs)}] {row.column} | {row.name} | seed {seed}: {state}; {left} left",
               flush=True)
 
-    pool, futures = ThreadPoolExecutor(jobs), []
+    pool, warmups, futures = ThreadPoolExecutor(jobs), {}, []
     for seed in range(seeds):
         ours = [row for row, of in runs.values() if of == seed]
-        warmups = dict.fromkeys(flags for row in ours for flags in row.warmups())
-        for flags in warmups:  # if one fails, its rows say so
-            pool.submit(make_warmup, flags, seed, results, device)
+        for flags in dict.fromkeys(flags for row in ours for flags in row.warmups()):
+            warmups[flags, seed] = pool.submit(make_warmup, flags, seed, results, device)
         futures += [pool.submit(one, row, seed) for row in ours]
     try:
         for future in futures:
@@ -477,11 +461,8 @@ RUN = {"result": CONFIG | MEASURED, "log": LOG, "learned": dict}
 
 def read_log(path):
     """The evaluations of a run's training stage. Raises UserError."""
-    entries = []
-    for entry in json_lines(path):
-        with contextlib.suppress(KeyError, TypeError):  # no entry of train.py's
-            if entry["stage"] == "train" and "val_loss" in entry:
-                entries.append(entry)
+    entries = [entry for entry in json_lines(path)
+               if fits(entry, LOG[0] | {"stage": str}) and entry["stage"] == "train"]
     return checked(entries, LOG, path)
 
 
@@ -621,10 +602,8 @@ class Outcome:
 
 def compare(rows, seeds, found):
     """{column: outcomes of its rows}"""
-    columns = {}
-    for row in rows:
-        columns.setdefault(row.column, []).append(Outcome(row, seeds, found))
-    return columns
+    return {column: [Outcome(row, seeds, found) for row in group]
+            for column, group in itertools.groupby(rows, key=lambda row: row.column)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -672,11 +651,8 @@ def colour_of(warmup):
 def draw(columns, path):
     """A panel for each column, and in it a line for each row: every seed a dot, or a ring where
     the weights of its warm-up were changed; the mean a bar."""
-    panels = {}
-    for column, outcomes in columns.items():
-        there = [each for each in outcomes if each.n]
-        if there:
-            panels[column] = there
+    panels = {column: [each for each in outcomes if each.n] for column, outcomes in columns.items()}
+    panels = {column: there for column, there in panels.items() if there}
     sizes = [len(there) + 1.5 for there in panels.values()]
     figure, axes = pyplot().subplots(len(panels), 1, squeeze=False, height_ratios=sizes,
                                      figsize=(9, 0.4 * sum(sizes) + 0.6 * len(panels)))
@@ -762,51 +738,50 @@ def runs_of(patterns, results):
 
 @dataclass
 class Claim:
-    """`better` is better than each of `worse`: names of rows in a column of an experiment."""
+    """`better` is better than `worse`: names of rows in a column of an experiment."""
     text: str
     published: str
     experiment: str
     column: str
     better: str
-    worse: tuple
+    worse: str
 
 
 # Written down before the runs that decide them: ten seeds of a task, six of a text, each with a
 # warm-up of its own. On text, rate and ramp suit the baseline, but where it says so.
 CLAIMS = [
     Claim("Dyck finds the needle: the whole model moved, as published", "11.3 -> 96.9 % right",
-          "controls", "recall of 15", "dyck", ("none",)),
+          "controls", "recall of 15", "dyck", "none"),
     Claim("... attention and positions moved, our default", "-", "table", "recall of 15",
-          f"dyck, {OURS}", ("none",)),
+          f"dyck, {OURS}", "none"),
     Claim("... more than Dyck with its tokens shuffled", "10.3 -> 96.9 % right", "controls",
-          "recall of 15", f"dyck, {OURS}", (f"shuffled:dyck, {OURS}",)),
+          "recall of 15", f"dyck, {OURS}", f"shuffled:dyck, {OURS}"),
     Claim("... it takes its weights as they are, not shuffled in each tensor", "gain gone",
-          "weights", "recall of 15", "as it is", ("shuffled",)),
-    Claim("set helps code", "perplexity 5.47 -> 5.15", "controls", "code", "set", ("none",)),
+          "weights", "recall of 15", "as it is", "shuffled"),
+    Claim("set helps code", "perplexity 5.47 -> 5.15", "controls", "code", "set", "none"),
     Claim("set helps English", "perplexity 62.0 -> 59.9", "controls", "english", "set",
-          ("none",)),
+          "none"),
     Claim("set helps English at a modest rate without a ramp", "perplexity 62.0 -> 59.9", "tuned",
-          "english", "set, 1e-3, ramp 0", ("none, 1e-3, ramp 0",)),
+          "english", "set, 1e-3, ramp 0", "none, 1e-3, ramp 0"),
 ]
 
 
 def judge(claim, seeds, found):
-    """-> (measured, n, p, verdict); the hardest to beat decides."""
+    """-> (measured, n, p, verdict)"""
     rows = {row.name: row for row in rows_of(claim.experiment, "quick")
             if row.column == claim.column}
-    ours, *others = [Outcome(rows[name], seeds, found) for name in (claim.better, *claim.worse)]
-    if not all(each.n for each in (ours, *others)):
+    ours, base = (Outcome(rows[name], seeds, found) for name in (claim.better, claim.worse))
+    if not ours.n or not base.n:
         return "", 0, math.nan, "not run"
-    hardest = min(others, key=lambda each: each.mean)
-    gain, (low, high), p = ours.against(hardest)
+    gain, (low, high), p = ours.against(base)
     verdict = "undecided"
     if p < 0.05 / len(CLAIMS):  # Bonferroni: one false finding in 20 such lists of claims
         verdict = "supported" if gain > 0 else "contradicted"
     elif ours.text and not math.isnan(p) and -MARGIN < low and high < MARGIN:
         verdict = "no difference beyond the margin"
-    measured = (f"{ours.show(hardest.mean)} ({hardest.row.name}) -> {ours.show(ours.mean)} "
+    measured = (f"{ours.show(base.mean)} ({base.row.name}) -> {ours.show(ours.mean)} "
                 f"{'nats' if ours.text else 'steps'}, gain {ours.show(low)} to {ours.show(high)}")
-    return measured, min(hardest.n, ours.n), p, verdict
+    return measured, min(base.n, ours.n), p, verdict
 
 
 def claims_lines(found, seeds):
@@ -863,12 +838,15 @@ def experiment(name, args):
 def main():
     parser = Parser(description="What many runs say.")
     commands = parser.add_subparsers(dest="command", required=True)
+    shared = Parser(add_help=False)
+    shared.add_argument("--results", default="results", help="(default results)")
+    shared.add_argument("--seeds", type=number(1, 1000), default=10, help="(default 10)")
     drawer = commands.add_parser("curves", help="held-out loss or accuracy by tokens, of any runs")
     drawer.add_argument("runs", nargs="+", help="folders, or with --results parts of names")
     drawer.add_argument("--results", help="a folder of many runs, or a packed file")
     drawer.add_argument("--picture", default="curves.png", help="(default curves.png)")
     for name, (make, _) in EXPERIMENTS.items():
-        runner = commands.add_parser(name, help=make.__doc__)
+        runner = commands.add_parser(name, help=make.__doc__, parents=[shared])
         runner.add_argument("--budget", choices=COLUMNS, default="quick",
                             help="for two CPU cores, or as published (default quick)")
         runner.add_argument("--only", default="", metavar="TEXT",
@@ -876,14 +854,12 @@ def main():
         runner.add_argument("--jobs", type=number(1, 1000), default=1, help="runs at a time")
         runner.add_argument("--show", action="store_true", help="run nothing")
         runner.add_argument("--device", help="cuda, mps or cpu")
-    commands.add_parser("claims", help="each claim: supported, contradicted or undecided here")
-    commands.add_parser("report", help="all tables and figures, in report.md beside the results")
-    packer = commands.add_parser("pack", help="all results in one small file")
+    commands.add_parser("claims", parents=[shared],
+                        help="each claim: supported, contradicted or undecided here")
+    commands.add_parser("report", parents=[shared],
+                        help="all tables and figures, in report.md beside the results")
+    packer = commands.add_parser("pack", parents=[shared], help="all results in one small file")
     packer.add_argument("to", help="such as results.jsonl.gz")
-    for name, command in commands.choices.items():
-        if name != "curves":
-            command.add_argument("--results", default="results", help="(default results)")
-            command.add_argument("--seeds", type=number(1, 1000), default=10, help="(default 10)")
     args = parser.parse_args()
     if args.command == "curves":
         curves(runs_of(args.runs, args.results), args.picture)

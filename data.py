@@ -31,7 +31,6 @@ import random
 import re
 import secrets
 import shutil
-import stat
 import sys
 import sysconfig
 import tarfile
@@ -543,21 +542,19 @@ def written_whole(path):
         scratch.unlink(missing_ok=True)
 
 
-def plain(value):
-    """numpy's numbers and arrays, where JSON is made: json.dumps(value, default=plain)"""
-    return value.tolist()
-
-
 def write_json(path, value):
+    """numpy's numbers and arrays become Python's; nan, which is no JSON, becomes null."""
+    text = json.dumps(value, default=lambda array: array.tolist())
+    value = json.loads(text, parse_constant=lambda nan: None)
     with written_whole(path) as file:
-        file.write(json.dumps(value, indent=1, default=plain).encode() + b"\n")
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
 def read_json(path, form=dict):
     """The JSON object in a file, if it has this form, see `fits`. Raises UserError."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is not a file")  # a pipe would make us wait for ever
+        if not Path(path).is_file():  # a pipe would make us wait for ever
+            raise ValueError("there is no such file")
         return checked(json.loads(Path(path).read_bytes()), form, path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
@@ -722,21 +719,23 @@ def problems(split):
 def users_files(root):
     """The text files of a path: (train, val) where names of files or folders say which they are,
     else (all, []). What is left out is said. Raises UserError."""
-    files = {"train": [], "val": [], "test": [], "other": [], "no text": []}
+    texts, left_out = {"train": [], "val": [], "test": [], "other": []}, []
     for path in [root] if root.is_file() else sorted(root.rglob("*")):
         place = str(path.relative_to(root)).lower()
         words = re.split("[^a-z]+", re.sub("valid(ation)?", "val", place))
-        split = next((split for split in files if split in words), "other")
+        split = next((split for split in texts if split in words), "other")
         if path.is_file() and not re.search(r"(^|/)\.\w", place):  # else it is hidden
-            files[split if is_text(path) else "no text"].append(path)
-    if not files["train"] or not files["val"] + files["test"]:
-        files |= {"train": sum(list(files.values())[:4], []), "val": [], "test": [], "other": []}
-    if not files["train"]:
+            (texts[split] if is_text(path) else left_out).append(path)
+    if texts["train"] and texts["val"] + texts["test"]:
+        left_out += texts["test"] + texts["other"]
+    else:
+        texts = {"train": sum(texts.values(), []), "val": []}
+    if not texts["train"]:
         raise UserError(f"{root} has no files of UTF-8 text")
-    left_out = [path.name for path in files["test"] + files["other"] + files["no text"]]
     if left_out:
-        say(f"left out of {root}: {', '.join(left_out[:9])}" + ", ..." * (len(left_out) > 9))
-    return files["train"], files["val"]
+        say(f"left out of {root}: {', '.join(path.name for path in left_out[:9])}"
+            + (", ..." if len(left_out) > 9 else ""))
+    return texts["train"], texts["val"]
 
 
 def is_text(path):
@@ -762,9 +761,9 @@ def tokenise(spec, tokenizer):
         train, val, read = ["train"], ["val"], problems
     else:
         train, val = users_files(Path(spec))
-    facts = [(path, os.stat(path)) for path in train + val if spec != "math"]
-    key = [4, spec, tokenizer.name,  # 4: how tokens are made
-           [(str(path), fact.st_size, fact.st_mtime_ns) for path, fact in facts]]
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+             for path in train + val if spec != "math"]
+    key = [4, spec, tokenizer.name, facts]  # 4: how tokens are made
     folder = cache_folder() / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     with lock(cache_folder() / "lock", wait=True):
         remove_scratch(cache_folder())
@@ -1023,7 +1022,7 @@ def prepare(name, wanted, workers=1, source=None, tokenizer=None):
 # --------------------------------------------------------------------------------------------------
 # Tokens in files
 
-TYPES = {name: np.dtype(name) for name in ("uint8", "uint16", "uint32", "int32", "int64")}
+TYPES = "uint8", "uint16", "uint32", "int32", "int64"
 
 
 @functools.lru_cache(maxsize=None)
@@ -1052,29 +1051,11 @@ def check_tokens(path, dtype, vocab_size):
             raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
 
 
-class Unread:
-    """Stands for numpy.dtype: one of a pickle's own making could read anywhere in memory."""
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-PLAIN = {  # what meta.pkl may name -> what stands for it: nothing that it names is ever called
-    "collections.OrderedDict": lambda: {}, "collections.defaultdict": lambda _: {},
-    "builtins.int": "int", "builtins.str": "str", "numpy.dtype": Unread,
-    "numpy.core.multiarray.scalar": lambda _, raw: int.from_bytes(raw, "little"),
-    "numpy._core.multiarray.scalar": lambda _, raw: int.from_bytes(raw, "little")}
-
-
 class PlainUnpickler(pickle.Unpickler):
-    """nanoGPT's meta.pkl holds plain containers and numbers: with anything else it is refused."""
+    """nanoGPT's meta.pkl holds dicts, strings and numbers, which need no import: all else may run
+    code, and is refused."""
 
     def find_class(self, module, name):
-        if f"{module}.{name}" in PLAIN:
-            return PLAIN[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
@@ -1102,7 +1083,7 @@ def read_meta(folder):
         numbers = lambda tokens: " ".join(map(str, tokens)).encode()
         tokenizer = Tokenizer(None, size, None, numbers)
     files = {split: meta.get(split, [[f"{split}.bin", 0, None]]) for split in ("train", "val")}
-    return tokenizer, TYPES[dtype], files
+    return tokenizer, np.dtype(dtype), files
 
 
 class Windows(Dataset):
@@ -1405,8 +1386,6 @@ def run_main(main):
         main()
         sys.stdout.flush()
         return
-    except UserError as error:
-        line = str(error)
     except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
         if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
             raise
@@ -1416,7 +1395,7 @@ def run_main(main):
     except BrokenPipeError:  # python data.py list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    except OSError as error:  # such as a file that may not be read, or a full disk
+    except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
         line = str(error)
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)

@@ -10,7 +10,6 @@ fit: a dict, as eval.json keeps it, of numbers and words, which are printed; cur
 {name: {x: y}}, which are printed and drawn; Maps, which are drawn; and "n", of how many it is.
 """
 import contextlib
-import json
 import math
 import re
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (PROBLEM, RANDOM, RULES, Parser, UserError, default_tokenizer, make_data, number,
-                  plain, read_json, run_main, write_json, written_whole)
+from data import (PROBLEM, RANDOM, RULES, Parser, UserError, make_data, number, read_json, run_main,
+                  write_json, written_whole)
 from model import GPT, attention_maps, load
 
 
@@ -126,7 +125,7 @@ class Opened:
         vocab_size = self.model.config.vocab_size
         known = source.get("tokenizer") or ("gpt2" if 50257 <= vocab_size < 50514 else None)
         self.data = make_data(self.spec, self.seed, self.model.config.block_size,
-                              tokenizer or known or default_tokenizer(self.spec))
+                              tokenizer or known)
         padded = 256 if self.data.kind == "text" else 1  # some pad their vocabulary
         if not self.data.vocab_size <= vocab_size < self.data.vocab_size + padded:
             raise UserError(f"{self.spec} has {self.data.vocab_size} tokens, {path} {vocab_size}")
@@ -241,15 +240,16 @@ def probe_learned(c):
     if c.name is None:
         return None
     x, y = c.rows()
-    loss, floor = c.predict(x, y)[0].sum() / (y != -1).sum(), 0.0
+    wanted = y[y != -1]
+    loss, floor = c.predict(x, y)[0].sum() / len(wanted), 0.0
     if c.brackets:
         odds = bracket_rows(c, x)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
     elif not c.answers:
-        floor = math.log(2) * coin_flips(c, x, y) / (y != -1).sum()
-    share = np.bincount(y[y != -1]) / (y != -1).sum()
-    blind = -(share * np.log(np.maximum(share, 1e-30))).sum()
+        floor = math.log(2) * coin_flips(c, x, y) / len(wanted)
+    share = np.bincount(wanted) / len(wanted)
+    blind = -np.log(share[wanted]).mean()
     learned = loss - floor < LEARNED * min(1, blind - floor)
     return {"n": f"{len(x):,} rows", "loss (nats per counted token)": loss,
             "smallest possible": floor, "above it": loss - floor,
@@ -352,7 +352,8 @@ def bracket_facts(row, name, p):
         if token < k:
             left.append((token, t))
         elif token - k in kinds:
-            _, partner = left.pop(depth - 1 - kinds[::-1].index(token - k))
+            partner = max(place for kind, place in left if kind == token - k)
+            left.remove((token - k, partner))
         facts.append((odds, partner, depth, left[-1][0] if left else -1))
     names = "odds", "partner", "depth", "innermost"
     return {name: np.array(fact) for name, fact in zip(names, zip(*facts))}
@@ -421,7 +422,8 @@ def probe_needle(c):
             cut = room * depth // 100
             texts.append(np.concatenate([row[:cut], hidden, row[cut:room], asked, answer]))
         x = np.stack(texts).astype(int)
-        y = np.where(np.arange(1, x.shape[1]) < x.shape[1] - len(answer), -1, x[:, 1:])
+        y = x[:, 1:].copy()
+        y[:, :-len(answer)] = -1
         found.append(c.right(x[:, :-1], y))
     shares = dict(zip(depths, np.mean(found, axis=0)))
     return {"n": f"{len(found)} texts",
@@ -475,8 +477,8 @@ def entropy_of_heads(attention, real):
     """How blurred each head is, (n_layer, n_head): the entropy of what it attends to, as a share of
     the most that a place allows. 0: one token; 1: all alike. real: bool (n, T)."""
     entropy = -(attention * np.log(np.maximum(attention, 1e-30))).sum(-1)[..., 1:]
-    entropy = entropy / np.log(np.arange(2, attention.shape[-1] + 1))
-    return np.einsum("nlht,nt->lh", entropy, real[:, 1:]) / real[:, 1:].sum()
+    share = entropy / np.log(np.arange(2, attention.shape[-1] + 1))
+    return share.transpose(0, 3, 1, 2)[real[:, 1:]].mean(0)
 
 
 def looks(c, x, attention):
@@ -663,24 +665,22 @@ def print_table(name, findings):
 
 def pyplot():
     """matplotlib's, with one style for all figures: to be read from the last row, by anybody."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
     colours = "0072B2 D55E00 009E73 CC79A7 E69F00 56B4E9 000000 999999"  # Okabe and Ito's
     plt.rcParams.update({
         "font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
         "axes.spines.right": False, "savefig.dpi": 150, "figure.constrained_layout.use": True,
+        "text.parse_math": False,  # a token may be a $
         "axes.prop_cycle": plt.cycler(color=[f"#{colour}" for colour in colours.split()])})
     return plt
 
 
 def keep_figure(figure, path):
     """Writes a figure whole, or leaves the old one. Raises UserError."""
-    try:
-        with written_whole(path) as file:
-            figure.savefig(file, format="png")
-    finally:
-        pyplot().close(figure)
+    with written_whole(path) as file:
+        figure.savefig(file, format="png")
+    pyplot().close(figure)
     print(f"figure: {path}")
 
 
@@ -691,15 +691,12 @@ def draw(c, name, finding):
         return
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = pyplot().subplots(rows, columns, squeeze=False,
-                                     figsize=(max(6, 5 * columns), 4.5 * rows))
+    figure = pyplot().figure(figsize=(max(6, 5 * columns), 4.5 * rows))
     figure.suptitle(f"{name}: {c.spec}")
     figure.supxlabel(f"{c.path}: n = {finding['n']}, seed {c.seed}", fontsize=9)
-    for axis in axes.flat[len(panels):]:
-        axis.axis("off")
-    for axis, (key, panel) in zip(axes.flat, panels.items()):
+    for place, (key, panel) in enumerate(panels.items(), 1):
         plot = draw_map if isinstance(panel, Map) else draw_curves
-        plot(axis, key, panel)
+        plot(figure.add_subplot(rows, columns, place), key, panel)
     keep_figure(figure, c.folder / f"eval-{c.path.stem}-{name}.png")
 
 
@@ -707,11 +704,9 @@ def draw_curves(axis, key, curves):
     ylabel, xlabel = key.split(" by ")
     axis.set(xlabel=xlabel, ylabel=ylabel)
     for name, curve in curves.items():
-        if len(curve) > 16:
-            axis.plot(list(curve), list(curve.values()), label=name)
-        else:  # places at equal distances: many go up as 1, 2, 4, 8
-            axis.plot(range(len(curve)), list(curve.values()), marker="o", label=name)
-            axis.set_xticks(range(len(curve)), list(curve))
+        few = len(curve) <= 16  # then words, at equal distances: many go up as 1, 2, 4, 8
+        places = [str(x) for x in curve] if few else list(curve)
+        axis.plot(places, list(curve.values()), marker="o" if few else "", label=name)
     axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     if len(curves) > 1:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
@@ -724,8 +719,7 @@ def draw_map(axis, key, panel):
     axis.figure.colorbar(image, ax=axis)
     axis.set(title=key, xlabel=panel.xlabel, ylabel=panel.ylabel)
     for put, n in zip((axis.set_yticks, axis.set_xticks), panel.matrix.shape):
-        ticks = [str(tick).replace("$", r"\$") for tick in panel.ticks or range(n)]
-        put(range(n), ticks, fontsize=12 if n <= 12 else 8)
+        put(range(n), panel.ticks or range(n), fontsize=12 if n <= 12 else 8)
     for (row, column), share in np.ndenumerate(panel.matrix) if panel.matrix.size <= 64 else ():
         axis.text(column, row, f"{share:.2f}", ha="center", va="center",
                   color="white" if share > 0.6 * most else "black")
@@ -735,14 +729,12 @@ def add_to_json(c, name, finding):
     """Puts what was found into eval.json beside the checkpoint. Raises UserError."""
     path = c.folder / "eval.json"
     there = read_json(path) if path.exists() else {}
-    entry = there
-    for key in (c.path.name, c.spec):
-        entry = entry.setdefault(key, {})
-        if not isinstance(entry, dict):
-            raise UserError(f"{path} is not as eval.py writes it: put it elsewhere")
-    entry[name] = {"step": c.step, **finding}
-    text = json.dumps(there, default=plain)
-    write_json(path, json.loads(text, parse_constant=lambda _: None))  # nan is no JSON
+    try:
+        probes = there.setdefault(c.path.name, {}).setdefault(c.spec, {})
+        probes[name] = {"step": c.step, **finding}
+    except (AttributeError, TypeError):  # what should be an object is something else
+        raise UserError(f"{path} is not as eval.py writes it: put it elsewhere") from None
+    write_json(path, there)
 
 
 def print_sample(c, i, prompt, length, temperature, top_k):

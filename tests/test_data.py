@@ -727,13 +727,10 @@ def test_the_type_of_numbers_that_meta_names_is_used(dtype, tmp_path):
 
 @pytest.mark.parametrize("meta,expected", [
     ({"itos": dict(enumerate("abcde"))}, "abca"), ({}, "0120"), ({"tokenizer": "klingon"}, "0120"),
-    (collections.OrderedDict(itos=list("abcde")), "abca"), ({"itos": {1: "b", 2: "c"}}, "0120"),
-    (collections.defaultdict(int, itos={np.int64(i): word for i, word in enumerate("abcde")}),
-     "abca")])
+    ({"itos": list("abcde")}, "abca"), ({"itos": {1: "b", 2: "c"}}, "0120")])
 def test_nanogpts_letters_are_printed_and_numbers_where_there_are_none(meta, expected, tmp_path):
     folder = token_folder(tmp_path, [0, 1, 2, 0] * 30)
-    meta["vocab_size"] = np.int64(5) if isinstance(meta, collections.defaultdict) else 5
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta | {"vocab_size": 5}))
     source = make_data(folder, block_size=4)
     assert source.vocab_size == 5
     assert source.write([0, 1, 2, 0]).replace(" ", "") == expected
