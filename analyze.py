@@ -107,7 +107,8 @@ COLUMNS = {
               "english": "--preset c4",
               "english, larger": "--preset c4-350m",
               "math": "--preset deepmind_math"}}
-TASKS = ("recall", "recall of 15", "addition", "reversed_addition", "multiplication", "sorting")
+TASK_COLUMNS = ("recall", "recall of 15", "addition", "reversed_addition", "multiplication",
+                "sorting")
 TEXTS = ("code", "english", "math")
 
 # Two ways to take a warm-up up before tasks are published: the whole model, with embeddings at the
@@ -124,7 +125,7 @@ class Column:
 
     def __init__(self, name, budget):
         self.name, self.train, self.quick = name, COLUMNS[budget][name], budget == "quick"
-        self.text = name not in TASKS
+        self.text = name not in TASK_COLUMNS
         # The warm-up to look into, and how it moves over: before tasks as helps most.
         self.best, self.start = ("set", "") if self.text else ("dyck", STARTS[OURS])
 
@@ -275,13 +276,13 @@ def scale(column):
 
 
 EXPERIMENTS = {  # name: what makes the rows of a column, and the columns
-    "table": (table, TASKS), "transfer": (transfer, ("recall", *TEXTS)),
+    "table": (table, TASK_COLUMNS), "transfer": (transfer, ("recall", *TEXTS)),
     "embeddings": (embeddings, ("recall",)),
     "controls": (controls, ("recall", "recall of 15", *TEXTS)),
     "weights": (weights, ("recall of 15", "code")), "heads": (heads, ("recall of 15", "code")),
     "sharpen": (sharpen, ("recall of 15", "english")), "length": (length, TEXTS),
-    "mix": (mix, (*TEXTS, *TASKS)), "efficiency": (efficiency, TEXTS), "tuned": (tuned, TEXTS),
-    "grid": (grid, ("english",)),
+    "mix": (mix, (*TEXTS, *TASK_COLUMNS)), "efficiency": (efficiency, TEXTS),
+    "tuned": (tuned, TEXTS), "grid": (grid, ("english",)),
     "scale": (scale, ("english, smaller", "english", "english, larger"))}
 
 

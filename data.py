@@ -1097,14 +1097,14 @@ class Windows(Dataset):
         self.pieces, self.dtype, self.block_size = pieces, dtype, block_size
         self.seed, self.split = 0 if split == "val" else seed, split
         lengths = [len(self.tokens(place)) for place in range(len(pieces))]
-        self.first = np.cumsum([0] + [max(0, n - 1) // block_size for n in lengths])
+        self.starts = np.cumsum([0] + [max(0, n - 1) // block_size for n in lengths])
         if not len(self):
             part = "validation" if split == "val" else "training"
             raise UserError(f"{name} is too short: its {part} part has {sum(lengths)} tokens, and "
                             f"a row of {block_size} needs {block_size + 1}")
 
     def __len__(self):
-        return int(self.first[-1])
+        return int(self.starts[-1])
 
     def tokens(self, place):
         path, begin, end = self.pieces[place]
@@ -1121,7 +1121,7 @@ class Windows(Dataset):
             epoch, i = 0, len(self) - 1 - i
         window = self.order(epoch)[i]
         place = int(np.searchsorted(self.first, window, "right")) - 1
-        return self.tokens(place), int(window - self.first[place]) * self.block_size
+        return self.tokens(place), int(window - self.starts[place]) * self.block_size
 
     def __getitems__(self, rows):
         """Row numbers -> x, y: int64 tensors (rows, block_size)."""
@@ -1306,13 +1306,14 @@ def number(low, below=math.inf, kind=int):
     """A type for argparse: a number from `low` to less than `below`; 4M and 1.6B are numbers."""
     def parse(text):
         try:
-            unit = " KMBT".find(text[-1:].upper())
-            value = kind(text) if unit < 1 else round(float(text[:-1]) * 1000 ** unit)
+            unit = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
+            value = round(float(text[:-1]) * unit) if unit else kind(text)
         except (ValueError, OverflowError):
             value = math.nan
         if not low <= value < below:
             wanted = {int: "a whole number", float: "a number"}[kind] + f", at least {low}"
-            wanted += f", below {below:g}" * (below < math.inf)
+            if below < math.inf:
+                wanted += f", below {below:g}"
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not accepted: {wanted}")
         return value
     return parse

@@ -109,7 +109,7 @@ class Opened:
     """A checkpoint with its model and held-out data. Raises UserError."""
 
     def __init__(self, path, device=None, spec=None, tokenizer=None, problems=20):
-        self.path, self.device, self.wanted = Path(path), find_device(device), problems
+        self.path, self.device, self.problems = Path(path), find_device(device), problems
         self.model, state = load(path, self.device)
         self.model.eval()
         self.first = self  # of several, the one that the others are compared with
@@ -131,8 +131,8 @@ class Opened:
             raise UserError(f"{self.spec} has {self.data.vocab_size} tokens, {path} {vocab_size}")
         self.name, self.p = self.rule()
         self.brackets = self.name in ("dyck", "dyck_shuffle")
-        # Whether a prompt has one answer.
-        self.answers = self.name is not None and not self.brackets and self.p.get("rule") != RANDOM
+        chance = self.brackets or self.p.get("rule") == RANDOM
+        self.one_answer = self.name is not None and not chance  # for each prompt
         self.n = max(16, min(256, 2 ** 15 // self.model.config.block_size))  # rows to look at
 
     def rule(self):
@@ -146,9 +146,9 @@ class Opened:
         varies = name.startswith("dyck") and p["length"][0] < p["length"][1]
         return (None, {}) if mixed or varies or name == "nca" else (name, p)
 
-    def rows(self, n=None, data=None):
+    def rows(self, n=None):
         """The first held-out rows x, y: int64 arrays (n, block_size)."""
-        return [each.numpy() for each in first_rows(data or self.data, n or self.n)]
+        return [each.numpy() for each in first_rows(self.data, n or self.n)]
 
     def few_rows(self):
         """Fewer of these, x alone, where every layer's stream of them is kept."""
@@ -246,7 +246,7 @@ def probe_learned(c):
         odds = bracket_rows(c, x)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
-    elif not c.answers:
+    elif not c.one_answer:
         floor = math.log(2) * coin_flips(c, x, y) / len(wanted)
     share = np.bincount(wanted) / len(wanted)
     blind = -np.log(share[wanted]).mean()
@@ -270,7 +270,7 @@ def coin_flips(c, x, y):
 
 def probe_answers(c):
     """accuracy by the place of a token in its answer"""
-    if not c.answers:
+    if not c.one_answer:
         return None
     x, y = c.rows(1024)
     counted, hit = y != -1, c.predict(x, y)[1]
@@ -283,7 +283,7 @@ def probe_answers(c):
 def probe_length(c):
     """shorter and longer problems than it was trained on, as far as its positions go"""
     key = next((key for key in ("digits", "numbers", "length") if key in c.p), None)
-    if not c.answers or not key:
+    if not c.one_answer or not key:
         return None
     high = c.p[key][1] if key == "length" else c.p[key]
     others = "".join(f",{name}={value}" for name, value in c.p.items() if name != key)
@@ -291,7 +291,8 @@ def probe_length(c):
     for size in sorted({1, 2, 3, 4, high, *np.geomspace(5, 4 * high + 1, 8).astype(int).tolist()}):
         with contextlib.suppress(UserError):  # too long, or too few examples to hold some out
             data = make_data(f"{c.name}:{key}={size}{others}", c.seed, c.model.config.block_size)
-            shares[size] = c.right(*c.rows(128, data)).mean()
+            x, y = first_rows(data, 128)
+            shares[size] = c.right(x.numpy(), y.numpy()).mean()
     return {"n": "128 answers each", f"share of whole answers right by {key}": {"model": shares}}
 
 
@@ -453,17 +454,17 @@ def probe_copying(c):
 
 def probe_problems(c):
     """DeepMind-Math: problems solved exactly, by greedy answers, by module and split"""
-    if not hasattr(c.data.val, "problems") or not c.wanted:
+    if not hasattr(c.data.val, "problems") or not c.problems:
         return None
     rates = {}
-    for module, problems in sorted(c.data.val.problems(c.wanted).items()):
+    for module, problems in sorted(c.data.val.problems(c.problems).items()):
         solved = []
         for asked, answer in problems:
             prompt = torch.from_numpy(asked)[None].to(c.device)
             out = c.model.generate(prompt, len(answer), temperature=0, stop=PROBLEM)
             solved.append(out[0, len(asked):].tolist() == answer.tolist())
         rates[module] = np.mean(solved)
-    found = {"n": f"{c.wanted} problems of each module"}
+    found = {"n": f"{c.problems} problems of each module"}
     for split in ("interpolate", "extrapolate"):
         found[f"{split}, all modules"] = np.mean([rates[m] for m in rates if m.startswith(split)])
     return found | rates
@@ -720,9 +721,10 @@ def draw_map(axis, key, panel):
     axis.set(title=key, xlabel=panel.xlabel, ylabel=panel.ylabel)
     for put, n in zip((axis.set_yticks, axis.set_xticks), panel.matrix.shape):
         put(range(n), panel.ticks or range(n), fontsize=12 if n <= 12 else 8)
-    for (row, column), share in np.ndenumerate(panel.matrix) if panel.matrix.size <= 64 else ():
-        axis.text(column, row, f"{share:.2f}", ha="center", va="center",
-                  color="white" if share > 0.6 * most else "black")
+    if panel.matrix.size <= 64:
+        for (row, column), share in np.ndenumerate(panel.matrix):
+            axis.text(column, row, f"{share:.2f}", ha="center", va="center",
+                      color="white" if share > 0.6 * most else "black")
 
 
 def add_to_json(c, name, finding):
@@ -778,18 +780,21 @@ def main():
             raise UserError(f"unknown probe {name!r}: there are {', '.join(PROBES)}")
     opened = [Opened(path, args.device, args.data, args.tokenizer, args.problems)
               for path in args.checkpoints]
+    samples = args.sample if args.prompt is None else max(args.sample, 1)
     for i, c in enumerate(opened):
         c.first = opened[0]
         n = sum(p.numel() for p in c.model.parameters())
         print(f"[{i + 1}] {c.path}: {c.stage} step {c.step}, {n:,} parameters, held-out {c.spec}")
-        for row in range(max(args.sample, args.prompt is not None)):
+        for row in range(samples):
             print_sample(c, row, args.prompt, args.tokens, args.temperature, args.top_k)
-    for name in names if args.prompt is None else ():
+    if args.prompt is not None:
+        return
+    for name in names:
         findings = [PROBES[name](c) for c in opened]
         if any(findings):
             print_table(name, findings)
         elif args.probe:
-            why = ": it compares checkpoints of one rule or corpus" * (name == "similarity")
+            why = ": it compares checkpoints of one rule or corpus" if name == "similarity" else ""
             raise UserError(f"the probe {name} does not fit {opened[0].spec}{why}")
         for c, finding in zip(opened, findings):
             if finding:

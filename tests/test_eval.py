@@ -468,7 +468,7 @@ def test_problems_are_solved_only_if_every_character_is_right(tmp_path, opened):
             out[-1] = answer[len(row) - 1 - middle]
         return right(x, wanted, vocab_size)
     c = opened(str(tmp_path / "math"), doubles_small_numbers, 16)
-    c.wanted = 3
+    c.problems = 3
     assert script.probe_problems(c) == {
         "n": "3 problems of each module",
         "interpolate, all modules": pytest.approx(2 / 3), "extrapolate, all modules": 0,

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import train
-from analyze import (EXPERIMENTS, TASKS, folder_of, make_warmup, missing, rows_of,
+from analyze import (EXPERIMENTS, TASK_COLUMNS, folder_of, make_warmup, missing, rows_of,
                      with_checkpoints)
 from data import make_data
 from eval import first_rows, held_out_rows
@@ -319,7 +319,7 @@ def main():
     args.results.mkdir(exist_ok=True)
     results = args.results.resolve()
     rows = [row for name in EXPERIMENTS for row in rows_of(name, "quick")
-            if row.column in TASKS and args.only in f"{row.column} | {row.name}"]
+            if row.column in TASK_COLUMNS and args.only in f"{row.column} | {row.name}"]
     runs = missing(rows, args.seeds, results).values()
     with contextlib.chdir(results):
         together(args.stage, runs, results, args.device, args.workers, not args.no_compile)
