@@ -1120,7 +1120,7 @@ class Windows(Dataset):
         if self.split == "warmup":
             epoch, i = 0, len(self) - 1 - i
         window = self.order(epoch)[i]
-        place = int(np.searchsorted(self.first, window, "right")) - 1
+        place = int(np.searchsorted(self.starts, window, "right")) - 1
         return self.tokens(place), int(window - self.starts[place]) * self.block_size
 
     def __getitems__(self, rows):
