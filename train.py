@@ -229,6 +229,8 @@ def train(model, data, stage, file, settings, **more):
     log = Log(file, stage, progress)
     if progress["before"] and first == last:
         return progress  # it was complete
+    if first:
+        say(f"[{LABELS[stage.name]}] going on after step {first:,}")
     held_out = held_out_rows(data, s.eval_rows)
 
     def checkpoint(step):
