@@ -819,7 +819,9 @@ def summarise(found, settings, given):
             f"{found['warmup_loss']:.2f} nats per token, accuracy "
             f"{found['warmup_first_accuracy']:.0%} -> {found['warmup_accuracy']:.0%}")
     if not s.steps:
-        say(f"next       python train.py --init {out}/warmup.pt --data {shlex.quote(s.data)}")
+        preset = f"--preset {s.preset} " if s.preset else ""
+        say(f"next       python train.py {preset}--data {shlex.quote(s.data)} "
+            f"--init {out}/warmup.pt")
         return
     share = spent["procedural"] / spent["semantic"]
     say(f"tokens     {spent['procedural']:,} of warm-up, {spent['semantic']:,} of {s.data}"
