@@ -463,7 +463,7 @@ RUN = {"result": CONFIG | MEASURED, "log": LOG, "learned": dict}
 def read_log(path):
     """The evaluations of a run's training stage. Raises UserError."""
     entries = [entry for entry in json_lines(path)
-               if fits(entry, LOG[0] | {"stage": str}) and entry["stage"] == "train"]
+               if fits(entry, {"stage": str}) and entry["stage"] == "train" and "val_loss" in entry]
     return checked(entries, LOG, path)
 
 
@@ -602,7 +602,7 @@ class Outcome:
 
 
 def compare(rows, seeds, found):
-    """{column: outcomes of its rows}"""
+    """{column: outcomes of its rows}, which come column by column"""
     return {column: [Outcome(row, seeds, found) for row in group]
             for column, group in itertools.groupby(rows, key=lambda row: row.column)}
 
@@ -636,9 +636,9 @@ def table_lines(columns):
     return lines
 
 
-COLOURS = {  # of a warm-up, in all figures: Okabe and Ito's, and six of Tol's "muted"
-    "none": "#000000", "text": "#999999", "dyck": "#0072B2", "set": "#D55E00",
-    "identity": "#009E73", "union": "#CC79A7", "eca": "#E69F00", "nca": "#56B4E9",
+COLOURS = {  # of a warm-up, in all figures: those of pyplot's style, and six of Tol's "muted"
+    "dyck": "C0", "set": "C1", "identity": "C2", "union": "C3", "eca": "C4", "nca": "C5",
+    "none": "C6", "text": "C7",
     "sort": "#882255", "reverse": "#999933", "delete": "#332288", "stack": "#117733",
     "dyck_shuffle": "#44AA99", "shuffled": "#CC6677"}
 
@@ -646,7 +646,7 @@ COLOURS = {  # of a warm-up, in all figures: Okabe and Ito's, and six of Tol's "
 def colour_of(warmup):
     """"dyck:k=3" -> that of dyck; of a mixture, that of its first rule."""
     name = re.search(r"^(?:[\d.]+\*)?(\w*)", warmup)[1]
-    return COLOURS.get(name, "#999999")
+    return COLOURS.get(name, "C7")
 
 
 def draw(columns, path):

@@ -553,9 +553,12 @@ def write_json(path, value):
 def read_json(path, form=dict):
     """The JSON object in a file, if it has this form, see `fits`. Raises UserError."""
     try:
-        if not Path(path).is_file():  # a pipe would make us wait for ever
-            raise ValueError("there is no such file")
-        return checked(json.loads(Path(path).read_bytes()), form, path)
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError("it is not a file")  # a pipe would make us wait for ever
+        value = json.loads(Path(path).read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        return checked(value, form, path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
 

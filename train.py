@@ -152,7 +152,9 @@ def open_run(out, settings, fingerprint, warmup):
             raise UserError(f"{out} is there and is not a run: choose another --out")
         write_json(out / "config.json", config)
         return None
-    there = read_json(out / "config.json", {"settings": dict})
+    there = read_json(out / "config.json")
+    if not fits(there, {"settings": dict}):
+        raise UserError(f"{out / 'config.json'} is not of a run: choose another --out")
     for key, value in vars(settings).items():
         if key not in OPERATIONAL and there["settings"].get(key) != value:
             longer = f", or --init {out}/ckpt.pt --transfer all to train on" * (key == "steps")
@@ -196,7 +198,6 @@ def write_result(out, settings, fingerprint, warmed, trained):
     return found
 
 
-EVALUATION = {"loss": float, "accuracy": float, "exact": float}
 RESULT = {  # what of result.json a finished run prints again
     "settings": {"data": str}, "warmup": str, "val_loss": float, "val_accuracy": float,
     "val_exact": float, "val_bits_per_byte": (float, None), "warmup_loss": (float, None),
@@ -410,6 +411,7 @@ def attention_entropy(maps, y):
     return (torch.stack(entropy).mean(0) * share).sum(1)
 
 
+EVALUATION = {"loss": float, "accuracy": float, "exact": float}
 PROGRESS = {"step": int, "tokens": int, "seconds": float, "before": EVALUATION,
             "result": EVALUATION, "passed": int, "length": (int, None)}
 
@@ -754,14 +756,14 @@ def check(s, given, kind):
     parse_parts(s["transfer"])
     GPTConfig(1, 1, *parse_size(s["size"]))
     checkpoint = named_checkpoint(s)
-    if warmup not in ("none", "text"):
+    rule = warmup not in ("none", "text")
+    if rule:
         parse_spec(warmup)
     for wrong, line in (
             (kind == "rule", f"--data {data} is a rule: --warmup takes rules"),
             (kind == "task" and s["preset"] not in (None, "laptop"),
              f"--preset {s['preset']} is for text: tasks take laptop, or are as published"),
-            (warmup not in ("none", "text") and kind_of(warmup) != "rule",
-             f"--warmup {warmup} is no rule"),
+            (rule and kind_of(warmup) != "rule", f"--warmup {warmup} is no rule"),
             (warmup == "text" and kind == "task", "--warmup text needs --data that is text"),
             (warmup != "none" and checkpoint,
              "--warmup makes a warm-up, --init, --attn_from and --mlp_from name one: choose"),
@@ -769,7 +771,7 @@ def check(s, given, kind):
             ({"steps", "tokens"} <= given.keys(), "--steps and --tokens say the same: choose"),
             ({"warmup_steps", "warmup_tokens"} <= given.keys(),
              "--warmup_steps and --warmup_tokens say the same: choose"),
-            (s["warmup_curriculum"] and (warmup in ("none", "text") or not can_grow(warmup)),
+            (s["warmup_curriculum"] and not (rule and can_grow(warmup)),
              "--warmup_curriculum needs a rule whose input can grow from length 2"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
              "--sharpen looks at the attention: it excludes --compile and --recompute")):
