@@ -42,9 +42,9 @@ from model import GPT, GPTConfig, attention_maps, load, parse_parts, parse_size,
 # A run: two stages, and what moves between them
 
 
-def run(settings):
+def run(s):
     """Everything that the settings say -> the content of result.json. Raises UserError, Stopped."""
-    s, out = settings, Path(settings.out)
+    out = Path(s.out)
     start_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
     data, rule = open_data(s)
@@ -69,21 +69,19 @@ def run(settings):
 
         if rule:
             # 1. Warm up.
-            warmed = train(warm, rule, warming, out / "warmup.pt", s, fingerprint=fingerprint)
+            warmed = train(warm, rule, warming, out / "warmup.pt", fingerprint, warmed)
             warmed["spec"] = s.warmup
             # 2. Move what was learned.
             move(warm, model, s)
             del warm  # its memory is wanted now
         # 3. Continue.
-        trained = train(model, data, training, out / "ckpt.pt", s, fingerprint=fingerprint,
-                        warmed=warmed)
+        trained = train(model, data, training, out / "ckpt.pt", fingerprint, warmed)
         # 4. Say what came of it.
         return write_result(out, s, fingerprint, warmed, trained)
 
 
-def open_data(settings):
+def open_data(s):
     """The data of both stages; the second is None where nothing is warmed up. Raises UserError."""
-    s = settings
     with first_process_first():  # it may have a corpus to tokenise, which the others then find
         data = make_data(s.data, s.seed, s.block_size, s.tokenizer)
         if s.warmup == "none":
@@ -99,13 +97,13 @@ def new_model(data, size, tied, dropout, seed):
                          tied=tied))
 
 
-def move(warm, model, settings):
-    transfer(warm, model, parse_parts(settings.transfer), settings.embeddings, settings.positions)
+def move(warm, model, s):
+    transfer(warm, model, parse_parts(s.transfer), s.embeddings, s.positions)
 
 
-def start_from_checkpoints(model, settings):
+def start_from_checkpoints(model, s):
     """Moves what --init, --attn_from and --mlp_from name into the model -> how it was warmed up."""
-    s, specs = settings, []
+    specs = []
     warmed = {"tokens": 0, "seconds": 0.0, "before": None, "result": None}
     for path, parts in ((s.init, parse_parts(s.transfer)), (s.mlp_from, ["mlp"]),
                         (s.attn_from, ["attn"])):
@@ -118,17 +116,17 @@ def start_from_checkpoints(model, settings):
     return warmed | {"spec": " + ".join(specs) or s.warmup}
 
 
-def check_data(data, rule, settings):
+def check_data(data, rule, s):
     """Refuses data that cannot be trained on. Returns their fingerprint. Raises UserError."""
     fingerprint = [data.fingerprint()] + ([rule.fingerprint()] if rule else [])
     for each in (data, rule) if rule else (data,):
         if not (each.train.__getitems__(range(64))[1] != -1).any():
             raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}: longer "
                             "ones are needed")
-    if rule and settings.embeddings == "keep" and rule.vocab_size != data.vocab_size:
+    if rule and s.embeddings == "keep" and rule.vocab_size != data.vocab_size:
         raise UserError(f"--embeddings keep needs one vocabulary: {rule.spec} has "
                         f"{rule.vocab_size} tokens, {data.spec} {data.vocab_size}")
-    smallest = min(settings.batch_size, settings.warmup_batch_size if rule else math.inf)
+    smallest = min(s.batch_size, s.warmup_batch_size if rule else math.inf)
     if smallest < world_size():
         raise UserError(f"a batch of {smallest} is too small for {world_size()} processes")
     if world_size() > 1:
@@ -140,12 +138,20 @@ def check_data(data, rule, settings):
     return fingerprint
 
 
-def open_run(out, settings, fingerprint, warmup):
+RESULT = {  # what of result.json a finished run prints again
+    "settings": {"data": str}, "warmup": str, "val_loss": float, "val_accuracy": float,
+    "val_exact": float, "val_bits_per_byte": (float, None), "warmup_loss": (float, None),
+    "warmup_accuracy": (float, None), "warmup_first_loss": (float, None),
+    "warmup_first_accuracy": (float, None), "seconds": float,
+    "tokens": {"procedural": float, "semantic": float}}
+
+
+def open_run(out, s, fingerprint, warmup):
     """Makes the run's folder, or checks that it holds this very run. Returns its result if that is
     there, else None. Raises UserError."""
     if rank() == 0:
         remove_scratch(out)
-    config = {"settings": vars(settings), "warmup": warmup, "fingerprint": fingerprint,
+    config = {"settings": vars(s), "warmup": warmup, "fingerprint": fingerprint,
               "environment": environment()}
     if not (out / "config.json").exists():
         if any(out.glob("[!.]*")):
@@ -155,18 +161,18 @@ def open_run(out, settings, fingerprint, warmup):
     there = read_json(out / "config.json")
     if not fits(there, {"settings": dict}):
         raise UserError(f"{out / 'config.json'} is not of a run: choose another --out")
-    for key, value in vars(settings).items():
+    for key, value in vars(s).items():
         if key not in OPERATIONAL and there["settings"].get(key) != value:
             longer = f", or --init {out}/ckpt.pt --transfer all to train on" * (key == "steps")
             raise UserError(f"{out} holds a run with other settings ({key} "
                             f"{there['settings'].get(key)}, here {value}): choose another --out"
                             + longer)
     if there.get("fingerprint") != fingerprint:
-        raise UserError(f"{settings.data} is not what it was when the run in {out} began: put it "
+        raise UserError(f"{s.data} is not what it was when the run in {out} began: put it "
                         "back, or choose another --out")
     if (out / "result.json").exists():
         return read_json(out / "result.json", RESULT)
-    if not settings.resume and rank() == 0:
+    if not s.resume and rank() == 0:
         raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
     return None
 
@@ -182,9 +188,9 @@ def environment():
             "commit": commit or None}
 
 
-def write_result(out, settings, fingerprint, warmed, trained):
+def write_result(out, s, fingerprint, warmed, trained):
     """Writes result.json, and returns what it holds."""
-    s, before, after = settings, warmed["before"] or {}, warmed["result"] or {}
+    before, after = warmed["before"] or {}, warmed["result"] or {}
     found = {
         "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
         "warmup": warmed["spec"], "fingerprint": fingerprint,
@@ -198,85 +204,83 @@ def write_result(out, settings, fingerprint, warmed, trained):
     return found
 
 
-RESULT = {  # what of result.json a finished run prints again
-    "settings": {"data": str}, "warmup": str, "val_loss": float, "val_accuracy": float,
-    "val_exact": float, "val_bits_per_byte": (float, None), "warmup_loss": (float, None),
-    "warmup_accuracy": (float, None), "warmup_first_loss": (float, None),
-    "warmup_first_accuracy": (float, None), "seconds": float,
-    "tokens": {"procedural": float, "semantic": float}}
-
-
 # --------------------------------------------------------------------------------------------------
 # A stage of training
 
 
-def train(model, data, stage, file, settings, **more):
+def train(model, data, stage, file, fingerprint, warmed):
     """Trains a model for one stage. `file` is its checkpoint: gone on from if it is there, and
-    written with `more` in it. Returns {"before", "result": evaluations, "step", "tokens",
-    "seconds", ...}. Raises UserError, and Stopped after a signal."""
-    s = settings
-    say(f"[{LABELS[stage.name]}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
+    written with the data's fingerprint and what is known of a warm-up before. Returns {"before",
+    "result": evaluations, "step", "tokens", "seconds", ...}. Raises UserError, and Stopped after a
+    signal."""
+    say(f"[{stage.label}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
         f"{stage.block_size} tokens")
-    model.recompute = s.recompute
-    model.to(s.device)
-    optimizer = make_optimizer(model, stage, s)
-    scaler = torch.amp.GradScaler(s.device.partition(":")[0], enabled=s.dtype == "float16")
+    model.recompute = stage.recompute
+    model.to(stage.device)
+    optimizer = make_optimizer(model, stage)
+    scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
     progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
-                "length": 2 if stage.name == "warmup" and s.warmup_curriculum else None}
+                "length": 2 if stage.curriculum else None}
     if file.exists():
-        progress = resume(file, model, optimizer, scaler, stage, more["fingerprint"])
+        progress = resume(file, model, optimizer, scaler, stage, fingerprint)
     first = progress["step"]
-    last = first if progress["passed"] == 2 else stage.steps  # see --stop_at
     log = Log(file, stage, progress)
-    if progress["before"] and first == last:
+    if first and (first == stage.steps or progress["passed"] == 2):
         return progress  # it was complete
     if first:
-        say(f"[{LABELS[stage.name]}] going on after step {first:,}")
-    held_out = held_out_rows(data, s.eval_rows)
+        say(f"[{stage.label}] going on after step {first:,}")
+    save_every = stage.save_every or stage.steps // 10 or 1
+    eval_every = stage.eval_every or stage.steps // 5 or 1
 
     def checkpoint(step):
-        progress.update(step=step, tokens=step * log.tokens, seconds=log.seconds())
+        progress.update(step=step, tokens=step * log.step_tokens, seconds=log.seconds())
         if rank() == 0:
-            source = {"spec": data.spec, "tokenizer": s.tokenizer, "seed": s.seed}
+            source = {"spec": data.spec, "tokenizer": stage.tokenizer, "seed": stage.seed}
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 stage=stage.name, source=source, **progress, **more)
+                 stage=stage.name, source=source, fingerprint=fingerprint, warmed=warmed,
+                 **progress)
 
+    held_out = held_out_rows(data, stage.eval_rows)
     if not progress["before"]:
-        progress["before"] = progress["result"] = measure(model, held_out, data, s)
+        progress["before"] = progress["result"] = measure(model, held_out, data, stage)
         log.add(0, result=progress["before"])
-    micro = s.grad_accum or enough_micro_batches(data, stage, s)
-    net = wrapped(model, data, stage, s, micro) if first < last else model
-    rows = rows_from(data, stage, first, s, progress["length"])
+    micro = stage.grad_accum or enough_micro_batches(data, stage)
+    net = wrapped(model, data, stage, micro) if stage.steps else model
+    if progress["length"]:
+        data.train.longest = data.val.longest = progress["length"]
+    rows = rows_from(data, stage, first)
     model.train()
-    for step in range(first, last):
+    for step in range(first, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(stage, step)
         if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
-            torch.manual_seed(zlib.crc32(f"{s.seed} {stage.name} {step} {rank()}".encode()))
+            torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
         x, y = next(rows)
+        # One process may have got the signal: all hear of it with the sum, and stop together.
         counted, asked_to_stop = total(int((y != -1).sum()), len(SIGNALS))
         if asked_to_stop:
             checkpoint(step)
             raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
-        parts = micro_batches(x, y, micro, trim=s.device == "cpu")
-        loss = gradients(net, model, parts, counted, stage, s, scaler)
+        parts = micro_batches(x, y, micro, trim=stage.device == "cpu")
+        loss = gradients(net, model, parts, counted, stage, scaler)
         done = step + 1
         due = lambda every: done % every == 0 or done == stage.steps
-        logging, saving = due(s.log_every) or done == 1, due(s.save_every or stage.steps // 10 or 1)
-        take_step(model, optimizer, scaler, s, look=logging or saving or s.device == "cpu")
+        logging, saving = due(stage.log_every) or done == 1, due(save_every)
+        look = logging or saving or stage.device == "cpu"
+        take_step(model, optimizer, scaler, stage, look)
         if logging:
             log.add(done, loss=total(float(loss))[0], lr=lr_at(stage, step))
-        if due(s.eval_every or stage.steps // 5 or 1):
-            progress["result"] = measure(model, held_out, data, s)
+        if due(eval_every):
+            progress["result"] = measure(model, held_out, data, stage)
             log.add(done, result=progress["result"])
-            passed = s.stop_at and progress["result"]["accuracy"] >= s.stop_at
-            progress["passed"] = progress["passed"] + 1 if passed and stage.name == "train" else 0
+            good = stage.stop_at and progress["result"]["accuracy"] >= stage.stop_at
+            progress["passed"] = progress["passed"] + 1 if good else 0
         growing = progress["length"] and progress["length"] < stage.block_size
         if growing and done % 20 == 0:  # the curriculum: every 20 steps, by 2 (ours)
-            data.val.longest = progress["length"]
-            if measure(model, held_out_rows(data, 256), data, s)["accuracy"] > 0.99:
+            if measure(model, held_out_rows(data, 256), data, stage)["accuracy"] > 0.99:
                 progress["length"] += 2
-                rows = rows_from(data, stage, done, s, progress["length"])
+                data.train.longest = data.val.longest = progress["length"]
+                rows = rows_from(data, stage, done)
         if saving or progress["passed"] == 2:
             checkpoint(done)
         if progress["passed"] == 2:
@@ -284,9 +288,9 @@ def train(model, data, stage, file, settings, **more):
     return progress
 
 
-def measure(model, rows, data, settings):
+def measure(model, rows, data, stage):
     """An evaluation, see eval.py. Raises UserError if its loss is not finite."""
-    result = evaluate(model, rows, settings.device, autocast(settings), data.tokenizer)
+    result = evaluate(model, rows, stage.device, autocast(stage), data.tokenizer)
     if not math.isfinite(result["loss"]):
         raise UserError("the held-out loss is not finite: a lower learning rate may help")
     return result
@@ -303,24 +307,21 @@ def lr_at(stage, step):
     return end + (stage.lr - end) * share[stage.lr_schedule]
 
 
-def make_optimizer(model, stage, settings):
+def make_optimizer(model, stage):
     """AdamW, with weight decay on matrices and embeddings, not on biases and norms."""
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay,
-                             fused=settings.device != "mps")
+                             fused=stage.device != "mps")
 
 
-def rows_from(data, stage, first, settings, length):
+def rows_from(data, stage, first):
     """This process's share of the rows of each step from `first` on, an iterator of (x, y).
 
-    Step s of a stage has the rows s * batch_size and on, whatever the number of processes. length:
-    inputs are cut to this (a curriculum)."""
-    if length:
-        data.train.longest = length
+    Step s of a stage has the rows s * batch_size and on, whatever the number of processes."""
     share = [range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
              for step in range(first, stage.steps)]
-    cuda, workers = settings.device.startswith("cuda"), settings.workers
+    cuda, workers = stage.device.startswith("cuda"), stage.workers
     if workers is None:  # on a CPU, they would take the cores from the model
         workers = min(8, max(1, os.cpu_count() // 2)) if cuda else 0
     # A batch is a range of row numbers, of which the Dataset makes x and y at once.
@@ -329,30 +330,31 @@ def rows_from(data, stage, first, settings, length):
 
 
 def ignore_ctrl_c(worker):
+    """Ctrl-C reaches a run's workers, too, which its last step still needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def enough_micro_batches(data, stage, settings):
+def enough_micro_batches(data, stage):
     """So many that a micro-batch's logits stay below 4 GB; of tasks on a CPU, 8 of 2,000 tokens or
     more, so that rows of like length go together (measured)."""
     tokens = stage.batch_size / world_size() * stage.block_size
-    if settings.device == "cpu" and data.kind != "text":
+    if stage.device == "cpu" and data.kind != "text":
         return max(1, min(8, int(tokens / 2000)))
     return math.ceil(tokens * data.vocab_size / 2 ** 30)
 
 
-def wrapped(model, data, stage, settings, micro):
+def wrapped(model, data, stage, micro):
     """The model as it is trained: compiled, and shared with other processes."""
     net = model
-    if settings.compile:
+    if stage.compile:
         # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
         small = sum(p.numel() for p in model.parameters()) < 10_000_000
-        mode = "reduce-overhead" if small and settings.device.startswith("cuda") else None
+        mode = "reduce-overhead" if small and stage.device.startswith("cuda") else None
         x, y = data.train.__getitems__(range(max(1, stage.batch_size // world_size() // micro)))
         try:
             net = torch.compile(model, mode=mode)
-            with autocast(settings):
-                loss = net(x.to(settings.device), y.to(settings.device))
+            with autocast(stage):
+                loss = net(x.to(stage.device), y.to(stage.device))
             loss.backward()
         except Exception as error:  # a missing compiler, another platform: torch raises many kinds
             say(f"warning: torch.compile cannot run here ({type(error).__name__}): without it")
@@ -363,32 +365,31 @@ def wrapped(model, data, stage, settings, micro):
     return net
 
 
-def gradients(net, model, parts, counted, stage, settings, scaler):
+def gradients(net, model, parts, counted, stage, scaler):
     """Backward through the micro-batches of a step -> this process's share of the step's loss.
 
     counted: the tokens that count in the whole step, in whichever process they are."""
-    sharpen = settings.sharpen if stage.name == "train" else 0.0
     loss = 0.0
     for i, (x, y) in enumerate(parts):
-        x = x.to(settings.device, non_blocking=True)
-        y = y.to(settings.device, non_blocking=True)
+        x = x.to(stage.device, non_blocking=True)
+        y = y.to(stage.device, non_blocking=True)
         waits = world_size() > 1 and i < len(parts) - 1  # processes share gradients once a step
-        watched = attention_maps(model) if sharpen else contextlib.nullcontext()
+        watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
         with net.no_sync() if waits else contextlib.nullcontext():
-            with autocast(settings), watched as maps:
+            with autocast(stage), watched as maps:
                 part = net(x, y) / max(counted, 1)
             loss += part.detach()
-            if sharpen:
-                part = part + sharpen * attention_entropy(maps, y).sum() / stage.batch_size
+            if stage.sharpen:
+                part = part + stage.sharpen * attention_entropy(maps, y).sum() / stage.batch_size
             scaler.scale(part * world_size()).backward()  # DDP takes the mean; wanted is the sum
     return loss
 
 
-def take_step(model, optimizer, scaler, settings, look):
+def take_step(model, optimizer, scaler, stage, look):
     """Clips the gradient and takes a step. look: refuses a gradient that is not finite, for which
     a GPU has to be waited for; what is not looked at now is found by the next look."""
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip or math.inf)
     if look and not scaler.is_enabled() and not math.isfinite(norm.item()):
         raise UserError("the loss or its gradient is not finite: a lower learning rate may help; "
                         "--resume goes on from the last checkpoint")
@@ -397,9 +398,9 @@ def take_step(model, optimizer, scaler, settings, look):
     optimizer.zero_grad(set_to_none=True)
 
 
-def autocast(settings):
-    return torch.autocast(settings.device.partition(":")[0], getattr(torch, settings.dtype),
-                          enabled=settings.dtype != "float32")
+def autocast(stage):
+    return torch.autocast(stage.device.partition(":")[0], getattr(torch, stage.dtype),
+                          enabled=stage.dtype != "float32")
 
 
 def attention_entropy(maps, y):
@@ -439,9 +440,6 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
     return progress
 
 
-LABELS = {"warmup": "1/2 warm-up", "train": "2/2 train"}
-
-
 class Log:
     """log.jsonl, an object a line, and the same printed. On resuming, the lines of a stage
     after its checkpoint are dropped."""
@@ -449,7 +447,8 @@ class Log:
     def __init__(self, file, stage, progress):
         """file: the stage's checkpoint, which may not be there yet."""
         self.path, self.stage = file.parent / "log.jsonl", stage
-        self.first, self.tokens = progress["step"], stage.batch_size * stage.block_size
+        self.first = progress["step"]
+        self.step_tokens = stage.batch_size * stage.block_size
         self.here = time.time()
         self.began = self.here - progress["seconds"]
         last = self.first if file.exists() else -1
@@ -465,15 +464,15 @@ class Log:
 
     def add(self, step, loss=None, lr=None, result=None):
         """After a step: its loss and learning rate, or an evaluation, or both."""
-        entry = {"stage": self.stage.name, "step": step, "tokens": step * self.tokens}
-        label, steps = LABELS[self.stage.name], self.stage.steps
+        entry = {"stage": self.stage.name, "step": step, "tokens": step * self.step_tokens}
+        label, steps = self.stage.label, self.stage.steps
         if loss is not None:
             each = (time.time() - self.here) / (step - self.first)
-            entry |= {"loss": loss, "lr": lr, "tokens_per_second": round(self.tokens / each)}
+            entry |= {"loss": loss, "lr": lr, "tokens_per_second": round(self.step_tokens / each)}
             line = f"[{label}] step {step:,}/{steps:,} | loss {loss:.3f}"
             if step > self.first + 1:  # the first step is slow, and says nothing of the others
                 left = clock(each * (steps - step))
-                line += f" | {self.tokens / each:,.0f} tokens/s | {left} left"
+                line += f" | {self.step_tokens / each:,.0f} tokens/s | {left} left"
             say(line)
         if result:
             entry |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
@@ -521,15 +520,15 @@ def check_environment():
         raise UserError(f"{there} is not as torchrun sets it: several processes need torchrun")
 
 
-def start_processes(settings):
+def start_processes(s):
     """Joins the other processes of the run, if torchrun started several."""
     for wanted in (signal.SIGINT, signal.SIGTERM):
         signal.signal(wanted, lambda received, frame: SIGNALS.append(received))
     if world_size() > 1:
-        cuda = settings.device.startswith("cuda")
+        cuda = s.device.startswith("cuda")
         if cuda:
-            settings.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(settings.device)
+            s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(s.device)
         patience = datetime.timedelta(hours=6)  # process 0 may have a corpus to tokenise
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
 
@@ -555,66 +554,6 @@ def total(*values):
 
 # --------------------------------------------------------------------------------------------------
 # Settings
-
-# Flags: name: (type or choices, default, what it is). Both stages have those of STAGE: --steps is
-# the training's, --warmup_steps the warm-up's.
-STAGE = {
-    "steps": (number(0, 1e9), None, "optimiser steps"),
-    "tokens": (number(1, 1e15), None, "the same in tokens, such as 655M"),
-    "batch_size": (number(1, 1e6), None, "sequences per step, over all processes"),
-    "block_size": (number(1, 1e6), None, "context in tokens; of rules and tasks: their rows"),
-    "lr": (number(0, kind=float), None, "learning rate"),
-    "lr_schedule": (("cosine", "linear", "constant"), None, "how the learning rate falls"),
-    "lr_ramp": (number(0, 1e9), None, "steps in which it rises first"),
-    "min_lr": (number(0, kind=float), None, "where it ends; if not given, a tenth of its height"),
-    "weight_decay": (number(0, kind=float), None, "on matrices and embeddings alone"),
-    "dropout": (number(0, 1, float), None, "dropout"),
-}
-FLAGS = {
-    "warmup": (str, "dyck",
-               "a rule or mixture (data.py list), none, or text: other text of the corpus"),
-    "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it is learned"),
-    "init": (str, None, "take up this checkpoint of a warm-up instead of making one"),
-    "attn_from": (str, None, "a mixture of weights: the attention of this checkpoint,"),
-    "mlp_from": (str, None, "and the MLPs of this one"),
-    "transfer": (str, "full", "what moves over: full, or a list of attn, mlp, norm; all: go on "
-                 "from a whole --init, embeddings too"),
-    "embeddings": (("random", "mean", "keep"), "random", "how token embeddings and output head "
-                   "begin: mean of the warm-up's rows, or keep (the same vocabulary)"),
-    "positions": (("fit", "moved", "random"), "fit", "how positions begin; fit: moved where the "
-                  "warm-up has as many"),
-    "preset": (str, None, "a published run: c4, codeparrot, deepmind_math, wikitext103, or one of "
-               "these with -350m or -1.3b; or laptop: text or a task in minutes without a GPU"),
-    "data": (str, None, "a task, a corpus or a path (data.py list) to train on; code if not given"),
-    "tokenizer": (str, None, "of text: bytes, or one that tiktoken knows, such as gpt2"),
-    "size": (str, None, "tiny, gpt2, gpt2-medium, -large, -xl, 1.3b, or layers_heads_width"),
-    "tied": (bool, True, "the output head shares its weight with the token embeddings"),
-    "grad_accum": (number(1, 1e5), None, "micro-batches a process makes of its share of a step"),
-    "grad_clip": (number(0, kind=float), 1.0, "largest norm of the gradient; 0: no limit"),
-    "sharpen": (number(0, kind=float), 0.0, "so many times the attention's entropy is added to the "
-                "loss: a control, in place of a warm-up"),
-    "seed": (number(0, 2 ** 32), 0, "of weights, rows and their order"),
-    "device": (str, None, "cuda, mps or cpu"),
-    "dtype": (("float32", "bfloat16", "float16"), None, "of matrix products"),
-    "compile": (bool, None, "torch.compile"),
-    "recompute": (bool, False, "less memory for a third more work"),
-    "workers": (number(0, 257), None, "processes that make rows ahead"),
-    "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
-    "eval_rows": (number(1, 1e9), None, "held-out rows of an evaluation"),
-    "save_every": (number(1, 1e9), None, "steps between checkpoints; a tenth of the stage"),
-    "stop_at": (number(0, 1.001, float), None, "stop at this accuracy, seen twice in a row"),
-    "log_every": (number(1, 1e9), 50, "steps between log lines"),
-    "out": (str, None, "the run's folder; out/DATA-WARMUP-sSEED"),
-    "resume": (bool, False, "go on with the run in --out"),
-    "plan": (bool, False, "train nothing: print parameters, tokens, operations, memory and hours"),
-    "tflops": (number(1e-9, kind=float), None, "for --plan: what a GPU really does, 1e12 a second"),
-    **STAGE,
-    **{f"warmup_{name}": (kind, None, f"of the warm-up: {text}")
-       for name, (kind, _, text) in STAGE.items()},
-}
-# What may differ between a run and its resumption; everything else defines the run.
-OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_every", "log_every",
-               "grad_accum", "out", "resume", "plan", "tflops"}
 
 # What is not given comes from one of these rows. Tasks: as published; the warm-up is ours, since
 # models this small learn no rule in less.
@@ -667,6 +606,66 @@ WARMUPS |= {"dyck": dict(warmup="dyck:k=64,length=2048") | LONG,
             "eca": dict(warmup="eca:length=2048") | LONG,
             "text": dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32)}
 
+# Flags: name: (type or choices, default, what it is). Both stages have those of STAGE: --steps is
+# the training's, --warmup_steps the warm-up's.
+STAGE = {
+    "steps": (number(0, 1e9), None, "optimiser steps"),
+    "tokens": (number(1, 1e15), None, "the same in tokens, such as 655M"),
+    "batch_size": (number(1, 1e6), None, "sequences per step, over all processes"),
+    "block_size": (number(1, 1e6), None, "context in tokens; of rules and tasks: their rows"),
+    "lr": (number(0, kind=float), None, "learning rate"),
+    "lr_schedule": (("cosine", "linear", "constant"), None, "how the learning rate falls"),
+    "lr_ramp": (number(0, 1e9), None, "steps in which it rises first"),
+    "min_lr": (number(0, kind=float), None, "where it ends; if not given, a tenth of its height"),
+    "weight_decay": (number(0, kind=float), None, "on matrices and embeddings alone"),
+    "dropout": (number(0, 1, float), None, "dropout"),
+}
+FLAGS = {
+    "warmup": (str, "dyck",
+               "a rule or mixture (data.py list), none, or text: other text of the corpus"),
+    "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it is learned"),
+    "init": (str, None, "take up this checkpoint of a warm-up instead of making one"),
+    "attn_from": (str, None, "a mixture of weights: the attention of this checkpoint,"),
+    "mlp_from": (str, None, "and the MLPs of this one"),
+    "transfer": (str, "full", "what moves over: full, or a list of attn, mlp, norm; all: go on "
+                 "from a whole --init, embeddings too"),
+    "embeddings": (("random", "mean", "keep"), "random", "how token embeddings and output head "
+                   "begin: mean of the warm-up's rows, or keep (the same vocabulary)"),
+    "positions": (("fit", "moved", "random"), "fit", "how positions begin; fit: moved where the "
+                  "warm-up has as many"),
+    "preset": (tuple(PRESETS), None, "a published run; or laptop: text or a task in minutes "
+               "without a GPU"),
+    "data": (str, None, "a task, a corpus or a path (data.py list) to train on; code if not given"),
+    "tokenizer": (str, None, "of text: bytes, or one that tiktoken knows, such as gpt2"),
+    "size": (str, None, "tiny, gpt2, gpt2-medium, -large, -xl, 1.3b, or layers_heads_width"),
+    "tied": (bool, True, "the output head shares its weight with the token embeddings"),
+    "grad_accum": (number(1, 1e5), None, "micro-batches a process makes of its share of a step"),
+    "grad_clip": (number(0, kind=float), 1.0, "largest norm of the gradient; 0: no limit"),
+    "sharpen": (number(0, kind=float), 0.0, "so many times the attention's entropy is added to the "
+                "loss: a control, in place of a warm-up"),
+    "seed": (number(0, 2 ** 32), 0, "of weights, rows and their order"),
+    "device": (str, None, "cuda, mps or cpu"),
+    "dtype": (("float32", "bfloat16", "float16"), None, "of matrix products"),
+    "compile": (bool, None, "torch.compile"),
+    "recompute": (bool, False, "less memory for a third more work"),
+    "workers": (number(0, 257), None, "processes that make rows ahead"),
+    "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
+    "eval_rows": (number(1, 1e9), None, "held-out rows of an evaluation"),
+    "save_every": (number(1, 1e9), None, "steps between checkpoints; a tenth of the stage"),
+    "stop_at": (number(0, 1.001, float), None, "stop at this accuracy, seen twice in a row"),
+    "log_every": (number(1, 1e9), 50, "steps between log lines"),
+    "out": (str, None, "the run's folder; out/DATA-WARMUP-sSEED"),
+    "resume": (bool, False, "go on with the run in --out"),
+    "plan": (bool, False, "train nothing: print parameters, tokens, operations, memory and hours"),
+    "tflops": (number(1e-9, kind=float), None, "for --plan: what a GPU really does, 1e12 a second"),
+    **STAGE,
+    **{f"warmup_{name}": (kind, None, f"of the warm-up: {text}")
+       for name, (kind, _, text) in STAGE.items()},
+}
+# What may differ between a run and its resumption; everything else defines the run.
+OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_every", "log_every",
+               "grad_accum", "out", "resume", "plan", "tflops"}
+
 
 def parse(argv):
     """The command line -> (settings, a namespace; those that were given). Raises UserError."""
@@ -691,8 +690,6 @@ def settle(given):
     """Every setting: as it is given, else as the checkpoint has it that the run starts from, else
     as the row of ROWS says, else the default of its flag. Raises UserError."""
     preset = given.get("preset")
-    if preset not in (None, *PRESETS):
-        raise UserError(f"unknown --preset {preset}: there are {', '.join(PRESETS)}")
     data = given.get("data") or (PRESETS[preset]["data"] if preset else "code")
     kind = kind_of(data)
     device = find_device(given.get("device"), elsewhere=given.get("plan", False))
@@ -704,6 +701,7 @@ def settle(given):
     if cuda:  # old GPUs have no bfloat16
         s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
     warmup, bare = given.get("warmup", "none" if checkpoint else "dyck"), {}
+    out = f"out/{run_name(given | {'warmup': warmup})}"
     if kind == "task":
         task = data.partition(":")[0]
         s |= ROWS[task if task in ROWS else "task"]
@@ -728,7 +726,7 @@ def settle(given):
         s["warmup_tokens"] = None
     if warmup == "none":
         s["warmup_steps"] = 0
-    s["out"] = s["out"] or f"out/{run_name(given)}"
+    s["out"] = s["out"] or out
     check(s, given, kind)
     return Namespace(**s)
 
@@ -784,8 +782,7 @@ def run_name(given):
     what = [given["preset"]] if "preset" in given else []
     if "data" in given or not what:
         what.append(Path(given.get("data", "code")).name)
-    warmup = given.get("warmup", "none" if named_checkpoint(given) else "dyck")
-    name = f"{'-'.join(what)}-{warmup}-s{given.get('seed', 0)}"
+    name = f"{'-'.join(what)}-{given['warmup']}-s{given.get('seed', 0)}"
     for key, value in given.items():
         if key not in OPERATIONAL | {"data", "warmup", "seed", "preset"}:
             name += f"-{key}={value}"
@@ -793,16 +790,21 @@ def run_name(given):
     return name if len(name) < 120 else f"{name[:110]}-{zlib.crc32(name.encode()):08x}"
 
 
-def stage_of(settings, name, block_size):
-    """The settings of one stage, "warmup" or "train". Tokens become steps, there too: steps define
-    a run."""
-    prefix = "warmup_" if name == "warmup" else ""
-    stage = Namespace(name=name, **{key: getattr(settings, prefix + key) for key in STAGE})
+def stage_of(s, name, block_size):
+    """The settings as one stage has them, "warmup" or "train". Tokens become steps, in `s`, too:
+    steps define a run."""
+    stage = Namespace(**vars(s))
+    stage.name, stage.label, stage.curriculum, prefix = "train", "2/2 train", False, ""
+    if name == "warmup":
+        stage.name, stage.label, prefix = "warmup", "1/2 warm-up", "warmup_"
+        stage.curriculum, stage.stop_at, stage.sharpen = s.warmup_curriculum, None, 0.0
+        for key in STAGE:
+            setattr(stage, key, getattr(s, f"warmup_{key}"))
     stage.block_size = block_size
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.batch_size / block_size))
-        setattr(settings, f"{prefix}steps", stage.steps)
-        setattr(settings, f"{prefix}tokens", None)
+        setattr(s, f"{prefix}steps", stage.steps)
+        setattr(s, f"{prefix}tokens", None)
     return stage
 
 
@@ -810,9 +812,9 @@ def stage_of(settings, name, block_size):
 # What is said before and after
 
 
-def summarise(found, settings, given):
+def summarise(found, s, given):
     """What a newcomer wants to know at the end."""
-    s, spent, out = settings, found["tokens"], shlex.quote(settings.out)
+    spent, out = found["tokens"], shlex.quote(s.out)
     say("\n" + "-" * 100)
     if found["warmup_loss"] is None:
         say(f"warm-up    {found['warmup']}" + ", from a checkpoint" * (found["warmup"] != "none"))
@@ -848,9 +850,9 @@ def summarise(found, settings, given):
         f"curves {out} {shlex.quote('out/' + run_name(other))}")
 
 
-def next_command(settings, given, warmup):
+def next_command(s, given, warmup):
     """The flags of the same run with another warm-up."""
-    s, moves = settings, ("init", "attn_from", "mlp_from", "transfer", "embeddings", "positions")
+    moves = "init", "attn_from", "mlp_from", "transfer", "embeddings", "positions"
     other = {key: value for key, value in given.items()
              if key not in (*moves, "out", "resume") and not key.startswith("warmup")}
     if named_checkpoint(vars(s)):  # what came from it
@@ -859,12 +861,12 @@ def next_command(settings, given, warmup):
     return other | {"warmup": warmup}
 
 
-def print_plan(settings):
+def print_plan(s):
     """Parameters, tokens, operations, memory and hours, by formula, without data and training.
 
     A token takes 6 operations for each parameter in a matrix product, and 12 * n_layer * n_embd *
     context for attention (PaLM's way to count, arXiv 2204.02311, appendix B)."""
-    s, (n_layer, _, d) = settings, parse_size(settings.size)
+    n_layer, _, d = parse_size(s.size)
     known = {"gpt2": 50257, "bytes": 257, "characters": 97} if s.data in CORPORA else {}
     vocab = known.get(s.tokenizer)
     block_size = s.block_size

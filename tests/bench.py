@@ -73,17 +73,17 @@ def batches_of(data, stage):
 def nanowarm(flags, batches, name="train"):
     """The loop of train.py, without what it logs, evaluates and saves."""
     settings, data, stage, model = a_run(flags, name)
-    optimizer, losses = train.make_optimizer(model, stage, settings), []
+    optimizer, losses = train.make_optimizer(model, stage), []
     scaler = torch.amp.GradScaler(enabled=False)
-    n, cpu = train.enough_micro_batches(data, stage, settings), settings.device == "cpu"
-    net = train.wrapped(model, data, stage, settings, n)
+    n, cpu = train.enough_micro_batches(data, stage), settings.device == "cpu"
+    net = train.wrapped(model, data, stage, n)
     model.train()
     for step, (x, y) in enumerate(batches):
         if step == WARM:
             began = now(settings.device)
         parts, counted = micro_batches(x, y, n, trim=cpu), int((y != -1).sum())
-        losses.append(train.gradients(net, model, parts, counted, stage, settings, scaler))
-        train.take_step(model, optimizer, scaler, settings, look=cpu)
+        losses.append(train.gradients(net, model, parts, counted, stage, scaler))
+        train.take_step(model, optimizer, scaler, stage, look=cpu)
     return (now(settings.device) - began) / STEPS, torch.stack(losses).mean().item()
 
 
