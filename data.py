@@ -262,119 +262,39 @@ def sorting(r, numbers=20, below=100):
 
 
 @dataclass
-class Kind:
+class Rule:
     """A rule or a task. Its parameters are those that its function has after r, with their
     defaults."""
     make: Callable
-    width: Callable = lambda p: 2 * p["length"] + 1  # parameters -> tokens of the longest row
-    vocab: Callable = lambda p: p["vocab"]           # parameters -> the number of symbols
-    pad: int = None  # of a task: fills its rows up
-    least: Callable = lambda p: 1  # parameters -> the smallest length
+    tokens: Callable = lambda p: 2 * p["length"] + 1  # of the longest row, by its parameters
+    vocab: Callable = lambda p: p["vocab"]  # how many symbols there are
+    pad: int = None                         # of a task: fills its rows up
+    least: Callable = lambda p: 1           # the smallest length
 
 
 RULES = {
-    "identity": Kind(identity),
-    "reverse": Kind(reverse),
-    "sort": Kind(sort),
-    "set": Kind(set_),
-    "union": Kind(union, lambda p: 2 * p["length"] + 2),
-    "delete": Kind(delete, lambda p: 2 * p["length"] + 3),
-    "stack": Kind(stack),
-    "dyck": Kind(dyck, lambda p: p["length"], lambda p: 2 * p["k"]),
-    "dyck_shuffle": Kind(dyck_shuffle, lambda p: p["length"], lambda p: 2 * p["k"]),
-    "eca": Kind(eca, lambda p: p["length"], lambda p: 2, least=lambda p: p["width"] + 1),
-    "nca": Kind(nca, lambda p: p["length"], lambda p: p["states"] ** 4,
+    "identity": Rule(identity),
+    "reverse": Rule(reverse),
+    "sort": Rule(sort),
+    "set": Rule(set_),
+    "union": Rule(union, lambda p: 2 * p["length"] + 2),
+    "delete": Rule(delete, lambda p: 2 * p["length"] + 3),
+    "stack": Rule(stack),
+    "dyck": Rule(dyck, lambda p: p["length"], lambda p: 2 * p["k"]),
+    "dyck_shuffle": Rule(dyck_shuffle, lambda p: p["length"], lambda p: 2 * p["k"]),
+    "eca": Rule(eca, lambda p: p["length"], lambda p: 2, least=lambda p: p["width"] + 1),
+    "nca": Rule(nca, lambda p: p["length"], lambda p: p["states"] ** 4,
                 least=lambda p: p["grid"] ** 2 // 4 + 1),
 }
 TASKS = {
-    "haystack": Kind(haystack, lambda p: 2 * p["pairs"] + 3, lambda p: 256, pad=0),
-    "addition": Kind(addition, lambda p: 3 * p["digits"] + 4, lambda p: 31, pad=12),
-    "reversed_addition": Kind(reversed_addition, lambda p: 3 * p["digits"] + 4, lambda p: 31, 12),
-    "multiplication": Kind(multiplication, lambda p: 5 * p["digits"] + 4, lambda p: 31, pad=12),
-    "sorting": Kind(sorting, lambda p: 2 * p["numbers"] + 1, lambda p: p["below"] + 1, pad=0),
+    "haystack": Rule(haystack, lambda p: 2 * p["pairs"] + 3, lambda p: 256, pad=0),
+    "addition": Rule(addition, lambda p: 3 * p["digits"] + 4, lambda p: 31, pad=12),
+    "reversed_addition": Rule(reversed_addition, lambda p: 3 * p["digits"] + 4, lambda p: 31,
+                              pad=12),
+    "multiplication": Rule(multiplication, lambda p: 5 * p["digits"] + 4, lambda p: 31, pad=12),
+    "sorting": Rule(sorting, lambda p: 2 * p["numbers"] + 1, lambda p: p["below"] + 1, pad=0),
 }
-KINDS = RULES | TASKS
-
-
-class Rows(Dataset):
-    """The rows of a rule, a mixture of rules or a task.
-
-    Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run. So a
-    run needs nothing but its step number to resume. Only a curriculum shortens rows as it goes, see
-    `longest`. Of a task, one example in 16, by a hash of its prompt, is held out for validation."""
-
-    def __init__(self, spec, seed=0, split="train", block_size=None):
-        """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
-        self.spec, self.seed, self.split = spec, seed, split
-        self.shuffled, self.members = parse_spec(spec)  # members: [(weight, name, parameters), ...]
-        self.longest = math.inf  # input lengths are cut to this, see --warmup_curriculum
-        widths, sizes = [], []
-        for _, name, p in self.members:
-            p = {key: value[1] if key == "length" else value for key, value in p.items()}
-            widths.append(KINDS[name].width(p) + (len(self.members) > 1))
-            sizes.append(KINDS[name].vocab(p))
-        self.block_size = block_size or max(widths)
-        if max(widths) > self.block_size:
-            raise UserError(f"{spec} makes rows of {max(widths)} tokens, more than {block_size}")
-        # Tokens: the symbols, which the members of a mixture share, a bar for each member, the pad.
-        self.first_bar = max(sizes)
-        self.pad = self.first_bar + len(self.members)
-        self.vocab_size = self.pad + 1
-        if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
-            self.pad, self.vocab_size = KINDS[name].pad, self.first_bar
-
-    def draw(self, i):
-        """Row i as two lists: prompt, answer."""
-        r = random.Random(f"{self.seed} {self.split} {i}")
-        place = 0
-        if len(self.members) > 1:
-            weights = [weight for weight, _, _ in self.members]
-            place = r.choices(range(len(self.members)), weights)[0]
-        _, name, p = self.members[place]
-        if "length" in p:
-            low, high = p["length"]
-            p = {**p, "length": r.randint(min(low, self.longest), min(high, self.longest))}
-        for _ in range(1000):
-            prompt, answer = KINDS[name].make(r, **p)
-            if name in RULES or is_held_out(prompt) == (self.split == "val"):
-                break
-        else:
-            raise UserError(f"{self.spec} has too few different examples to hold some out")
-        if len(self.members) > 1 and BAR not in prompt:
-            prompt = [BAR] + prompt  # so that every row says which rule it follows
-        if self.shuffled:  # the control: the same tokens, and as many of them count
-            tokens = prompt + answer
-            r.shuffle(tokens)
-            prompt, answer = tokens[:len(prompt)], tokens[len(prompt):]
-        if BAR in prompt or BAR in answer:
-            bar = self.first_bar + place
-            prompt = [bar if t is BAR else t for t in prompt]
-            answer = [bar if t is BAR else t for t in answer]
-        return prompt, answer
-
-    def __getitems__(self, rows):
-        """Row numbers -> x, y: int64 tensors (rows, block_size). A DataLoader asks for a batch."""
-        x = np.full((len(rows), self.block_size), self.pad)
-        y = np.full((len(rows), self.block_size), -1)
-        for j, i in enumerate(rows):
-            prompt, answer = self.draw(i)
-            tokens = prompt + answer
-            first = max(1, len(prompt))  # Dyck has no prompt: all but its first token count
-            x[j, :len(tokens)] = tokens
-            counted = tokens[first:]
-            y[j, first - 1:first - 1 + len(counted)] = counted  # the loss mask: the rest stays -1
-        return torch.from_numpy(x), torch.from_numpy(y)
-
-    def __getitem__(self, i):
-        x, y = self.__getitems__([i])
-        return x[0], y[0]
-
-    def fingerprint(self):
-        return zlib.crc32(self.__getitems__(range(8))[0].numpy())
-
-
-def is_held_out(prompt):
-    return zlib.crc32(array.array("H", prompt)) % 16 == 0
+RULES_AND_TASKS = RULES | TASKS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,9 +328,9 @@ def parse_spec(spec):
 def parameters(name, given=""):
     """The parameters of a rule or task, as given ("length=2-20, vocab=50") or as its function has
     them; a length is a pair (low, high), from which each row draws its own. Raises UserError."""
-    if name not in KINDS:
-        raise UserError(f"unknown rule or task {name!r}: there are {', '.join(KINDS)}")
-    signature = inspect.signature(KINDS[name].make).parameters.items()
+    if name not in RULES_AND_TASKS:
+        raise UserError(f"unknown rule or task {name!r}: there are {', '.join(RULES_AND_TASKS)}")
+    signature = inspect.signature(RULES_AND_TASKS[name].make).parameters.items()
     p = {key: value.default for key, value in signature if key != "r"}
     takes = ", ".join(f"{key}={value}" for key, value in p.items())
     if "length" in p:
@@ -433,7 +353,7 @@ def parameters(name, given=""):
         if not least <= values[0] <= values[-1] <= most:
             raise UserError(f"{name}: {key}={text} is not accepted: from {least} to {most}")
         p[key] = (values[0], values[-1]) if key == "length" else values[0]
-    least = KINDS[name].least(p)
+    least = RULES_AND_TASKS[name].least(p)
     if "length" in p and p["length"][0] < least:
         raise UserError(f"{name}: length, its first frame and what follows, is {least} or more")
     if p.get("grid", 0) % 2:
@@ -443,7 +363,7 @@ def parameters(name, given=""):
 
 def can_grow(spec):
     """Whether a rule's inputs may be as short as one likes. Raises UserError."""
-    return all(KINDS[name].least(p) == 1 for _, name, p in parse_spec(spec)[1])
+    return all(RULES_AND_TASKS[name].least(p) == 1 for _, name, p in parse_spec(spec)[1])
 
 
 def word(token, name, p):
@@ -463,6 +383,89 @@ def word(token, name, p):
         return signs.get(token, str(token % 10))
     special = {("stack", 0): "pop", ("haystack", 0): "_", ("sorting", p.get("below")): "|"}
     return special.get((name, token), str(token))
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows of them
+
+
+class Rows(Dataset):
+    """The rows of a rule, a mixture of rules or a task.
+
+    Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run. So a
+    run needs nothing but its step number to resume. Only a curriculum shortens rows as it goes, see
+    `longest`. Of a task, one example in 16, by a hash of its prompt, is held out for validation."""
+
+    def __init__(self, spec, seed=0, split="train", block_size=None):
+        """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
+        self.spec, self.seed, self.split = spec, seed, split
+        self.shuffled, self.members = parse_spec(spec)  # members: [(weight, name, parameters), ...]
+        self.longest = math.inf  # input lengths are cut to this, see --warmup_curriculum
+        lengths, sizes = [], []
+        for _, name, p in self.members:
+            p = {key: value[1] if key == "length" else value for key, value in p.items()}
+            lengths.append(RULES_AND_TASKS[name].tokens(p) + (len(self.members) > 1))
+            sizes.append(RULES_AND_TASKS[name].vocab(p))
+        self.block_size = block_size or max(lengths)
+        if max(lengths) > self.block_size:
+            raise UserError(f"{spec} makes rows of {max(lengths)} tokens, more than {block_size}")
+        # Tokens: the symbols, which the members of a mixture share, a bar for each member, the pad.
+        self.first_bar = max(sizes)
+        self.pad = self.first_bar + len(self.members)
+        self.vocab_size = self.pad + 1
+        name = self.members[0][1]
+        if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
+            self.pad, self.vocab_size = RULES_AND_TASKS[name].pad, self.first_bar
+
+    def draw(self, i):
+        """Row i as two lists: prompt, answer."""
+        r = random.Random(f"{self.seed} {self.split} {i}")
+        place = 0
+        if len(self.members) > 1:
+            weights = [weight for weight, _, _ in self.members]
+            place = r.choices(range(len(self.members)), weights)[0]
+        _, name, p = self.members[place]
+        if "length" in p:
+            low, high = p["length"]
+            p = {**p, "length": r.randint(min(low, self.longest), min(high, self.longest))}
+        for _ in range(1000):
+            prompt, answer = RULES_AND_TASKS[name].make(r, **p)
+            if name in RULES or is_held_out(prompt) == (self.split == "val"):
+                break
+        else:
+            raise UserError(f"{self.spec} has too few different examples to hold some out")
+        if len(self.members) > 1 and BAR not in prompt:
+            prompt = [BAR] + prompt  # so that every row says which rule it follows
+        prompt = [self.first_bar + place if t is BAR else t for t in prompt]
+        if self.shuffled:  # the control: the same tokens, and as many of them count
+            tokens = prompt + answer
+            r.shuffle(tokens)
+            prompt, answer = tokens[:len(prompt)], tokens[len(prompt):]
+        return prompt, answer
+
+    def __getitems__(self, rows):
+        """Row numbers -> x, y: int64 tensors (rows, block_size). A DataLoader asks for a batch."""
+        x = np.full((len(rows), self.block_size), self.pad)
+        y = np.full((len(rows), self.block_size), -1)
+        for j, i in enumerate(rows):
+            prompt, answer = self.draw(i)
+            tokens = prompt + answer
+            first = max(1, len(prompt))  # Dyck has no prompt: all but its first token count
+            x[j, :len(tokens)] = tokens
+            counted = tokens[first:]
+            y[j, first - 1:first - 1 + len(counted)] = counted  # the loss mask: the rest stays -1
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def __getitem__(self, i):
+        x, y = self.__getitems__([i])
+        return x[0], y[0]
+
+    def fingerprint(self):
+        return zlib.crc32(self.__getitems__(range(8))[0].numpy())
+
+
+def is_held_out(prompt):
+    return zlib.crc32(array.array("H", prompt)) % 16 == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1251,11 +1254,12 @@ def kind_of(spec):
     """"rule", "task" or "text", without loading anything. Raises UserError."""
     first = spec.removeprefix("shuffled:").split("+")[0]
     name = first.rpartition("*")[2].partition(":")[0].strip()
-    if name in KINDS or spec.startswith("shuffled:"):
+    if name in RULES_AND_TASKS or spec.startswith("shuffled:"):
         return "task" if name in TASKS else "rule"
     if spec in CORPORA or spec and os.path.exists(spec):
         return "text"
-    raise UserError(f"unknown data {spec!r}: a path, or one of {', '.join([*KINDS, *CORPORA])}")
+    known = ", ".join([*RULES_AND_TASKS, *CORPORA])
+    raise UserError(f"unknown data {spec!r}: a path, or one of {known}")
 
 
 def default_tokenizer(spec):

@@ -87,26 +87,6 @@ def split_heads(qkv, n_head):
     return (x.transpose(1, 2) for x in qkv.view(B, T, 3, n_head, C // 3 // n_head).unbind(2))
 
 
-@contextlib.contextmanager
-def attention_maps(model):
-    """Yields a list to which each layer of each forward pass adds what its heads attend to:
-    (B, n_head, T, T), from token (row) to token (column)."""
-    maps = []
-
-    def add(c_attn, inputs, qkv):
-        q, k, _ = split_heads(qkv, model.config.n_head)
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
-        maps.append(scores.float().masked_fill(future, -math.inf).softmax(-1))
-
-    hooks = [block.attn.c_attn.register_forward_hook(add) for block in model.h]
-    try:
-        yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -147,13 +127,12 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.wte.weight
-        for name, p in self.named_parameters():  # as GPT-2 begins; norms are ones and zeros already
-            if name.endswith("bias"):
+        for name, p in self.named_parameters():  # as GPT-2 begins; norms are ones already
+            if p.dim() == 2:
+                added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1  # to the stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(added))
+            elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
-            elif part_of(name) != "norm":
-                nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, targets=None):
         """Tokens (B, T) -> logits (B, T, vocab_size); with targets (B, T), the sum of the
@@ -210,6 +189,26 @@ class GPT(nn.Module):
         return idx
 
 
+@contextlib.contextmanager
+def attention_maps(model):
+    """Yields a list to which each layer of each forward pass adds what its heads attend to:
+    (B, n_head, T, T), from token (row) to token (column)."""
+    maps = []
+
+    def add(c_attn, inputs, qkv):
+        q, k, _ = split_heads(qkv, model.config.n_head)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        maps.append(scores.float().masked_fill(future, -math.inf).softmax(-1))
+
+    hooks = [block.attn.c_attn.register_forward_hook(add) for block in model.h]
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 # --------------------------------------------------------------------------------------------------
 # Parts, and moving them
 
@@ -244,6 +243,8 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
     shapes = [f"{c.n_layer}_{c.n_head}_{c.n_embd}" for c in (old, new)]
     if shapes[0] != shapes[1]:
         raise UserError(f"weights of a {shapes[0]} model do not fit a {shapes[1]} model")
+    if embeddings == "keep" and not 0 <= old.vocab_size - new.vocab_size < 256:  # some pad theirs
+        raise UserError(f"embeddings of {old.vocab_size} tokens are not for {new.vocab_size}")
     theirs = dict(source.named_parameters())
     for name, p in target.named_parameters():
         if part_of(name) in parts:
@@ -258,11 +259,8 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
     for rows, from_rows in ((target.lm_head.weight, source.lm_head.weight),
                             (target.wte.weight, source.wte.weight)):
         if embeddings == "mean":
-            rows.copy_(from_rows.mean(0).expand_as(rows))
+            rows.copy_(from_rows.mean(0))
         if embeddings == "keep":
-            if not new.vocab_size <= old.vocab_size < new.vocab_size + 256:  # some pad theirs
-                raise UserError(f"embeddings of {old.vocab_size} tokens are not for "
-                                f"{new.vocab_size}")
             rows.copy_(from_rows[:new.vocab_size])
 
 

@@ -177,7 +177,8 @@ def bad_flags(r):
 
 
 def bad_spec(r):
-    spec = r.choice((*data.KINDS, "0.7*set+0.3*union", "shuffled:dyck", "set:length=4+set"))
+    mixtures = "0.7*set+0.3*union", "shuffled:dyck", "set:length=4+set"
+    spec = r.choice((*data.RULES_AND_TASKS, *mixtures))
     for _ in range(r.randint(0, 3)):
         spec += r.choice((":", ",")) + r.choice((*data.LIMITS, "")) + "=" + r.choice(WORDS[:30])
     argv = r.choice((["data.py", "show"], RUN + ["--warmup"], RUN + ["--data"]))

@@ -184,7 +184,7 @@ def test_bracket_facts_give_each_row_the_probability_with_which_it_is_made(name,
         odds = script.bracket_facts(list(row), name, p)["odds"]
         assert np.allclose(odds.sum(1), 1)
         assert math.prod(odds[t, token] for t, token in enumerate(row)) == pytest.approx(chance)
-    r, n, make = random.Random(0), 20_000, data.KINDS[name].make
+    r, n, make = random.Random(0), 20_000, data.RULES_AND_TASKS[name].make
     came = collections.Counter(tuple(make(r, **p)[1]) for _ in range(n))
     assert came.keys() <= chances.keys()
     for row, chance in chances.items():
