@@ -446,14 +446,13 @@ class Rows(Dataset):
     def __getitems__(self, rows):
         """Row numbers -> x, y: int64 tensors (rows, block_size). A DataLoader asks for a batch."""
         x = np.full((len(rows), self.block_size), self.pad)
-        y = np.full((len(rows), self.block_size), -1)
+        mask = np.zeros(x.shape, bool)
         for j, i in enumerate(rows):
             prompt, answer = self.draw(i)
-            tokens = prompt + answer
-            first = max(1, len(prompt))  # Dyck has no prompt: all but its first token count
-            x[j, :len(tokens)] = tokens
-            counted = tokens[first:]
-            y[j, first - 1:first - 1 + len(counted)] = counted  # the loss mask: the rest stays -1
+            end = len(prompt) + len(answer)
+            x[j, :end] = prompt + answer
+            mask[j, max(1, len(prompt)):end] = True  # Dyck has no prompt: its first token is given
+        y = np.roll(np.where(mask, x, -1), -1, axis=1)  # y[t] is the token after x[t]
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def __getitem__(self, i):
