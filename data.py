@@ -126,9 +126,8 @@ def stack(r, length=20, vocab=100):
     operations, left = [], []
     for t in range(length):
         push = r.random() < (0.75 if t < length * 2 // 3 else 0.25)
-        if t == length - 1 or len(left) == vocab - 1:  # pops at the end; holds each symbol once
-            push = False
-        if push or len(left) <= 1:  # never empty
+        must_pop = t == length - 1 or len(left) == vocab - 1  # it holds each symbol once
+        if len(left) <= 1 or (push and not must_pop):  # it is never empty
             symbol = r.randrange(1, vocab)
             while symbol in left:
                 symbol = r.randrange(1, vocab)
