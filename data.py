@@ -13,7 +13,6 @@ come after: look things up there.
 import argparse
 import array
 import ast
-import codecs
 import collections
 import contextlib
 import functools
@@ -743,13 +742,13 @@ def users_files(root):
 
 
 def is_text(path):
-    """Whether the first 64 kB are UTF-8, but for a last character that is cut; or gzipped."""
+    """Whether the first 64 kB are UTF-8, or gzipped."""
     with open(path, "rb") as file:
         start = file.read(1 << 16)
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)
-    except UnicodeDecodeError:
-        return start[:2] == GZIP
+        start.decode()
+    except UnicodeDecodeError as error:  # at the end, it is a character cut in two
+        return start[:2] == GZIP or error.reason == "unexpected end of data"
     return True
 
 
