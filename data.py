@@ -890,12 +890,9 @@ def fetch(url, path):
                 raise ConnectionError("the connection was cut")
             read_through(part)
             return part.rename(path)
-        except UserError as error:
-            reason = error
-            part.unlink()
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (UserError, OSError, http.client.HTTPException, ValueError) as error:
             reason, code = error, getattr(error, "code", None)
-            if code == 416:  # what is there is as long as the file, or longer
+            if isinstance(error, UserError) or code == 416:  # damaged; as long as the file, or more
                 part.unlink()
             if code in (401, 403, 404):
                 break
