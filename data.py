@@ -1044,11 +1044,10 @@ def check_tokens(path, dtype, vocab_size):
     if len(words) > 64 and np.count_nonzero(words[1::2]) < len(words) / 200:
         wide = "uint32" if np.count_nonzero(words[2::4]) > len(words) / 200 else "int64"
         raise UserError(f"{path} looks like {wide}, not {dtype}: name its dtype in meta.json")
-    for start in range(0, len(tokens), PIECE):
-        piece = tokens[start:start + PIECE]
-        if piece.min() < 0 or piece.max() >= vocab_size:
-            wrong = piece.min() if piece.min() < 0 else piece.max()
-            raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
+    least, most = tokens.min(initial=0), tokens.max(initial=0)
+    if least < 0 or most >= vocab_size:
+        wrong = least if least < 0 else most
+        raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
 
 
 class PlainUnpickler(pickle.Unpickler):
