@@ -555,10 +555,7 @@ def read_json(path, form=dict):
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is not a file")  # a pipe would make us wait for ever
-        value = json.loads(Path(path).read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-        return checked(value, form, path)
+        return checked(json.loads(Path(path).read_bytes()), form, path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
 
