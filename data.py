@@ -657,13 +657,11 @@ def read_text(path):
 
 def text_of(line, where):
     """The text in a line of JSON, None if that is null; "" if the line is blank."""
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         record = json.loads(line) if line.strip() else {"text": ""}
         text = record["text"] if "text" in record else record["content"]
         if text is None or isinstance(text, str):
             return text
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
     raise UserError(f"{where}: not a JSON object with a text or content field")
 
 
