@@ -329,10 +329,9 @@ def parameters(name, given=""):
     if name not in RULES_AND_TASKS:
         raise UserError(f"unknown rule or task {name!r}: there are {', '.join(RULES_AND_TASKS)}")
     signature = inspect.signature(RULES_AND_TASKS[name].make).parameters.items()
-    p = {key: value.default for key, value in signature if key != "r"}
-    takes = ", ".join(f"{key}={value}" for key, value in p.items())
-    if "length" in p:
-        p["length"] = p["length"], p["length"]
+    defaults = {key: value.default for key, value in signature if key != "r"}
+    takes = ", ".join(f"{key}={value}" for key, value in defaults.items())
+    p = {key: (value, value) if key == "length" else value for key, value in defaults.items()}
     for item in given.split(",") if given else []:
         key, _, text = (word.strip() for word in item.partition("="))
         if key not in p:
@@ -341,11 +340,9 @@ def parameters(name, given=""):
             p[key] = RANDOM
             continue
         least, most = LIMITS.get(key, (0, 10 ** 6))
+        ends = text.split("-", 1) if key == "length" else [text]
         try:
-            if key == "length":
-                values = [int(end) for end in text.split("-", 1)]
-            else:
-                values = [type(p[key])(text)]
+            values = [type(defaults[key])(end) for end in ends]
         except ValueError:
             values = [math.nan]
         if not least <= values[0] <= values[-1] <= most:
