@@ -802,16 +802,16 @@ def encoded(pieces, tokenizer, threads):
 
 def write_tokens(file, texts, tokenizer, threads=None):
     """Streams of text -> tokens in a file. Returns the places in it where documents end."""
-    n = begin = file.tell() // tokenizer.dtype.itemsize
-    ends, progress = [], Progress("tokenised", "tokens")
+    n = file.tell() // tokenizer.dtype.itemsize
+    ends, progress = [n], Progress("tokenised", "tokens")
     for tokens, ends_here in encoded(itertools.chain.from_iterable(texts), tokenizer, threads):
-        if ends_here and n + len(tokens) > (ends or [begin])[-1]:  # else the document is empty
+        if ends_here and n + len(tokens) > ends[-1]:  # else the document is empty
             tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
             ends.append(n + len(tokens))
         file.write(tokens)
         n += len(tokens)
         progress.add(len(tokens))
-    return ends or [n]
+    return ends[1:] or [n]
 
 
 class Progress:
