@@ -591,7 +591,6 @@ PRESETS = {
 ROWS = PRESETS | {
     "gpu": C4 | dict(steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1, dropout=0.0,
                      warmup_dropout=0.0),  # for corpora of some 10 MB (ours)
-    "task": TASK,
     "haystack": TASK | dict(transfer="attn"),
     "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64, warmup_steps=2500,
                                   warmup_batch_size=64, warmup_lr=5e-4)}
@@ -704,7 +703,7 @@ def settle(given):
     out = f"out/{run_name(given | {'warmup': warmup})}"
     if kind == "task":
         task = data.partition(":")[0]
-        s |= ROWS[task if task in ROWS else "task"]
+        s |= ROWS.get(task, TASK)
         if preset:
             s |= LAPTOP_TASK
             bare = LAPTOP_TASK_WARMUPS
