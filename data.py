@@ -228,10 +228,10 @@ def arithmetic(r, digits, operation, least_first=False):
     """Digits are 0-9, the sign 10, equals 11; those of the answer 20-29, its end 30."""
     low, high = 10 ** (digits - 1), 10 ** digits
     a, b = r.randrange(low, high), r.randrange(low, high)
-    a, b, c = ([int(digit) for digit in str(n)] for n in (a, b, operation(a, b)))
-    if least_first:
-        a, b, c = a[::-1], b[::-1], c[::-1]
-    return a + [10] + b + [11], [20 + digit for digit in c] + [30]
+    order = -1 if least_first else 1
+    written = lambda n: [int(digit) for digit in str(n)[::order]]
+    answer = [20 + digit for digit in written(operation(a, b))]
+    return written(a) + [10] + written(b) + [11], answer + [30]
 
 
 def addition(r, digits=5):
