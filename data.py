@@ -188,8 +188,9 @@ def nca(r, states=10, grid=12, length=180, simple=0, complex=10_000):
     hidden units, and the likeliest state. A token is a patch of 2 x 2 cells. Of 50 nets it is the
     first whose cells, a byte each, zip to `simple` to `complex` thousandths, or the nearest."""
     places = np.arange(grid ** 2).reshape(grid, grid)
-    around = [np.roll(places, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    around, one_hot, nearest = np.stack(around, 2), np.eye(states), math.inf
+    shifts = itertools.product((-1, 0, 1), repeat=2)
+    around = np.stack([np.roll(places, shift, (0, 1)) for shift in shifts], 2)  # grid, grid, 9
+    one_hot, nearest = np.eye(states), math.inf
     for _ in range(50):
         g = np.random.default_rng(r.getrandbits(64))
         hidden, out = g.normal(size=(9 * states, 16)), g.normal(size=(16, states))
@@ -197,14 +198,14 @@ def nca(r, states=10, grid=12, length=180, simple=0, complex=10_000):
         while len(frames) * grid ** 2 < 4 * length:
             seen = one_hot[frames[-1].take(around)].reshape(grid, grid, -1)
             frames.append((np.tanh(seen @ hidden) @ out).argmax(2))
-        zipped = len(zlib.compress(np.array(frames, np.uint8).tobytes()))
-        share = 1000 * zipped / (len(frames) * grid ** 2)
-        off = max(simple - share, share - complex, 0)
+        cells = np.array(frames, np.uint8)
+        zipped = 1000 * len(zlib.compress(cells)) / cells.size
+        off = max(simple - zipped, zipped - complex, 0)
         if off < nearest:
-            nearest, cells = off, np.array(frames)
+            nearest, best = off, cells
         if off == 0:
             break
-    patches = cells.reshape(len(cells), grid // 2, 2, grid // 2, 2).swapaxes(2, 3).reshape(-1, 4)
+    patches = best.reshape(-1, grid // 2, 2, grid // 2, 2).swapaxes(2, 3).reshape(-1, 4)
     row = (patches @ states ** np.arange(3, -1, -1)).tolist()
     return row[:grid ** 2 // 4], row[grid ** 2 // 4:length]
 
