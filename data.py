@@ -399,7 +399,8 @@ class Rows(Dataset):
         self.longest = math.inf  # input lengths are cut to this, see --warmup_curriculum
         lengths, sizes = [], []
         for _, name, p in self.members:
-            p = {key: value[1] if key == "length" else value for key, value in p.items()}
+            if "length" in p:
+                p = p | {"length": p["length"][1]}
             lengths.append(RULES_AND_TASKS[name].tokens(p) + (len(self.members) > 1))
             sizes.append(RULES_AND_TASKS[name].vocab(p))
         self.block_size = block_size or max(lengths)
@@ -423,7 +424,7 @@ class Rows(Dataset):
         _, name, p = self.members[place]
         if "length" in p:
             low, high = p["length"]
-            p = {**p, "length": r.randint(min(low, self.longest), min(high, self.longest))}
+            p = p | {"length": r.randint(min(low, self.longest), min(high, self.longest))}
         for _ in range(1000):
             prompt, answer = RULES_AND_TASKS[name].make(r, **p)
             if name in RULES or is_held_out(prompt) == (self.split == "val"):
