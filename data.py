@@ -682,8 +682,8 @@ def docstrings(path):
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     with contextlib.suppress(SyntaxError, ValueError, RecursionError):
         for node in ast.walk(ast.parse(path.read_bytes())):
-            text = isinstance(node, kinds) and ast.get_docstring(node) or ""
-            if len(text) >= 200:
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and len(text) >= 200:
                 yield text, True
 
 
@@ -708,9 +708,10 @@ def problems(split):
     r, left = random.Random(split), 16_000_000 if split == "train" else 1_000_000
     while left > 0:
         asked, answer = question(r)
-        if is_held_out([*asked.encode()]) == (split == "val"):
-            left -= len(f"{asked}\n{answer}\n")
-            yield f"{asked}\n{answer}\n", False
+        if is_held_out(list(asked.encode())) == (split == "val"):
+            text = f"{asked}\n{answer}\n"
+            left -= len(text)
+            yield text, False
 
 
 def users_files(root):
@@ -778,7 +779,8 @@ def tokenise(spec, tokenizer):
         if not val:  # the last tenth is held out, from where a document ends if that is near
             cut -= cut // 10
             near = min(ends, key=lambda end: abs(end - cut))
-            cut = near if abs(near - cut) <= ends[-1] // 100 else cut
+            if abs(near - cut) <= ends[-1] // 100:
+                cut = near
         for split, begin, end in (("training", 0, cut), ("validation", cut, ends[-1])):
             n = sum(begin < document <= end for document in ends)
             say(f"{split}: {end - begin:,} tokens in {n:,} documents")
@@ -1024,8 +1026,8 @@ def open_tokens(path, dtype):
     """The tokens of a file, left on the disk. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path.name} is missing in {path.parent}")
-    size, start = path.stat().st_size, np.fromfile(path, np.int32, 1)
-    header = 1024 if len(start) and start[0] == 20240520 else 0  # llm.c, modded-nanogpt
+    size = path.stat().st_size
+    header = 1024 if 20240520 in np.fromfile(path, np.int32, 1) else 0  # llm.c, modded-nanogpt
     if (size - header) % dtype.itemsize:
         raise UserError(f"{path} has {size} bytes: no whole number of {dtype}")
     return np.memmap(path, dtype, "r", header) if size > header else np.zeros(0, dtype)
@@ -1087,8 +1089,8 @@ class Windows(Dataset):
 
     def __init__(self, name, pieces, dtype, block_size, seed, split):
         """pieces: [(path, begin, end), ...], which windows do not cross. Raises UserError."""
-        self.pieces, self.dtype, self.block_size = pieces, dtype, block_size
-        self.seed, self.split = 0 if split == "val" else seed, split
+        self.pieces, self.dtype, self.block_size, self.split = pieces, dtype, block_size, split
+        self.seed = 0 if split == "val" else seed
         lengths = [len(self.tokens(place)) for place in range(len(pieces))]
         self.starts = np.cumsum([0] + [max(0, n - 1) // block_size for n in lengths])
         if not len(self):
@@ -1228,7 +1230,8 @@ class Data:
         if self.kind == "text":  # characters, which are known by their names alone
             words, bars = list(text), []
         else:
-            words = text.split() if self.joined("ab") == "a b" else list("".join(text.split()))
+            apart = " " in self.joined("ab")  # or side by side, as digits and cells are
+            words = text.split() if apart else list("".join(text.split()))
             bars = range(self.train.first_bar, self.vocab_size - 1)
         bars = [t for t in bars if self.words([t])[0] in words]  # these say which rule it follows
         names = {self.words([t, *bars])[0]: t for t in reversed(range(self.vocab_size))}
@@ -1276,7 +1279,7 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     windows = Problems if tokenizer.name == "characters" else Windows
     datasets = []
     for part, pieces in files.items():
-        pieces = [(folder / name, begin, end) for name, begin, end in pieces]
+        pieces = [(folder / file, begin, end) for file, begin, end in pieces]
         if folder == Path(spec):  # somebody else's
             for path, _, _ in pieces:
                 check_tokens(path, dtype, tokenizer.vocab_size)
