@@ -699,11 +699,11 @@ def settle(given):
     s |= dict(dtype="float32", compile=cuda and not given.get("sharpen"))
     if cuda:  # old GPUs have no bfloat16
         s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
-    warmup, bare = given.get("warmup", "none" if checkpoint else "dyck"), {}
-    out = f"out/{run_name(given | {'warmup': warmup})}"
+    warmup = given.get("warmup", "none" if checkpoint else "dyck")
+    s["out"] = f"out/{run_name(given | {'warmup': warmup})}"
+    bare = {}  # what the name of a rule alone stands for
     if kind == "task":
-        task = data.partition(":")[0]
-        s |= ROWS.get(task, TASK)
+        s |= ROWS.get(data.partition(":")[0], TASK)
         if preset:
             s |= LAPTOP_TASK
             bare = LAPTOP_TASK_WARMUPS
@@ -719,13 +719,11 @@ def settle(given):
         s["embeddings"] = "keep"
     if checkpoint:
         s |= settings_of(checkpoint, whole=given.get("transfer") == "all")
-    s |= given
-    s |= dict(data=data, device=device, warmup=warmup)
+    s |= given | dict(data=data, device=device, warmup=warmup)
     if "warmup_steps" in given:
         s["warmup_tokens"] = None
     if warmup == "none":
         s["warmup_steps"] = 0
-    s["out"] = s["out"] or out
     check(s, given, kind)
     return Namespace(**s)
 
