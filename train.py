@@ -864,20 +864,18 @@ def print_plan(s):
     A token takes 6 operations for each parameter in a matrix product, and 12 * n_layer * n_embd *
     context for attention (PaLM's way to count, arXiv 2204.02311, appendix B)."""
     n_layer, _, d = parse_size(s.size)
-    known = {"gpt2": 50257, "bytes": 257, "characters": 97} if s.data in CORPORA else {}
-    vocab = known.get(s.tokenizer)
-    block_size = s.block_size
-    if not vocab or not block_size:
-        data = make_data(s.data, 0, block_size, s.tokenizer)
-        vocab, block_size = data.vocab_size, data.block_size
-    stages = [(stage_of(s, "train", block_size), vocab)]
-    if s.warmup == "text":
-        stages.insert(0, (stage_of(s, "warmup", block_size), vocab))
-    elif s.warmup != "none":
-        rule = make_data(s.warmup, 0, s.warmup_block_size)
-        stages.insert(0, (stage_of(s, "warmup", rule.block_size), rule.vocab_size))
+    vocab = {"gpt2": 50257, "bytes": 257, "characters": 97}.get(s.tokenizer)
+    if s.data in CORPORA and vocab and s.block_size:  # it need not be here
+        data = Namespace(vocab_size=vocab, block_size=s.block_size)
+    else:
+        data = make_data(s.data, 0, s.block_size, s.tokenizer)
+    stages = [("train", data)]
+    if s.warmup != "none":
+        rule = data if s.warmup == "text" else make_data(s.warmup, 0, s.warmup_block_size)
+        stages.insert(0, ("warmup", rule))
     operations = 0
-    for stage, vocab in stages:
+    for name, data in stages:
+        stage, vocab = stage_of(s, name, data.block_size), data.vocab_size
         matrices = 12 * n_layer * d * d + vocab * d
         parameters = matrices + (13 * n_layer + 2 + stage.block_size) * d
         parameters += vocab * d if stage.name == "train" and not s.tied else 0
@@ -891,14 +889,15 @@ def print_plan(s):
         say(f"time       {hours:,.1f} hours at {s.tflops:g} TFLOP/s a GPU; GPUs: {world_size()}")
     else:
         say("time       add --tflops: what one GPU really does, often 0.3 to 0.5 of its peak")
-    share = stage.batch_size / world_size() * stage.block_size
-    share /= s.grad_accum or math.ceil(share * vocab / 2 ** 30)
+    # The largest is the training stage, which came last. A micro-batch of it, in tokens:
+    micro = stage.batch_size / world_size() * stage.block_size
+    micro /= s.grad_accum or math.ceil(micro * vocab / 2 ** 30)
     # Bytes that the backward pass keeps of each token, layer and unit of width (by reading).
     kept = 4 if s.recompute else 60 if s.dtype == "float32" else 34
-    activations = share * (kept * d * n_layer + 8 * vocab) / 2 ** 30
+    activations = micro * (kept * d * n_layer + 8 * vocab) / 2 ** 30
     say(f"memory     a GPU: {16 * parameters / 2 ** 30:.2f} GiB of weights, "
         f"gradients and AdamW's state; about {activations:.2f} GiB of activations of micro-batches "
-        f"of {share:,.0f} tokens")
+        f"of {micro:,.0f} tokens")
     if s.data in PUBLISHED:
         say(f"data       python data.py prepare {s.data} --tokens {math.ceil(tokens / 1e6)}M")
 
