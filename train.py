@@ -163,10 +163,11 @@ def open_run(out, s, fingerprint, warmup):
         raise UserError(f"{out / 'config.json'} is not of a run: choose another --out")
     for key, value in vars(s).items():
         if key not in OPERATIONAL and there["settings"].get(key) != value:
-            longer = f", or --init {out}/ckpt.pt --transfer all to train on" * (key == "steps")
-            raise UserError(f"{out} holds a run with other settings ({key} "
-                            f"{there['settings'].get(key)}, here {value}): choose another --out"
-                            + longer)
+            line = (f"{out} holds a run with other settings ({key} {there['settings'].get(key)}, "
+                    f"here {value}): choose another --out")
+            if key == "steps":
+                line += f", or --init {out}/ckpt.pt --transfer all to train on"
+            raise UserError(line)
     if there.get("fingerprint") != fingerprint:
         raise UserError(f"{s.data} is not what it was when the run in {out} began: put it "
                         "back, or choose another --out")
@@ -813,8 +814,10 @@ def summarise(found, s, given):
     """What a newcomer wants to know at the end."""
     spent, out = found["tokens"], shlex.quote(s.out)
     say("\n" + "-" * 100)
-    if found["warmup_loss"] is None:
-        say(f"warm-up    {found['warmup']}" + ", from a checkpoint" * (found["warmup"] != "none"))
+    if found["warmup"] == "none":
+        say("warm-up    none")
+    elif found["warmup_loss"] is None:
+        say(f"warm-up    {found['warmup']}, from a checkpoint")
     else:
         say(f"warm-up    {s.warmup}: held-out loss {found['warmup_first_loss']:.2f} -> "
             f"{found['warmup_loss']:.2f} nats per token, accuracy "
@@ -825,8 +828,10 @@ def summarise(found, s, given):
             f"--init {out}/warmup.pt")
         return
     share = spent["procedural"] / spent["semantic"]
-    say(f"tokens     {spent['procedural']:,} of warm-up, {spent['semantic']:,} of {s.data}"
-        + f": {share:.3g} to 1 (paper: 0.001 to 0.003, in far longer runs)" * (share > 0))
+    line = f"tokens     {spent['procedural']:,} of warm-up, {spent['semantic']:,} of {s.data}"
+    if share:
+        line += f": {share:.3g} to 1 (paper: 0.001 to 0.003, in far longer runs)"
+    say(line)
     line = f"result     held-out loss {found['val_loss']:.4f} nats per counted token"
     if found["val_bits_per_byte"] is not None:
         line += f" = {found['val_bits_per_byte']:.4f} bits per byte"
@@ -835,14 +840,17 @@ def summarise(found, s, given):
     else:
         say(f"{line}, {found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of "
             "answers right")
-    say(f"files      {out}: config.json, log.jsonl, {'warmup.pt, ' * (s.warmup != 'none')}"
-        "ckpt.pt, result.json "
+    checkpoints = "ckpt.pt" if s.warmup == "none" else "warmup.pt, ckpt.pt"
+    say(f"files      {out}: config.json, log.jsonl, {checkpoints}, result.json "
         f"({clock(found['seconds'])})")
     other = next_command(s, given, "none" if spent["procedural"] else "dyck")
-    words = [f"--{'no-' if value is False else ''}{key}"
-             + ("" if isinstance(value, bool) else f" {shlex.quote(str(value))}")
-             for key, value in other.items()]
-    say(f"next       python train.py {' '.join(words)}\n           the same "
+    flags = []
+    for key, value in other.items():
+        if isinstance(value, bool):
+            flags.append(f"--{key}" if value else f"--no-{key}")
+        else:
+            flags += [f"--{key}", str(value)]
+    say(f"next       python train.py {shlex.join(flags)}\n           the same "
         f"{'without the' if spent['procedural'] else 'with a'} warm-up; then: python analyze.py "
         f"curves {out} {shlex.quote('out/' + run_name(other))}")
 
