@@ -31,7 +31,6 @@ import re
 import secrets
 import shutil
 import sys
-import sysconfig
 import tarfile
 import time
 import urllib.error
@@ -667,7 +666,7 @@ def text_of(line, where):
 def python_files(*packages):
     """The .py files of the standard library and of packages, without tests."""
     skip = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "lib2to3"}
-    files, roots = [], [sysconfig.get_paths()["stdlib"]]
+    files, roots = [], [Path(os.__file__).parent]
     for package in packages:
         roots += importlib.util.find_spec(package).submodule_search_locations
     for root in roots:
