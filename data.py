@@ -12,7 +12,6 @@ come after: look things up there.
 """
 import argparse
 import ast
-import collections
 import contextlib
 import functools
 import gzip
@@ -27,12 +26,10 @@ import os
 import pickle
 import random
 import re
-import secrets
 import shutil
 import sys
 import tarfile
 import time
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
@@ -525,7 +522,7 @@ def written_whole(path):
 
     Raises UserError where it cannot be written: a full disk, a read-only folder."""
     path = Path(path)
-    scratch = path.with_name(f".{secrets.token_hex(4)}.tmp")
+    scratch = path.with_name(f".{os.urandom(4).hex()}.tmp")
     try:
         with open(scratch, "xb") as file:
             yield file
@@ -794,11 +791,11 @@ def encoded(pieces, tokenizer, threads):
         return np.asarray(tokenizer.encode(text), tokenizer.dtype), ends
 
     with ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque()
+        waiting = []
         for text, ends in pieces:
             waiting.append(pool.submit(encode, text, ends))
             if len(waiting) > 16:
-                yield waiting.popleft().result()
+                yield waiting.pop(0).result()
         yield from (future.result() for future in waiting)
 
 
@@ -1019,7 +1016,7 @@ def prepare(name, wanted, workers=1, source=None, tokenizer=None):
 TYPES = "uint8", "uint16", "uint32", "int32", "int64"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def open_tokens(path, dtype):
     """The tokens of a file, left on the disk. Raises UserError."""
     if not path.is_file():
