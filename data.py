@@ -896,14 +896,14 @@ def read_through(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                size = not archive.testzip()
+                whole = archive.testzip() is None
         else:
             with gzip.open(path) as file:
-                size = sum(map(len, iter(lambda: file.read(PIECE), b"")))
+                whole = file.seek(0, os.SEEK_END) > 0  # reads all of it
     except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if not size:
-        raise UserError(f"{path} is damaged: it is empty")
+    if not whole:
+        raise UserError(f"{path} is damaged, or empty")
 
 
 def published_file(url, source, downloads, file):
