@@ -714,10 +714,11 @@ def users_files(root):
     else (all, []). What is left out is said. Raises UserError."""
     texts, left_out = {"train": [], "val": [], "test": [], "other": []}, []
     for path in [root] if root.is_file() else sorted(root.rglob("*")):
-        place = str(path.relative_to(root)).lower()
-        words = re.split("[^a-z]+", re.sub("valid(ation)?", "val", place))
+        place = path.relative_to(root)
+        words = re.split("[^a-z]+", re.sub("valid(ation)?", "val", str(place).lower()))
         split = next((split for split in texts if split in words), "other")
-        if path.is_file() and not re.search(r"(^|/)\.\w", place):  # else it is hidden
+        hidden = any(part.startswith(".") for part in place.parts)
+        if path.is_file() and not hidden:
             (texts[split] if is_text(path) else left_out).append(path)
     if texts["train"] and texts["val"] + texts["test"]:
         left_out += texts["test"] + texts["other"]
