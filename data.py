@@ -576,7 +576,8 @@ def fits(value, form):
 
 def json_lines(path):
     """The values in a file of JSON lines, without what is none: a kill may leave half a line."""
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             yield json.loads(line)
 
@@ -606,7 +607,10 @@ def lock(path, wait=False):
 def remove_scratch(folder):
     """Removes what a kill left of files being written. The caller holds the folder's lock."""
     for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -917,7 +921,8 @@ def published_file(url, source, downloads, file):
         read_through(path)
     elif not path.exists():
         downloads.mkdir(parents=True, exist_ok=True)
-        fetch((f"{source.rstrip('/')}/" if source else url) + file, path)
+        base = f"{source.rstrip('/')}/" if source else url
+        fetch(base + file, path)
     return path
 
 
