@@ -749,9 +749,8 @@ def settings_of(path, whole):
 def check(s, given, kind):
     """Refuses settings that do not go together. Raises UserError."""
     warmup, data = s["warmup"], s["data"]
-    parse_parts(s["transfer"])
+    parse_parts(s["transfer"])  # these refuse what they do not know
     GPTConfig(1, 1, *parse_size(s["size"]))
-    checkpoint = named_checkpoint(s)
     rule = warmup not in ("none", "text")
     if rule:
         parse_spec(warmup)
@@ -761,7 +760,7 @@ def check(s, given, kind):
              f"--preset {s['preset']} is for text: tasks take laptop, or are as published"),
             (rule and kind_of(warmup) != "rule", f"--warmup {warmup} is no rule"),
             (warmup == "text" and kind == "task", "--warmup text needs --data that is text"),
-            (warmup != "none" and checkpoint,
+            (warmup != "none" and named_checkpoint(s),
              "--warmup makes a warm-up, --init, --attn_from and --mlp_from name one: choose"),
             (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),
             ({"steps", "tokens"} <= given.keys(), "--steps and --tokens say the same: choose"),
@@ -791,13 +790,13 @@ def run_name(given):
 def stage_of(s, name, block_size):
     """The settings as one stage has them, "warmup" or "train". Tokens become steps, in `s`, too:
     steps define a run."""
-    stage = Namespace(**vars(s))
-    stage.name, stage.label, stage.curriculum, prefix = "train", "2/2 train", False, ""
+    stage = Namespace(**vars(s), name=name, label="2/2 train", curriculum=False)
+    prefix = ""
     if name == "warmup":
-        stage.name, stage.label, prefix = "warmup", "1/2 warm-up", "warmup_"
+        prefix, stage.label = "warmup_", "1/2 warm-up"
         stage.curriculum, stage.stop_at, stage.sharpen = s.warmup_curriculum, None, 0.0
         for key in STAGE:
-            setattr(stage, key, getattr(s, f"warmup_{key}"))
+            setattr(stage, key, getattr(s, prefix + key))
     stage.block_size = block_size
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.batch_size / block_size))
