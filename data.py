@@ -12,6 +12,7 @@ come after: look things up there.
 """
 import argparse
 import ast
+import collections
 import contextlib
 import functools
 import gzip
@@ -214,7 +215,7 @@ def haystack(r, pairs=30):
     n = r.randint(1, pairs)
     keys = r.sample(range(128, 128 + pairs), n)
     values = r.choices(range(1, 128), k=n)
-    prompt = [token for pair in zip(keys, values) for token in pair]
+    prompt = list(itertools.chain.from_iterable(zip(keys, values)))
     needle = r.randrange(n)
     asked = keys[needle] + pairs  # to ask for a key is another token than to name it
     return prompt + [asked], [values[needle]]
@@ -396,7 +397,8 @@ class Rows(Dataset):
         for _, name, p in self.members:
             if "length" in p:
                 p = p | {"length": p["length"][1]}
-            lengths.append(RULES_AND_TASKS[name].tokens(p) + (len(self.members) > 1))
+            bar = 1 if len(self.members) > 1 else 0  # a mixture's, for a rule that has none
+            lengths.append(RULES_AND_TASKS[name].tokens(p) + bar)
             sizes.append(RULES_AND_TASKS[name].vocab(p))
         self.block_size = block_size or max(lengths)
         if max(lengths) > self.block_size:
@@ -562,7 +564,7 @@ def checked(value, form, where):
 
 def fits(value, form):
     """Whether a value from a file has a form: None, a type such as float (whole, too, and finite),
-    one of several, (float, None), these keys, {"loss": float}, or a list of such, [form]."""
+    one of several, (float, None), these keys, {"loss": float}, or a list of some, [form]."""
     if isinstance(form, tuple):
         return any(fits(value, each) for each in form)
     if isinstance(form, dict):
@@ -638,7 +640,7 @@ def read_text(path):
                 for number, line in enumerate(file, 1):
                     text = text_of(line, f"{path}, line {number}")
                     nulls += text is None
-                    yield text or "", True
+                    yield (text or ""), True
             else:
                 while piece := file.read(PIECE) + file.readline(PIECE):
                     *texts, rest = piece.split("<|endoftext|>")
@@ -761,7 +763,7 @@ def tokenise(spec, tokenizer):
         train, val = users_files(Path(spec))
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
              for path in train + val if spec != "math"]
-    key = [4, spec, tokenizer.name, facts]  # 4: how tokens are made
+    key = [4, spec, tokenizer.name, facts]  # 4: raise it where tokens are made otherwise
     folder = cache_folder() / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     with lock(cache_folder() / "lock", wait=True):
         remove_scratch(cache_folder())
@@ -782,7 +784,7 @@ def tokenise(spec, tokenizer):
             if abs(near - cut) <= ends[-1] // 100:
                 cut = near
         for split, begin, end in (("training", 0, cut), ("validation", cut, ends[-1])):
-            n = sum(begin < document <= end for document in ends)
+            n = sum(begin < place <= end for place in ends)
             say(f"{split}: {end - begin:,} tokens in {n:,} documents")
         write_json(scratch / "meta.json", meta_of(spec, tokenizer, {
             "train": [["tokens.bin", 0, cut]], "val": [["tokens.bin", cut, ends[-1]]]}))
@@ -796,11 +798,11 @@ def encoded(pieces, tokenizer, threads):
         return np.asarray(tokenizer.encode(text), tokenizer.dtype), ends
 
     with ThreadPoolExecutor(threads) as pool:
-        waiting = []
+        waiting = collections.deque()
         for text, ends in pieces:
             waiting.append(pool.submit(encode, text, ends))
             if len(waiting) > 16:
-                yield waiting.pop(0).result()
+                yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
 
 
@@ -823,7 +825,8 @@ class Progress:
 
     def __init__(self, label, unit, wanted=None):
         self.label, self.unit, self.wanted = label, unit, wanted
-        self.done, self.began, self.said = 0, time.time(), time.time()
+        self.done = 0
+        self.began = self.said = time.time()
 
     def add(self, n):
         self.done += n
@@ -938,11 +941,11 @@ def articles(path):
     yield article, True
 
 
-def problem_tokens(path, share):
-    """The first problems of a module of DeepMind-Math, in at most `share` characters -> tokens:
+def problem_tokens(path, most):
+    """The first problems of a module of DeepMind-Math, in at most `most` characters -> tokens:
     <problem> question <answer> answer <problem> ... <problem>, which also ends an answer."""
     with open(path, "rb") as file:
-        lines = file.read(share).split(b"\n")[:-1]
+        lines = file.read(most).split(b"\n")[:-1]
     problem, answer = bytes([PROBLEM + 32]), bytes([ANSWER + 32])
     raw = b"".join(q + answer + a + problem for q, a in zip(lines[::2], lines[1::2]))
     tokens = np.frombuffer(problem + raw, np.uint8) - 32  # below 32 it wraps around
@@ -961,11 +964,11 @@ def unpack(packed, folder):
         raise UserError(f"cannot unpack {packed.name}: {reason_of(error)}") from None
 
 
-def write_shard(path, source, share, tokenizer, threads):
+def write_shard(path, source, most, tokenizer, threads):
     """A published file -> a file of tokens."""
     with written_whole(path) as file:
         if source.suffix == ".txt":
-            file.write(problem_tokens(source, share))
+            file.write(problem_tokens(source, most))
         else:
             read = articles if source.suffix == ".raw" else read_text
             write_tokens(file, [read(source)], tokenizer, threads)
@@ -981,7 +984,8 @@ def prepare(name, wanted, workers=1, source=None, tokenizer=None):
     tokenizer = load_tokenizer(tokenizer or corpus["tokenizer"])
     if (tokenizer.name == "characters") != (corpus["tokenizer"] == "characters"):
         raise UserError(f"--tokenizer {tokenizer.name} does not go with {name}")
-    folder, made = cache_folder() / f"{name}-{tokenizer.name}", {"val": [], "train": []}
+    folder = cache_folder() / f"{name}-{tokenizer.name}"
+    made = {"val": [], "train": []}  # pieces, see Windows
     with lock(folder / "lock"):
         remove_scratch(folder)
         meta, downloads = folder / "meta.json", folder / "downloads"
@@ -1037,6 +1041,7 @@ def open_tokens(path, dtype):
 def check_tokens(path, dtype, vocab_size):
     """Refuses a file that is not what its folder says. Raises UserError."""
     tokens = open_tokens(path, dtype)
+    # Wider numbers read as uint16: every other one, or three of four, is nearly always 0.
     words = tokens[:1 << 16] if dtype.itemsize == 2 else tokens[:0]
     if len(words) > 64 and np.count_nonzero(words[1::2]) < len(words) / 200:
         wide = "uint32" if np.count_nonzero(words[2::4]) > len(words) / 200 else "int64"
@@ -1149,8 +1154,8 @@ class Problems(Windows):
             row = tokens[start:start + self.block_size + 1]
             both[j, :len(row)] = row
         # A token counts if the last mark before it was <answer>.
-        marks = np.where(both >= PROBLEM, np.arange(both.shape[1]), 0)
-        last_mark = np.take_along_axis(both, np.maximum.accumulate(marks, axis=1), axis=1)
+        places = np.where(both >= PROBLEM, np.arange(both.shape[1]), 0)
+        last_mark = np.take_along_axis(both, np.maximum.accumulate(places, axis=1), axis=1)
         y = np.where(last_mark[:, :-1] == ANSWER, both[:, 1:], -1)
         return torch.from_numpy(both[:, :-1]), torch.from_numpy(y)
 
@@ -1201,10 +1206,11 @@ class Data:
         if self.kind == "text":
             return [self.tokenizer.decode([t]).decode("utf-8", "replace") for t in tokens]
         rows, n = self.train, len(self.train.members)
-        place = next((t - rows.first_bar for t in tokens if 0 <= t - rows.first_bar < n), 0)
+        bars = range(rows.first_bar, rows.first_bar + n)
+        place = next((bars.index(t) for t in tokens if t in bars), 0)  # the member it is a row of
+        names = [f"|{name}|" if n > 1 else "|" for _, name, _ in rows.members]
+        others = dict(enumerate([*names, "_"], rows.first_bar))
         _, name, p = rows.members[place]
-        bars = [f"|{name}|" if n > 1 else "|" for _, name, _ in rows.members]
-        others = dict(enumerate([*bars, "_"], rows.first_bar))
         return [others.get(t) or word(t, name, p) for t in tokens]
 
     def joined(self, words):

@@ -320,13 +320,13 @@ def rows_from(data, stage, first):
     """This process's share of the rows of each step from `first` on, an iterator of (x, y).
 
     Step s of a stage has the rows s * batch_size and on, whatever the number of processes."""
-    share = [range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
+    steps = [range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
              for step in range(first, stage.steps)]
     cuda, workers = stage.device.startswith("cuda"), stage.workers
     if workers is None:  # on a CPU, they would take the cores from the model
         workers = min(8, max(1, os.cpu_count() // 2)) if cuda else 0
     # A batch is a range of row numbers, of which the Dataset makes x and y at once.
-    return iter(DataLoader(data.train, batch_sampler=share, collate_fn=tuple, num_workers=workers,
+    return iter(DataLoader(data.train, batch_sampler=steps, collate_fn=tuple, num_workers=workers,
                            worker_init_fn=ignore_ctrl_c, pin_memory=cuda))
 
 
@@ -671,7 +671,8 @@ def parse(argv):
     """The command line -> (settings, a namespace; those that were given). Raises UserError."""
     parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
-        text += f" (default {default})" if default and kind is not bool else ""
+        if default and kind is not bool:
+            text += f" (default {default})"
         if kind is bool:
             parser.add_argument(f"--{name}", action=BooleanOptionalAction, help=text)
         elif isinstance(kind, tuple):
