@@ -335,15 +335,12 @@ def replace_heads(model, replaced, which, seed, blur):
     afresh = torch.from_numpy(quarter == replaced).view(blur.shape)
     torch.manual_seed(seed + 2 ** 33)
     for block, other, heads in zip(model.h, GPT(model.config).h, afresh):
-        for ours, theirs in zip(by_head(block.attn, len(heads)), by_head(other.attn, len(heads))):
-            ours[heads] = theirs[heads]
-
-
-def by_head(attn, n_head):
-    """The queries, keys and values, their biases, and the output, with the heads in front."""
-    return [attn.c_attn.weight.unflatten(0, (3, n_head, -1)).transpose(0, 1),
-            attn.c_attn.bias.unflatten(0, (3, n_head, -1)).transpose(0, 1),
-            attn.c_proj.weight.unflatten(1, (n_head, -1)).transpose(0, 1)]
+        ours, theirs = block.attn, other.attn
+        units = heads.repeat_interleave(model.config.n_embd // len(heads))  # those of these heads
+        qkv = units.repeat(3)
+        ours.c_attn.weight[qkv] = theirs.c_attn.weight[qkv]
+        ours.c_attn.bias[qkv] = theirs.c_attn.bias[qkv]
+        ours.c_proj.weight[:, units] = theirs.c_proj.weight[:, units]
 
 
 def changed_checkpoint(path, change, seed, to):
