@@ -31,7 +31,7 @@ import torch
 from data import (RULES, Parser, UserError, checked, fits, json_lines, lock, number, read_json,
                   run_main, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
-from model import GPT, load, part_of, save
+from model import GPT, part_of, save
 from train import OPERATIONAL, PRESETS, Stopped, clock
 
 # --------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def rows_of(name, budget):
 
 
 @torch.no_grad()
-def change_weights(model, change, seed, blur=None):
+def change_weights(model, change, seed, blur):
     """Changes attention and MLPs of a GPT in place; the rest stays.
 
     "shuffled": the values of each tensor in another order; "redrawn": normal numbers of its mean
@@ -345,11 +345,11 @@ def replace_heads(model, replaced, which, seed, blur):
 
 def changed_checkpoint(path, change, seed, to):
     """Writes a changed copy of a warm-up."""
-    c, (model, state) = Opened(path, "cpu"), load(path)
+    c = Opened(path, "cpu")
     x = c.rows(16)[0]
-    change_weights(model, change, seed, entropy_of_heads(c.attention(x), c.real(x)))
-    source = state["source"] | {"spec": f"{state['source']['spec']} ({change})"}
-    save(to, model, stage="warmup", step=state["step"], tokens=state["tokens"], source=source)
+    change_weights(c.model, change, seed, entropy_of_heads(c.attention(x), c.real(x)))
+    source = c.state["source"] | {"spec": f"{c.spec} ({change})"}
+    save(to, c.model, stage="warmup", step=c.step, tokens=c.state["tokens"], source=source)
 
 
 # --------------------------------------------------------------------------------------------------

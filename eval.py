@@ -110,14 +110,14 @@ class Opened:
 
     def __init__(self, path, device=None, spec=None, tokenizer=None, problems=20):
         self.path, self.device, self.problems = Path(path), find_device(device), problems
-        self.model, state = load(path, self.device)
+        self.model, self.state = load(path, self.device)
         self.model.eval()
         self.first = self  # of several, the one that the others are compared with
         if (self.path / "ckpt.pt").exists():  # a run's folder
             self.path = self.path / "ckpt.pt"
         self.folder = self.path if self.path.is_dir() else self.path.parent
-        self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
-        source = state.get("source", {})
+        self.stage, self.step = self.state.get("stage", "imported"), self.state.get("step", 0)
+        source = self.state.get("source", {})
         self.spec, seed = spec or source.get("spec"), source.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
         if not isinstance(self.spec, str):
