@@ -133,7 +133,8 @@ class Opened:
         self.brackets = self.name in ("dyck", "dyck_shuffle")
         chance = self.brackets or self.p.get("rule") == RANDOM
         self.one_answer = self.name is not None and not chance  # for each prompt
-        self.n = max(16, min(256, 2 ** 15 // self.model.config.block_size))  # rows to look at
+        self.n = max(16, min(256, 2 ** 15 // self.data.block_size))  # rows to look at
+        self.few = max(8, min(self.n, 2 ** 13 // self.data.block_size))  # with each layer's stream
 
     def rule(self):
         """The name and parameters of a single rule or task. None, {} for text, mixtures, shuffled
@@ -149,10 +150,6 @@ class Opened:
     def rows(self, n=None):
         """The first held-out rows x, y: int64 arrays (n, block_size)."""
         return [each.numpy() for each in first_rows(self.data, n or self.n)]
-
-    def few_rows(self):
-        """Fewer of these, x alone, where every layer's stream of them is kept."""
-        return self.rows(min(self.n, max(8, 2 ** 13 // self.model.config.block_size)))[0]
 
     def real(self, x):
         """bool (n, T): the places before the pads that fill a row up. Text has none."""
@@ -570,7 +567,7 @@ def probe_linear(c):
 
     Beside it stand an untrained model, and a control task: random labels for each pair of a token
     and the one before it (after Hewitt and Liang, arXiv 1909.03368)."""
-    x = c.few_rows()
+    x = c.rows(c.few)[0]
     states, rng = rule_states(c, x), np.random.default_rng(c.seed)
     if not states:
         return None
@@ -603,7 +600,7 @@ def probe_similarity(c):
                      each.model.config.n_layer) for each in (c, other))
     if other is c or ours != theirs:
         return None
-    x = c.few_rows()
+    x = c.rows(c.few)[0]
     real, ours, theirs = c.real(x), c.residual(x), other.residual(x)
     alike = {layer: cka(ours[:, layer][real], theirs[:, layer][real])
              for layer in range(ours.shape[1])}
