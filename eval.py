@@ -409,17 +409,13 @@ def probe_needle(c):
     encode, rng = c.data.tokenizer.encode, np.random.default_rng(c.seed)
     depths, found = (0, 25, 50, 75, 100), []
     for row in c.rows(16)[0]:
-        secret = rng.integers(1000, 10000)
-        asked = "\nThe secret number is"
-        hidden, asked, answer = encode(f"{asked} {secret}.\n"), encode(asked), encode(f" {secret}")
+        secret, asked = rng.integers(1000, 10000), encode("\nThe secret number is")
+        hidden, answer = encode(f"\nThe secret number is {secret}.\n"), encode(f" {secret}")
         room = len(row) - len(hidden) - len(asked) - len(answer)
         if room < 1:
             return None
-        texts = []
-        for depth in depths:
-            cut = room * depth // 100
-            texts.append(np.concatenate([row[:cut], hidden, row[cut:room], asked, answer]))
-        x = np.stack(texts).astype(int)
+        cuts = [room * depth // 100 for depth in depths]
+        x = np.array([[*row[:cut], *hidden, *row[cut:room], *asked, *answer] for cut in cuts])
         y = x[:, 1:].copy()
         y[:, :-len(answer)] = -1
         found.append(c.right(x[:, :-1], y))
