@@ -358,10 +358,10 @@ def changed_checkpoint(path, change, seed, to):
 
 def call_train(flags, folder, seed, device):
     """Runs or resumes train.py in a folder. Raises UserError with what it said, and Stopped."""
-    script = Path(__file__).resolve().parent / "train.py"
-    command = [sys.executable, str(script), *shlex.split(flags), *device, "--seed", str(seed)]
-    done = subprocess.run([*command, "--out", folder.name, "--resume"], cwd=folder.parent,
-                          capture_output=True, text=True)
+    script = Path(__file__).resolve().with_name("train.py")
+    command = [sys.executable, script, *shlex.split(flags), *device, "--seed", str(seed),
+               "--out", folder.name, "--resume"]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
     said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
     if done.returncode in (130, 143, -2, -15) or "another process" in said:
         raise Stopped
