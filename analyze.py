@@ -564,8 +564,7 @@ def bootstrap(a, b):
     """The 95 % interval of how much larger the mean of a is than that of b, over seeds."""
     r = np.random.default_rng(0)
     means = [r.choice(np.asarray(each, float), (10_000, len(each))).mean(1) for each in (a, b)]
-    low, high = np.percentile(means[0] - means[1], (2.5, 97.5))
-    return float(low), float(high)
+    return tuple(np.percentile(means[0] - means[1], (2.5, 97.5)))
 
 
 class Outcome:
@@ -655,14 +654,13 @@ def draw(columns, path):
     figure, axes = pyplot().subplots(len(panels), 1, squeeze=False, height_ratios=sizes,
                                      figsize=(9, 0.4 * sum(sizes) + 0.6 * len(panels)))
     for axis, (column, there) in zip(axes[:, 0], panels.items()):
-        labels, first = [], columns[column][0]
+        first = columns[column][0]
         for y, each in enumerate(there):
             warmup = as_dict(each.row.warmup or each.row.train).get("--warmup", "none")
             places = y + 0.25 * np.linspace(-1, 1, each.n)  # else equal values hide each other
             axis.plot(each.values, places if each.n > 1 else [y], "o", color=colour_of(warmup),
                       alpha=0.7, fillstyle="none" if each.row.change else "full")
             axis.plot([each.mean], [y], "|", color="black", markersize=18, markeredgewidth=2)
-            labels.append(f"{each.row.name} (n = {each.n})")
         if not there[0].text:
             axis.axvline(there[0].budget, color="grey", linestyle=":")
             axis.set(xlim=(0, None), xlabel=f"steps to {FOUND:.0%} right (dotted: never)")
@@ -670,7 +668,7 @@ def draw(columns, path):
             axis.set_xlabel(f"held-out loss, nats per token (dotted: mean of {first.row.name})")
             if first.n:
                 axis.axvline(first.mean, color="grey", linestyle=":")
-        axis.set_yticks(range(len(there)), labels)
+        axis.set_yticks(range(len(there)), [f"{each.row.name} (n = {each.n})" for each in there])
         axis.set(title=column, ylim=(len(there) - 0.5, -0.5))
     keep_figure(figure, path)
 
@@ -719,9 +717,8 @@ def curves(runs, picture):
 def runs_of(patterns, results):
     """What curves draws: folders of runs, or with results those whose names hold one of these."""
     if not results:
-        configs = [Path(folder) / "config.json" for folder in patterns]
-        return [(str(path.parent), read_json(path, CONFIG),
-                 read_log(path.with_name("log.jsonl"))) for path in configs]
+        return [(str(run), read_json(run / "config.json", CONFIG), read_log(run / "log.jsonl"))
+                for run in map(Path, patterns)]
     runs = [(name, record["result"], record["log"])
             for name, record in read_results(results).items()
             if "result" in record and any(pattern in name for pattern in patterns)]
