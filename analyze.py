@@ -9,7 +9,6 @@ An experiment is a list of rows, and a row is a command line of train.py, which 
 seed in a folder of its own below --results. The others are compared with the first row of a column.
 What is compared is said in one place: `measure`.
 """
-import collections
 import functools
 import gzip
 import itertools
@@ -683,7 +682,7 @@ def curves(runs, picture):
     metric, ylabel = "val_accuracy", "accuracy on held-out answers"
     if is_text(runs[0][1]):
         metric, ylabel = "val_loss", "held-out loss (nats per token)"
-    groups, moot = {}, OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
+    groups, styles, moot = {}, {}, OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
     print(f"{'run':44} {'warm-up':20} {'seed':>4} {'tokens':>13} {'loss':>8} {'accuracy':>9}")
     for name, said, points in runs:
         s, last, label = dict(said["settings"]), points[-1], said["warmup"]
@@ -697,10 +696,10 @@ def curves(runs, picture):
         curve = {point["tokens"]: point[metric] for point in points[1:] or points}
         groups.setdefault(alike, []).append(curve)
     figure, axis = pyplot().subplots(figsize=(9, 6.5))
-    styles = collections.defaultdict(lambda: itertools.cycle(("-", "--", ":", "-.")))
     for (label, _), group in groups.items():
         colour = colour_of(label)
-        look = {"color": colour, "linestyle": next(styles[colour])}  # one warm-up, one colour
+        style = styles.setdefault(colour, itertools.cycle(("-", "--", ":", "-.")))
+        look = {"color": colour, "linestyle": next(style)}  # one warm-up, one colour
         # Of some that stopped when they had learned it, the mean of the others would mislead.
         level = len({max(curve) for curve in group}) == 1
         shared = sorted(set(group[0]).intersection(*group)) if level else []
