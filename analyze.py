@@ -21,8 +21,8 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,8 +59,7 @@ def folder_of(seed, train, warmup="", change="", mlp_from=""):
     return re.sub(r"[^\w.=+*-]+", "_", "-".join(filter(None, label)))
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One setting, which is run with each seed."""
     column: str
     name: str
@@ -730,8 +729,7 @@ def runs_of(patterns, results):
 # Verdicts
 
 
-@dataclass
-class Claim:
+class Claim(NamedTuple):
     """`better` is better than `worse`: names of rows in a column of an experiment."""
     text: str
     published: str
