@@ -333,35 +333,36 @@ def haystacks(c):
             "share of needles found by depth of the needle (%)": by_depth}
 
 
-def bracket_facts(row, name, p):
-    """What the generator of dyck or dyck_shuffle knows of a row, a list of tokens, at each place.
+def bracket_facts(x, name, p):
+    """What the generator of dyck or dyck_shuffle knows at each place of its rows x, (n, T).
 
-    odds: of each token that may come, (T, 2k); partner: where the bracket that is closed was
+    odds: of each token that may come, (n, T, 2k); partner: where the bracket that is closed was
     opened, or -1; depth: how many are open before; innermost: the last type open after, or -1."""
-    k, left, facts = p["k"], [], []  # left: the brackets that are open, (type, place)
-    for t, token in enumerate(row):
-        kinds = [kind for kind, _ in left]
-        odds, partner, depth = np.zeros(2 * k), -1, len(left)
-        full = depth == (len(row) - t if name == "dyck" else p["depth"])
-        opens = 1.0 if not left else 0.0 if full else p["p"]
-        may_close = kinds[-1:] if name == "dyck" else sorted(set(kinds))
-        odds[:k] = opens / k
-        odds[[k + kind for kind in may_close]] = (1 - opens) / max(1, len(may_close))
-        if token < k:
-            left.append((token, t))
-        elif token - k in kinds:
-            partner = max(place for kind, place in left if kind == token - k)
-            left.remove((token - k, partner))
-        facts.append((odds, partner, depth, left[-1][0] if left else -1))
-    names = "odds", "partner", "depth", "innermost"
-    return {name: np.array(fact) for name, fact in zip(names, zip(*facts))}
+    k, (n, T) = p["k"], x.shape
+    odds, depth = np.zeros((n, T, 2 * k)), np.zeros((n, T), int)
+    partner, innermost = np.full((2, n, T), -1)
+    for i, row in enumerate(x.tolist()):
+        left = []  # the brackets that are open: (type, place)
+        for t, token in enumerate(row):
+            depth[i, t] = len(left)
+            kinds = [kind for kind, _ in left]
+            full = len(left) == (T - t if name == "dyck" else p["depth"])
+            opens = 0.0 if full else p["p"] if left else 1.0  # with this probability
+            may_close = kinds[-1:] if name == "dyck" else sorted(set(kinds))
+            odds[i, t, :k] = opens / k
+            odds[i, t, [k + kind for kind in may_close]] = (1 - opens) / max(1, len(may_close))
+            if token < k:
+                left.append((token, t))
+            elif token - k in kinds:
+                partner[i, t] = max(place for kind, place in left if kind == token - k)
+                left.remove((token - k, partner[i, t]))
+            innermost[i, t] = left[-1][0] if left else -1
+    return {"odds": odds, "partner": partner, "depth": depth, "innermost": innermost}
 
 
 def bracket_rows(c, x):
-    """The facts of all rows, {fact: (n, T, ...)}, without what pads them."""
-    length = c.p["length"][1] // 2 * 2 if c.name == "dyck" else c.p["length"][1]
-    facts = [bracket_facts(row, c.name, c.p) for row in x[:, :length].tolist()]
-    return {key: np.stack([each[key] for each in facts]) for key in facts[0]}
+    """The same without what pads the rows, which are all of one length."""
+    return bracket_facts(x[:, c.real(x)[0]], c.name, c.p)
 
 
 def probe_brackets(c):

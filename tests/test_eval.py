@@ -181,7 +181,7 @@ def test_bracket_facts_give_each_row_the_probability_with_which_it_is_made(name,
     chances = rows_of_brackets(name, **p)
     assert sum(chances.values()) == pytest.approx(1)
     for row, chance in chances.items():
-        odds = script.bracket_facts(list(row), name, p)["odds"]
+        odds = script.bracket_facts(np.array([row]), name, p)["odds"][0]
         assert np.allclose(odds.sum(1), 1)
         assert math.prod(odds[t, token] for t, token in enumerate(row)) == pytest.approx(chance)
     r, n, make = random.Random(0), 20_000, data.RULES_AND_TASKS[name].make
@@ -197,9 +197,9 @@ def test_bracket_facts_give_each_row_the_probability_with_which_it_is_made(name,
     ("dyck_shuffle", [0, 1, 2, 1, 3, 3], [-1, -1, 0, -1, 3, 1], [0, 1, 2, 1, 2, 1],
      [0, 1, 1, 1, 1, -1])])
 def test_bracket_facts_say_what_closes_what(name, row, partner, depth, innermost):
-    facts = script.bracket_facts(row, name, data.parameters(name, "k=2"))
-    assert facts["partner"].tolist() == partner and facts["depth"].tolist() == depth
-    assert facts["innermost"].tolist() == innermost
+    facts = script.bracket_facts(np.array([row]), name, data.parameters(name, "k=2"))
+    assert facts["partner"].tolist() == [partner] and facts["depth"].tolist() == [depth]
+    assert facts["innermost"].tolist() == [innermost]
 
 
 def generator(name, **p):
@@ -261,8 +261,7 @@ def test_what_can_be_known_of_a_rule_of_its_own_is_what_the_row_has_told(opened)
 
 def test_who_always_closes_the_other_type_is_never_right(opened):
     def closes_wrong(x, y, vocab_size):
-        innermost = np.stack([script.bracket_facts(row, "dyck", dict(k=2, p=0.5))["innermost"]
-                              for row in x.tolist()])
+        innermost = script.bracket_facts(x, "dyck", dict(k=2, p=0.5))["innermost"]
         return 30.0 * np.eye(vocab_size)[np.where(innermost == 0, 3, 2)]
     c = opened("dyck:k=2,length=20", closes_wrong)
     found = script.probe_brackets(c)
