@@ -287,7 +287,7 @@ def probe_length(c):
     shares = {}
     for size in sorted({1, 2, 3, 4, high, *np.geomspace(5, 4 * high + 1, 8).astype(int).tolist()}):
         with contextlib.suppress(UserError):  # too long, or too few examples to hold some out
-            data = make_data(f"{c.name}:{key}={size}{others}", c.seed, c.model.config.block_size)
+            data = make_data(f"{c.name}:{key}={size}{others}", c.seed, c.data.block_size)
             x, y = first_rows(data, 128)
             shares[size] = c.right(x.numpy(), y.numpy()).mean()
     return {"n": "128 answers each", f"share of whole answers right by {key}": {"model": shares}}
@@ -434,9 +434,9 @@ def repeated(c, length, n):
 
 def probe_copying(c):
     """induction: random tokens, then the same again. Is the second copy easier?"""
-    if c.model.config.block_size < 8:
+    if c.data.block_size < 8:
         return None
-    tokens = repeated(c, c.model.config.block_size, c.n)
+    tokens = repeated(c, c.data.block_size, c.n)
     half = tokens.shape[1] // 2
     loss, hit = c.predict(tokens[:, :-1], tokens[:, 1:])
     return {"n": f"{len(tokens):,} rows of 2 x {half}",
@@ -500,7 +500,7 @@ def probe_heads(c):
 
     At the token before; at what followed the same token in the first of two copies; and at the
     bracket that is closed, or closes next. The figure shows the strongest head of each kind."""
-    T = min(256, c.model.config.block_size)  # of longer contexts, the beginning
+    T = min(256, c.data.block_size)  # of longer contexts, the beginning
     few = max(4, min(32, 2 ** 26 // (c.model.config.n_layer * c.model.config.n_head * T * T)))
     x = c.rows(few)[0][:, :T]
     attention = c.attention(x)
