@@ -6,8 +6,8 @@
     python analyze.py claims                                      what the paper says, what is found
 
 An experiment is a list of rows, and a row is a command line of train.py, which is run once for each
-seed in a folder of its own below --results. The others are compared with the first row of a column.
-What is compared is said in one place: `measure`.
+seed in a folder of its own below --results. The rows of a column, a task or a text, are compared
+with its first; what of a run is compared, `measure` says.
 """
 import functools
 import gzip
@@ -38,14 +38,15 @@ from train import OPERATIONAL, PRESETS, Stopped, clock
 
 
 def as_dict(flags):
-    """"--data code --lr 1e-3" -> {"--data": "code", "--lr": "1e-3"}"""
+    """"--data code --lr 1e-3" -> {"--data": "code", "--lr": "1e-3"}. Each flag has one value."""
     words = shlex.split(flags)
     return dict(zip(words[::2], words[1::2]))
 
 
 def join(*flags):
     """Flags one after another; of one that comes twice, the later value counts."""
-    return shlex.join(itertools.chain(*as_dict(" ".join(flags)).items()))
+    merged = as_dict(" ".join(flags))
+    return shlex.join(itertools.chain.from_iterable(merged.items()))
 
 
 def folder_of(seed, train, warmup="", change="", mlp_from=""):
@@ -130,9 +131,10 @@ class Column:
     def row(self, spec, name=None, flags="", warmup="", **rest):
         """A row with this warm-up, or "none". It moves over as published unless `flags` say
         otherwise: the whole model, before text with positions fresh. `warmup`: the warm-up's."""
-        name, how = name or spec, "--positions random" if self.text else WHOLE
+        name = name or spec
         if spec == "none":
             return Row(self.name, name, join(self.train, flags, "--warmup none"))
+        how = "--positions random" if self.text else WHOLE
         if spec == "text":
             how = "--transfer all"
         return Row(self.name, name, join(self.train, how, flags), self.warmup(spec, warmup), **rest)
@@ -285,11 +287,13 @@ EXPERIMENTS = {  # name: what makes the rows of a column, and the columns
 
 
 def rows_of(name, budget):
-    """The rows of an experiment, column by column; a budget may lack some of these. The others are
-    compared with the first row of a column."""
+    """The rows of an experiment, column by column; a budget may lack some of these. First in each
+    comes the run without a warm-up."""
     make, names = EXPERIMENTS[name]
-    columns = [Column(each, budget) for each in names if each in COLUMNS[budget]]
-    return [row for column in columns for row in (column.row("none"), *make(column))]
+    rows = []
+    for column in [Column(each, budget) for each in names if each in COLUMNS[budget]]:
+        rows += [column.row("none"), *make(column)]
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -611,9 +615,9 @@ def table_lines(columns):
     for column, outcomes in columns.items():
         there, first = [each for each in outcomes if each.n], outcomes[0]
         if there:
-            measured = "loss" if there[0].text else f"steps to {FOUND:.0%} | found | accuracy"
-            lines += ["", f"| {column} | {measured} | n | gain over {first.row.name} | 95 % | p | "
-                      "learned |", "|---" * (7 if there[0].text else 9) + "|"]
+            measured = ["loss"] if there[0].text else [f"steps to {FOUND:.0%}", "found", "accuracy"]
+            head = [column, *measured, "n", f"gain over {first.row.name}", "95 %", "p", "learned"]
+            lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for each in there:
             cells = [each.row.name, each.show(each.mean)]
             if not each.text:
@@ -624,8 +628,9 @@ def table_lines(columns):
                 gain, (low, high), p = each.against(first)
                 compared = [each.show(gain), f"{each.show(low)} to {each.show(high)}", shown_p(p)]
             lines.append(f"| {' | '.join([*cells, str(each.n), *compared, each.learned])} |")
-        missing = [each.row.name for each in outcomes if not each.n]
-        lines += ["", f"no result yet of {column}: {'; '.join(missing)}"] if missing else []
+        without = [each.row.name for each in outcomes if not each.n]
+        if without:
+            lines += ["", f"no result yet of {column}: {'; '.join(without)}"]
         lines += [f"failed: {line}" for each in outcomes for line in each.failed]
     return lines
 
