@@ -65,7 +65,8 @@ def first_rows(data, n):
 def held_out_rows(data, n):
     """The first n held-out rows, in parts (x, y) of 32,000 tokens or 1 GB of logits at most."""
     x, y = first_rows(data, n)
-    return micro_batches(x, y, math.ceil(x.numel() * max(data.vocab_size, 2 ** 13) / 2 ** 28))
+    logits = x.numel() * max(data.vocab_size, 2 ** 13)  # of 4 bytes; 2 ** 28 / 2 ** 13 = 32,768
+    return micro_batches(x, y, math.ceil(logits / 2 ** 28))
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
     tokens) that are right throughout; bits_per_byte, of text; and how many tokens count."""
     training = model.training
     model.eval()
-    loss = right = tokens = exact = answers = size = 0
+    loss = right = tokens = exact = answers = n_bytes = 0
     for x, y in rows:
         x, y = x.to(device), y.to(device)
         with autocast:
@@ -89,16 +90,16 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
         right += hit.sum().item()
         tokens += len(wanted)
         answers += begins.sum().item()
-        exact += begins.sum().item() - len(answer[~hit].unique())
+        exact += begins.sum().item() - len(answer[~hit].unique())  # all but those with a miss
         if tokenizer and tokenizer.end is not None:
-            size += len(tokenizer.decode(wanted[wanted != tokenizer.end].tolist()))
+            n_bytes += len(tokenizer.decode(wanted[wanted != tokenizer.end].tolist()))
     model.train(training)
     return {"loss": loss / tokens, "accuracy": right / tokens, "exact": exact / answers,
-            "bits_per_byte": loss / size / math.log(2) if size else None, "tokens": tokens}
+            "bits_per_byte": loss / n_bytes / math.log(2) if n_bytes else None, "tokens": tokens}
 
 
 def perplexity(loss):
-    return math.exp(min(loss, 700.0))
+    return math.exp(min(loss, 700.0))  # more would overflow
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,11 +124,12 @@ class Opened:
         if not isinstance(self.spec, str):
             raise UserError(f"{path} does not say what it was trained on: name --data")
         vocab_size = self.model.config.vocab_size
-        known = source.get("tokenizer") or ("gpt2" if 50257 <= vocab_size < 50514 else None)
-        self.data = make_data(self.spec, self.seed, self.model.config.block_size,
-                              tokenizer or known)
-        padded = 256 if self.data.kind == "text" else 1  # some pad their vocabulary
-        if not self.data.vocab_size <= vocab_size < self.data.vocab_size + padded:
+        tokenizer = tokenizer or source.get("tokenizer")
+        if not tokenizer and 50257 <= vocab_size < 50514:
+            tokenizer = "gpt2"
+        self.data = make_data(self.spec, self.seed, self.model.config.block_size, tokenizer)
+        spare = 256 if self.data.kind == "text" else 1  # some pad their vocabulary
+        if vocab_size - self.data.vocab_size not in range(spare):
             raise UserError(f"{self.spec} has {self.data.vocab_size} tokens, {path} {vocab_size}")
         self.name, self.p = self.rule()
         self.brackets = self.name in ("dyck", "dyck_shuffle")
@@ -225,7 +227,7 @@ def probe_loss(c):
     return found
 
 
-LEARNED = 0.1  # nats above the smallest possible loss, and share of what the blind are above it
+LEARNED = 0.1  # less above the smallest possible loss: in nats, and as a share of the blind's
 
 
 def probe_learned(c):
@@ -261,8 +263,8 @@ def coin_flips(c, x, y):
     t = np.arange(width, x.shape[1])
     frame = t - t % width - width  # where the one before begins
     left, cell, right = (x[:, frame + (t + shift) % width] for shift in (-1, 0, 1))
-    cells = np.where(y[:, width - 1:-1] != -1, 4 * left + 2 * cell + right, -1)
-    return sum(len({*row} - {-1}) for row in cells.tolist())
+    threes = np.where(y[:, width - 1:-1] != -1, 4 * left + 2 * cell + right, -1)
+    return sum(len({*row} - {-1}) for row in threes.tolist())  # each kind once a row
 
 
 def probe_answers(c):
@@ -300,7 +302,7 @@ def probe_errors(c):
 
 
 def sums(c):
-    """A carry that goes on through many digits is what a sum may fail by."""
+    """A sum may fail by a carry that goes on through many digits."""
     x, y = c.rows(4000)
     d = c.p["digits"]
     a, b = x[:, :d], x[:, d + 1:2 * d + 1]
@@ -376,10 +378,11 @@ def probe_brackets(c):
     odds, partner, depth = (facts[key][:, 1:] for key in ("odds", "partner", "depth"))
     predicted = torch.cat([logits.softmax(-1) for logits in c.logits(x)]).numpy()
     predicted = predicted[:, :odds.shape[1], :2 * k]
-    closes, may_close = partner >= 0, odds[:, :, k:] > 0
-    likeliest = predicted[:, :, k:].argmax(-1)
-    right = np.take_along_axis(may_close, likeliest[:, :, None], 2)[closes, 0]
-    chance = may_close.mean(-1)[closes]
+    closes = partner >= 0
+    allowed = odds[closes][:, k:] > 0  # (closings, k)
+    likeliest = predicted[closes][:, k:].argmax(-1)
+    right = allowed[np.arange(len(allowed)), likeliest]
+    chance = allowed.mean(-1)
     distance = np.arange(1, partner.shape[1] + 1) - partner
     found = {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
              "by chance": chance.mean(),
@@ -443,7 +446,8 @@ def probe_copying(c):
             "loss on the first copy (nats)": loss[:, :half - 1].mean(),
             "loss on the second copy (nats)": loss[:, half:].mean(),
             "second copy right": hit[:, half:].mean(),
-            "loss (nats per token) by token": {"model": dict(enumerate(loss.mean(0), 2))}}
+            "loss (nats per token) by token": {  # of which the first is given
+                "model": dict(enumerate(loss.mean(0), 2))}}
 
 
 def probe_problems(c):
@@ -592,10 +596,10 @@ def probe_similarity(c):
 
     The residual stream by linear CKA, which is 1 for the same but for rotation and scale (Kornblith
     and others, arXiv 1905.00414), and the predictions by their KL divergence from the first's."""
-    other = c.first
-    ours, theirs = ((each.spec, each.model.config.vocab_size, each.model.config.block_size,
-                     each.model.config.n_layer) for each in (c, other))
-    if other is c or ours != theirs:
+    other, a, b = c.first, c.model.config, c.first.model.config
+    fits = (c.spec, a.vocab_size, a.block_size, a.n_layer) == (
+        other.spec, b.vocab_size, b.block_size, b.n_layer)
+    if other is c or not fits:
         return None
     x = c.rows(c.few)[0]
     real, ours, theirs = c.real(x), c.residual(x), other.residual(x)
@@ -737,8 +741,8 @@ def print_sample(c, i, prompt, length, temperature, top_k):
     """Goes on from one's own prompt or from held-out row i; where an answer is right or wrong, the
     likeliest one."""
     x, y = (each.numpy() for each in c.data.val[i])
-    counted, verdict = np.flatnonzero(y != -1), ""
-    answers = prompt is None and c.data.kind != "text" and counted[0] > 0
+    counted = np.flatnonzero(y != -1)
+    answers = prompt is None and c.data.kind != "text" and counted[0] > 0  # brackets ask nothing
     if answers:
         begin, length, temperature = x[:counted[0] + 1], len(counted), 0
     else:
@@ -746,10 +750,11 @@ def print_sample(c, i, prompt, length, temperature, top_k):
     generator = torch.Generator(c.device).manual_seed(c.seed + i)
     tokens = torch.from_numpy(begin)[None].to(c.device)
     out = c.model.generate(tokens, length, temperature, top_k, generator)[0, len(begin):].tolist()
+    line = f"{c.data.write(begin)} ▶ {c.data.write(out)}"
     if answers:
         wanted = y[counted].tolist()
-        verdict = "   right" if out == wanted else f"   wrong: {c.data.write(wanted)}"
-    print(f"{'-' * 80}\n{c.data.write(begin)} ▶ {c.data.write(out)}{verdict}")
+        line += "   right" if out == wanted else f"   wrong: {c.data.write(wanted)}"
+    print("-" * 80, line, sep="\n")
 
 
 def main():
