@@ -110,11 +110,12 @@ TASK_COLUMNS = ("recall", "recall of 15", "addition", "reversed_addition", "mult
                 "sorting")
 TEXTS = ("code", "english", "math")
 
-# Two ways to take a warm-up up before tasks are published: the whole model, with embeddings at the
-# mean of the warm-up's and positions where it has as many; its attention, and all else fresh.
+# How a task starts from its warm-up. Two ways are published: the whole model, with embeddings at
+# the mean of the warm-up's and positions if it has enough; its attention alone, and all else fresh.
+# Ours, train.py's default before haystack, moves the attention and the positions.
 WHOLE = "--transfer full --embeddings mean --positions fit"
 FRESH = "--embeddings random --positions random"
-OURS = "attention, positions"  # the default of train.py before haystack
+OURS = "attention, positions"
 STARTS = {"whole": WHOLE, "attention": f"--transfer attn {FRESH}",
           OURS: "--transfer attn --embeddings random --positions fit"}
 
@@ -129,8 +130,8 @@ class Column:
         self.best, self.start = ("set", "") if self.text else ("dyck", STARTS[OURS])
 
     def row(self, spec, name=None, flags="", warmup="", **rest):
-        """A row with this warm-up, or "none". It moves over as published unless `flags` say
-        otherwise: the whole model, before text with positions fresh. `warmup`: the warm-up's."""
+        """A row with this warm-up, or "none". It moves over as published, the whole model, before
+        text with fresh positions, unless `flags` say otherwise. `warmup`: more of the warm-up's."""
         name = name or spec
         if spec == "none":
             return Row(self.name, name, join(self.train, flags, "--warmup none"))
@@ -140,7 +141,8 @@ class Column:
         return Row(self.name, name, join(self.train, how, flags), self.warmup(spec, warmup), **rest)
 
     def warmup(self, spec, flags=""):
-        """The flags of a warm-up. With --steps 0 any data will do: columns share what is alike."""
+        """The flags of a run that stops after its warm-up. Its --data matters to the warm-up `text`
+        alone: before others, quick columns name the same data, and share warm-ups."""
         before = self.train
         if self.quick and spec == "text":
             before = f"{self.train} --warmup_tokens 4M"
@@ -195,7 +197,7 @@ def controls(column):
         for spec in ("dyck", "shuffled:dyck"):
             yield column.row(spec, f"{spec}, {OURS}", column.start)
     yield column.row(column.best, f"{column.best}, lr 1e-3", "--lr 1e-3")
-    # The last are the steps with the warm-up's tokens added.
+    # The last has the tokens of the warm-up as further steps.
     for more in ("lr_ramp 0", "lr_ramp 1000", "lr 1e-3", "lr 4e-3",
                  "steps 3500" if column.text else "steps 13500"):
         yield column.row("none", f"none, {more}", f"--{more}")
@@ -327,7 +329,7 @@ def change_weights(model, change, seed, blur):
 
 
 def replace_heads(model, replaced, which, seed, blur):
-    """Draws a quarter of the heads afresh, or with replaced=False all the others."""
+    """Draws a quarter of the heads afresh: `which`; with replaced=False, all heads but these."""
     order = np.argsort(blur, axis=None)
     if which == "random":
         order = np.random.default_rng(seed).permutation(blur.size)
@@ -365,7 +367,8 @@ def call_train(flags, folder, seed, device):
                "--out", folder.name, "--resume"]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
     said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    if done.returncode in (130, 143, -2, -15) or "another process" in said:
+    stopped = done.returncode in (130, 143, -2, -15)  # by SIGINT or SIGTERM
+    if stopped or "another process" in said:
         raise Stopped
     if done.returncode:
         raise UserError(said.removeprefix("error: "))
@@ -539,7 +542,8 @@ def measure(record):
 
 @functools.cache
 def deals(n, of):
-    """All ways to choose n of so many places, or 100,000 random ones; the first is the first n."""
+    """All ways to choose n of so many places, or 100,000 random ones: (ways, n). The first way is
+    the first n places."""
     if math.comb(of, n) <= 200_000:
         return np.array(list(itertools.combinations(range(of), n)))
     chosen = np.random.default_rng(0).random((100_000, of)).argsort(1)[:, :n]
@@ -582,7 +586,7 @@ class Outcome:
                 self.runs.append(record)
                 warmup = found.get(folder_of(seed, row.warmup), {}) if row.warmup else {}
                 verdicts.append(warmup.get("learned", {}).get("verdict"))
-        asked = [verdict == "learned" for verdict in verdicts if verdict]  # not all rules can be
+        asked = [verdict == "learned" for verdict in verdicts if verdict]  # some rules cannot be
         self.learned = f"{sum(asked)}/{len(asked)}" if asked else ""
         self.n, self.values = len(self.runs), [measure(run) for run in self.runs]
         if self.n:
@@ -693,7 +697,7 @@ def curves(runs, picture):
         print(f"{name:44} {label:20} {s['seed']:4} {last['tokens']:13,} {last['val_loss']:8.4f} "
               f"{last['val_accuracy']:9.2%}")
         parts, embeddings, positions = map(s.pop, ("transfer", "embeddings", "positions"))
-        if label != "none":  # else nothing moved
+        if label != "none":  # else nothing moved over
             label += f": {parts}, embeddings {embeddings}, positions {positions}"
         alike = label, repr([s[key] for key in sorted(s.keys() - moot)])
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
@@ -764,7 +768,7 @@ CLAIMS = [
 
 
 def judge(claim, seeds, found):
-    """-> (measured, n, p, verdict)"""
+    """A claim -> what was measured, in words; n; p; the verdict."""
     rows = {row.name: row for row in rows_of(claim.experiment, "quick")
             if row.column == claim.column}
     ours, base = (Outcome(rows[name], seeds, found) for name in (claim.better, claim.worse))
