@@ -5,9 +5,14 @@
     python eval.py A/ckpt.pt B/ckpt.pt --plot                and as figures
     python eval.py out/code-dyck-s0/ckpt.pt --prompt "def "  go on from one's own words
 
-A probe is a function of an opened checkpoint. It returns what it found, or None where it does not
-fit: a dict, as eval.json keeps it, of numbers and words, which are printed; curves, "what by what":
-{name: {x: y}}, which are printed and drawn; Maps, which are drawn; and "n", of how many it is.
+A probe is a function of an opened checkpoint. It returns None where it does not fit, or what it
+found, as eval.json keeps it: a dict of labels and
+
+    numbers and words      which are printed
+    {name: {x: y}}         curves, printed and drawn; the label says "y by x"
+    a Map                  which is drawn
+
+and "n": of how many rows, answers or tokens all this is.
 """
 import contextlib
 import math
@@ -141,20 +146,19 @@ class Opened:
     def rule(self):
         """The name and parameters of a single rule or task. None, {} for text, mixtures, shuffled
         rows, and what cannot be known: the end of brackets of varying length, the net of an nca."""
-        if self.data.kind == "text":
-            return None, {}
         rows = self.data.train
+        if self.data.kind == "text" or rows.shuffled or len(rows.members) > 1:
+            return None, {}
         _, name, p = rows.members[0]
-        mixed = rows.shuffled or len(rows.members) > 1
         varies = name.startswith("dyck") and p["length"][0] < p["length"][1]
-        return (None, {}) if mixed or varies or name == "nca" else (name, p)
+        return (None, {}) if varies or name == "nca" else (name, p)
 
     def rows(self, n=None):
         """The first held-out rows x, y: int64 arrays (n, block_size)."""
         return [each.numpy() for each in first_rows(self.data, n or self.n)]
 
     def real(self, x):
-        """bool (n, T): the places before the pads that fill a row up. Text has none."""
+        """bool (n, T): whether this place or a later one is no pad. Text has no pads."""
         pad = getattr(self.data.train, "pad", -1)
         return (x != pad)[:, ::-1].cumsum(1)[:, ::-1] > 0
 
@@ -481,13 +485,15 @@ def entropy_of_heads(attention, real):
 
 
 def looks(c, x, attention):
-    """Where a head may look: a name, the attention, the places wanted (n, T, T), the tokens."""
+    """Where a head may look. Yields a name; the attention (n, n_layer, n_head, T, T); the places
+    wanted, bool (n, T, T), from token to token; and the tokens (n, T)."""
     n, T = x.shape
     yield "previous token", attention, np.eye(T, k=-1, dtype=bool) & c.real(x)[:, :, None], x
     if T >= 8:
         twice = repeated(c, min(T, 64), n)
         same = twice[:, :, None] == twice[:, None, :]
-        wanted = np.tril(np.pad(same, ((0, 0), (0, 0), (1, 0)))[:, :, :-1])  # one after the same
+        after = np.pad(same, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]  # the place after the same token
+        wanted = np.tril(after)
         wanted[:, :twice.shape[1] // 2] = False
         yield "induction", c.attention(twice), wanted, twice
     if c.brackets:
