@@ -416,6 +416,7 @@ def run_all(rows, seeds, results, jobs, device):
     runs = missing(rows, seeds, results)
     print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
     began, ended = time.time(), itertools.count(1)
+    pool, warmups, futures = ThreadPoolExecutor(jobs), {}, []
 
     def one(row, seed):
         name = row.folder(seed)
@@ -437,7 +438,6 @@ def run_all(rows, seeds, results, jobs, device):
         print(f"[{n}/{len(runs)}] {row.column} | {row.name} | seed {seed}: {state}; {left} left",
               flush=True)
 
-    pool, warmups, futures = ThreadPoolExecutor(jobs), {}, []
     for seed in range(seeds):
         ours = [row for row, of in runs.values() if of == seed]
         for flags in dict.fromkeys(flags for row in ours for flags in row.warmups()):
@@ -598,8 +598,8 @@ class Outcome:
         return f"{value:.4f}" if self.text else f"{value:,.0f}"
 
     def against(self, base):
-        """How much less was measured than of a baseline, the 95 % interval of that, and p."""
-        return (base.mean - self.mean, bootstrap(base.values, self.values),
+        """How much less was measured than of a baseline; the 95 % interval, low and high; and p."""
+        return (base.mean - self.mean, *bootstrap(base.values, self.values),
                 permutation_p(base.values, self.values))
 
 
@@ -629,7 +629,7 @@ def table_lines(columns):
                 cells += [f"{found}", f"{each.accuracy:.1%}"]
             compared = ["", "", ""]
             if first.n and each is not first:
-                gain, (low, high), p = each.against(first)
+                gain, low, high, p = each.against(first)
                 compared = [each.show(gain), f"{each.show(low)} to {each.show(high)}", shown_p(p)]
             lines.append(f"| {' | '.join([*cells, str(each.n), *compared, each.learned])} |")
         without = [each.row.name for each in outcomes if not each.n]
@@ -690,15 +690,16 @@ def curves(runs, picture):
     metric, ylabel = "val_accuracy", "accuracy on held-out answers"
     if is_text(runs[0][1]):
         metric, ylabel = "val_loss", "held-out loss (nats per token)"
-    groups, styles, moot = {}, {}, OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
+    groups, styles = {}, {}
+    moot = OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}  # what a group may differ in
+    moot |= {"transfer", "embeddings", "positions"}  # what the label says, if anything moved over
     print(f"{'run':44} {'warm-up':20} {'seed':>4} {'tokens':>13} {'loss':>8} {'accuracy':>9}")
     for name, said, points in runs:
-        s, last, label = dict(said["settings"]), points[-1], said["warmup"]
+        s, last, label = said["settings"], points[-1], said["warmup"]
         print(f"{name:44} {label:20} {s['seed']:4} {last['tokens']:13,} {last['val_loss']:8.4f} "
               f"{last['val_accuracy']:9.2%}")
-        parts, embeddings, positions = map(s.pop, ("transfer", "embeddings", "positions"))
-        if label != "none":  # else nothing moved over
-            label += f": {parts}, embeddings {embeddings}, positions {positions}"
+        if label != "none":
+            label += f": {s['transfer']}, embeddings {s['embeddings']}, positions {s['positions']}"
         alike = label, repr([s[key] for key in sorted(s.keys() - moot)])
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
         curve = {point["tokens"]: point[metric] for point in points[1:] or points}
@@ -774,7 +775,7 @@ def judge(claim, seeds, found):
     ours, base = (Outcome(rows[name], seeds, found) for name in (claim.better, claim.worse))
     if not ours.n or not base.n:
         return "", 0, math.nan, "not run"
-    gain, (low, high), p = ours.against(base)
+    gain, low, high, p = ours.against(base)
     verdict = "undecided"
     if p < 0.05 / len(CLAIMS):  # Bonferroni: one false finding in 20 such lists of claims
         verdict = "supported" if gain > 0 else "contradicted"
@@ -797,7 +798,8 @@ def claims_lines(found, seeds):
 
 def report(results, seeds):
     """All claims, tables and figures that there are results for, in report.md beside them."""
-    found, folder = read_results(results), results if results.is_dir() else results.parent
+    found = read_results(results)
+    folder = results if results.is_dir() else results.parent
     lines = ["# What was found", "", *claims_lines(found, seeds), "",
              "In the figures: a dot for each seed, a ring where the weights of its warm-up were "
              "changed, a bar for the mean."]
