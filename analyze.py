@@ -457,7 +457,7 @@ CONFIG = {"warmup": str, "settings": {
     "data": str, "tokenizer": (str, None), "steps": float, "seed": float, "transfer": str,
     "embeddings": str, "positions": str}}
 LOG = [{"step": float, "tokens": float} | MEASURED]
-RUN = {"result": CONFIG | MEASURED, "log": LOG, "learned": dict}
+RUN = {"result": CONFIG | MEASURED | {"fingerprint": [int]}, "log": LOG, "learned": dict}
 
 
 def read_log(path):
@@ -572,12 +572,18 @@ def bootstrap(a, b):
 
 
 class Outcome:
-    """What came of a row with each seed, as far as there are results."""
+    """What came of a row with each seed, as far as there are results. base: what it is compared
+    with, if anything; a run on other data than the base's has failed."""
 
-    def __init__(self, row, seeds, found):
-        self.row, self.runs, self.failed, verdicts = row, [], [], []
+    def __init__(self, row, seeds, found, base=None):
+        self.row, self.runs, self.failed, self.data, verdicts = row, [], [], {}, []
         for seed in range(seeds):
             record = found.get(row.folder(seed), {})
+            if "result" in record:
+                self.data[seed] = record["result"]["fingerprint"][0]
+                if base and base.data.get(seed, self.data[seed]) != self.data[seed]:
+                    record = {"failed": f"its data are not those of {base.row.name}: the code and "
+                              "docs of another Python, or other files"}
             if "failed" in record:
                 self.failed.append(f"{row.column} | {row.name} | {seed}: {record['failed']}")
             elif record:
@@ -602,9 +608,12 @@ class Outcome:
 
 
 def compare(rows, seeds, found):
-    """{column: outcomes of its rows}, which come column by column"""
-    return {column: [Outcome(row, seeds, found) for row in group]
-            for column, group in itertools.groupby(rows, key=lambda row: row.column)}
+    """{column: outcomes of its rows}, which come column by column, the base of each first"""
+    columns = {}
+    for row in rows:
+        outcomes = columns.setdefault(row.column, [])
+        outcomes.append(Outcome(row, seeds, found, outcomes[0] if outcomes else None))
+    return columns
 
 
 # --------------------------------------------------------------------------------------------------
@@ -769,7 +778,7 @@ def judge(claim, seeds, found):
     """A claim -> what was measured, in words; n; p; the verdict."""
     rows = {row.name: row for row in rows_of(claim.experiment, "quick")
             if row.column == claim.column}
-    ours, base = (Outcome(rows[name], seeds, found) for name in (claim.better, claim.worse))
+    base, ours = compare([rows[claim.worse], rows[claim.better]], seeds, found)[claim.column]
     if not ours.n or not base.n:
         return "", 0, math.nan, "not run"
     gain, low, high, p = ours.against(base)

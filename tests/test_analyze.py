@@ -166,8 +166,8 @@ def record(data, warmup, seed, value):
     log = [evaluation(0), evaluation(BUDGET, value if text else 1.0)]
     if not text and value < BUDGET:
         log = [evaluation(0), evaluation(value, accuracy=0.92), evaluation(value + 1, accuracy=0.9)]
-    result = {"settings": settings, "warmup": warmup, "val_loss": log[-1]["val_loss"],
-              "val_accuracy": log[-1]["val_accuracy"]}
+    result = {"settings": settings, "warmup": warmup, "fingerprint": [seed, 5],
+              "val_loss": log[-1]["val_loss"], "val_accuracy": log[-1]["val_accuracy"]}
     return {"result": result, "log": log, "learned": {}}
 
 
@@ -222,6 +222,15 @@ def test_gains_are_fewer_steps_and_less_loss():
     for seed in range(3):
         found[analyze.folder_of(seed, TASK[1].warmup)]["learned"] = {}
     assert compare(TASK, 3, found)["sorting"][1].learned == "", "mixtures cannot be asked"
+
+
+def test_runs_on_other_data_than_the_first_row_are_not_compared():
+    found = made_up(SOME)
+    found[TEXT[1].folder(1)]["result"]["fingerprint"] = [7, 5]
+    base, other, _ = compare(TEXT, 3, found)["code"]
+    assert base.values == [2.0, 3.0] and other.values == [2.5]
+    (line,) = other.failed
+    assert line.startswith("code | dull | 1: its data are not those of none")
 
 
 @pytest.mark.parametrize("name", list(analyze.EXPERIMENTS))
