@@ -117,3 +117,13 @@ def test_the_table_of_readme_is_what_the_packed_results_say():
     for line in analyze.claims_lines(found, seeds=10):
         row = "|".join(line.split("|")[:7])
         assert row in README
+
+
+def test_what_readme_says_of_the_new_rules_on_code_is_what_the_packed_results_say():
+    found = analyze.read_results(ROOT / "assets/new-rules/results.jsonl.gz")
+    rows = [row for row in analyze.rows_of("efficiency", "quick") if row.column == "code"]
+    there = {each.row.name: each for each in analyze.compare(rows, 6, found)["code"] if each.n}
+    gain, low, high, p = there["eca:rule=random"].against(there["none"])
+    words = " ".join(README.split())
+    assert f"gained {gain:.3f} nats (six seeds, {low:.3f} to {high:.3f}, p {p:.2f}" in words
+    assert f"cost {-there['nca'].against(there['none'])[0]:.2f} in the one seed" in words
