@@ -350,8 +350,8 @@ def changed_checkpoint(path, change, seed, to):
     c = Opened(path, "cpu")
     x = c.rows(16)[0]
     change_weights(c.model, change, seed, entropy_of_heads(c.attention(x), c.real(x)))
-    source = c.state["source"] | {"spec": f"{c.spec} ({change})"}
-    save(to, c.model, stage="warmup", step=c.step, tokens=c.state["tokens"], source=source)
+    source = c.source | {"spec": f"{c.spec} ({change})"}
+    save(to, c.model, stage="warmup", step=c.step, tokens=c.tokens, source=source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -524,6 +524,11 @@ def is_text(result):
     return result["settings"]["tokenizer"] is not None
 
 
+def data_of(record):
+    """A number that is another where the run was trained on other data."""
+    return record["result"]["fingerprint"][0]
+
+
 def measure(record):
     """The value of a run, of which less is better: on a task the steps until it was learned, as
     two evaluations in a row say, or all its steps if it never was; on text the final held-out loss.
@@ -576,27 +581,27 @@ class Outcome:
     with, if anything; a run on other data than the base's has failed."""
 
     def __init__(self, row, seeds, found, base=None):
-        self.row, self.runs, self.failed, self.data, verdicts = row, [], [], {}, []
+        self.row, self.runs, self.failed, verdicts = row, {}, [], []
         for seed in range(seeds):
             record = found.get(row.folder(seed), {})
-            if "result" in record:
-                self.data[seed] = record["result"]["fingerprint"][0]
-                if base and base.data.get(seed, self.data[seed]) != self.data[seed]:
-                    record = {"failed": f"its data are not those of {base.row.name}: the code and "
-                              "docs of another Python, or other files"}
+            theirs = base.runs.get(seed) if base else None
+            if theirs and "result" in record and data_of(record) != data_of(theirs):
+                record = {"failed": f"its data are not those of {base.row.name}: the code and "
+                          "docs of another Python, or other files"}
             if "failed" in record:
                 self.failed.append(f"{row.column} | {row.name} | {seed}: {record['failed']}")
             elif record:
-                self.runs.append(record)
+                self.runs[seed] = record
                 warmup = found.get(folder_of(seed, row.warmup), {}) if row.warmup else {}
                 verdicts.append(warmup.get("learned", {}).get("verdict"))
         asked = [verdict == "learned" for verdict in verdicts if verdict]  # some rules cannot be
         self.learned = f"{sum(asked)}/{len(asked)}" if asked else ""
-        self.n, self.values = len(self.runs), [measure(run) for run in self.runs]
+        self.n, self.values = len(self.runs), [measure(run) for run in self.runs.values()]
+        results = [run["result"] for run in self.runs.values()]
         if self.n:
-            self.mean, self.text = np.mean(self.values), is_text(self.runs[0]["result"])
-            self.budget = self.runs[0]["result"]["settings"]["steps"]
-            self.accuracy = np.mean([run["result"]["val_accuracy"] for run in self.runs])
+            self.mean, self.text = np.mean(self.values), is_text(results[0])
+            self.budget = results[0]["settings"]["steps"]
+            self.accuracy = np.mean([result["val_accuracy"] for result in results])
 
     def show(self, value):
         return f"{value:.4f}" if self.text else f"{value:,.0f}"

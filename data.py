@@ -1046,10 +1046,11 @@ def check_tokens(path, dtype, vocab_size):
     if len(words) > 64 and np.count_nonzero(words[1::2]) < len(words) / 200:
         wide = "uint32" if np.count_nonzero(words[2::4]) > len(words) / 200 else "int64"
         raise UserError(f"{path} looks like {wide}, not {dtype}: name its dtype in meta.json")
-    least, most = tokens.min(initial=0), tokens.max(initial=0)
-    if least < 0 or most >= vocab_size:
-        wrong = least if least < 0 else most
-        raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
+    for start in range(0, len(tokens), PIECE):  # once through a file that may be large
+        piece = tokens[start:start + PIECE]
+        if piece.min() < 0 or piece.max() >= vocab_size:
+            wrong = piece.min() if piece.min() < 0 else piece.max()
+            raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -1339,11 +1340,11 @@ def show(spec, n, seed, split, tokenizer):
 
 
 def list_everything():
-    for title, kinds in (("procedural rules", RULES), ("algorithmic tasks", TASKS)):
+    for title, rules in (("procedural rules", RULES), ("algorithmic tasks", TASKS)):
         print(title)
-        for name, kind in kinds.items():
-            takes = str(inspect.signature(kind.make)).removeprefix("(r, ").removesuffix(")")
-            print(f"  {name:18} {kind.make.__doc__}\n{'':20} {takes}")
+        for name, rule in rules.items():
+            takes = str(inspect.signature(rule.make)).removeprefix("(r, ").removesuffix(")")
+            print(f"  {name:18} {rule.make.__doc__}\n{'':20} {takes}")
     print("  mixtures           set+union, 0.7*set:length=32+0.3*union:length=32\n"
           "  shuffled control   shuffled:dyck:k=16\n"
           "  varying lengths    set:length=2-20\ncorpora")

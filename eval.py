@@ -116,20 +116,21 @@ class Opened:
 
     def __init__(self, path, device=None, spec=None, tokenizer=None, problems=20):
         self.path, self.device, self.problems = Path(path), find_device(device), problems
-        self.model, self.state = load(path, self.device)
+        self.model, state = load(path, self.device)
         self.model.eval()
         self.first = self  # of several, the one that the others are compared with
         if (self.path / "ckpt.pt").exists():  # a run's folder
             self.path = self.path / "ckpt.pt"
         self.folder = self.path if self.path.is_dir() else self.path.parent
-        self.stage, self.step = self.state.get("stage", "imported"), self.state.get("step", 0)
-        source = self.state.get("source", {})
-        self.spec, seed = spec or source.get("spec"), source.get("seed")
+        self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
+        # Not the whole state: it has the weights again, and the optimiser's.
+        self.source, self.tokens = state.get("source", {}), state.get("tokens", 0)
+        self.spec, seed = spec or self.source.get("spec"), self.source.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
         if not isinstance(self.spec, str):
             raise UserError(f"{path} does not say what it was trained on: name --data")
         vocab_size = self.model.config.vocab_size
-        tokenizer = tokenizer or source.get("tokenizer")
+        tokenizer = tokenizer or self.source.get("tokenizer")
         if not tokenizer and 50257 <= vocab_size < 50514:
             tokenizer = "gpt2"
         self.data = make_data(self.spec, self.seed, self.model.config.block_size, tokenizer)
@@ -415,10 +416,11 @@ def probe_needle(c):
     if c.data.kind != "text" or not c.data.tokenizer.encode:
         return None
     encode, rng = c.data.tokenizer.encode, np.random.default_rng(c.seed)
-    depths, found = (0, 25, 50, 75, 100), []
+    depths, found, question = (0, 25, 50, 75, 100), [], "\nThe secret number is"
+    asked = encode(question)
     for row in c.rows(16)[0]:
-        secret, asked = rng.integers(1000, 10000), encode("\nThe secret number is")
-        hidden, answer = encode(f"\nThe secret number is {secret}.\n"), encode(f" {secret}")
+        secret = rng.integers(1000, 10000)
+        hidden, answer = encode(f"{question} {secret}.\n"), encode(f" {secret}")
         room = len(row) - len(hidden) - len(asked) - len(answer)
         if room < 1:
             return None

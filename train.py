@@ -7,7 +7,8 @@
     torchrun --nproc_per_node=8 train.py ...       on eight GPUs: the same batches and result
 
 It goes from the whole to its parts: `run`, which has two stages; `train`, which is one stage, and
-the pieces of its step; the settings; and what is said before and after.
+the pieces of its step; the settings; and what is said before and after. `s` are all settings,
+`stage` the same as one stage sees them: `stage.lr` of the warm-up is `s.warmup_lr`.
 """
 import contextlib
 import datetime
