@@ -409,8 +409,8 @@ def missing(rows, seeds, results):
 
 
 def run_all(rows, seeds, results, jobs, device):
-    """Every row with every seed that has no result yet, `jobs` at a time, all rows of a seed first;
-    and before these, the warm-ups that they take up."""
+    """Every row with every seed that has no result yet, `jobs` at a time, all rows of a seed first.
+    The warm-ups that they take up are made before."""
     runs = missing(rows, seeds, results)
     print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
     began, ended = time.time(), itertools.count(1)
@@ -436,11 +436,11 @@ def run_all(rows, seeds, results, jobs, device):
         print(f"[{n}/{len(runs)}] {row.column} | {row.name} | seed {seed}: {state}; {left} left",
               flush=True)
 
-    for seed in range(seeds):
-        ours = [row for row, of in runs.values() if of == seed]
-        for flags in dict.fromkeys(flags for row in ours for flags in row.warmups()):
+    for seed in range(seeds + 1):  # warm-ups one seed ahead of rows, so that no job waits for one
+        ahead = [row for row, of in runs.values() if of == seed]
+        for flags in dict.fromkeys(flags for row in ahead for flags in row.warmups()):
             warmups[flags, seed] = pool.submit(make_warmup, flags, seed, results, device)
-        futures += [pool.submit(one, row, seed) for row in ours]
+        futures += [pool.submit(one, row, of) for row, of in runs.values() if of == seed - 1]
     try:
         for future in futures:
             future.result()
