@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from data import (RULES, Parser, UserError, checked, fits, json_lines, lock, number, read_json,
-                  run_main, write_json, written_whole)
+                  reading, run_main, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, part_of, save
 from train import OPERATIONAL, PRESETS, Stopped, clock
@@ -401,11 +401,9 @@ def with_checkpoints(row, seed, results):
 
 def missing(rows, seeds, results):
     """{folder: (row, seed)} of what has no result yet."""
-    found, runs = read_results(results), {}
-    for seed, row in itertools.product(range(seeds), rows):
-        if "result" not in found.get(row.folder(seed), {}):
-            runs.setdefault(row.folder(seed), (row, seed))
-    return runs
+    found = read_results(results)
+    runs = {row.folder(seed): (row, seed) for seed, row in itertools.product(range(seeds), rows)}
+    return {name: run for name, run in runs.items() if "result" not in found.get(name, {})}
 
 
 def run_all(rows, seeds, results, jobs, device):
@@ -453,11 +451,11 @@ def run_all(rows, seeds, results, jobs, device):
 
 # What is read has this form, or is refused: nothing later on has to doubt it.
 MEASURED = {"val_loss": float, "val_accuracy": float}
-CONFIG = {"warmup": str, "settings": {
+CONFIG = {"warmup": str, "fingerprint": [int], "settings": {
     "data": str, "tokenizer": (str, None), "steps": float, "seed": float, "transfer": str,
     "embeddings": str, "positions": str}}
 LOG = [{"step": float, "tokens": float} | MEASURED]
-RUN = {"result": CONFIG | MEASURED | {"fingerprint": [int]}, "log": LOG, "learned": dict}
+RUN = {"result": CONFIG | MEASURED, "log": LOG, "learned": dict}
 
 
 def read_log(path):
@@ -468,11 +466,8 @@ def read_log(path):
 
 
 def read_packed(path):
-    try:
-        with gzip.open(path, "rt") as file:
-            records = [json.loads(line) for line in file]
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise UserError(f"{path} is not a file that analyze.py pack wrote: {error}") from None
+    with reading(path), gzip.open(path, "rt") as file:
+        records = [json.loads(line) for line in file]
     for record in checked(records, [{"name": str}], path):
         checked(record, RUN if "result" in record else {"failed": str}, path)
     return {record.pop("name"): record for record in records}
@@ -490,10 +485,8 @@ def read_results(where):
     """{folder name: what read_run says, or {"failed": why} of a run that did} of a folder and the
     packed files in it, or of one packed file. Raises UserError."""
     where, found = Path(where), {}
-    try:
+    with reading(where):
         paths = [where] if where.is_file() else sorted(where.glob("*"))
-    except OSError as error:
-        raise UserError(f"cannot read {where}: {error.strerror}") from None
     for path in paths:
         if path == where or path.suffix == ".gz" and path.is_file():
             found |= read_packed(path)
@@ -676,9 +669,9 @@ def draw(columns, path):
         first = columns[column][0]
         for y, each in enumerate(there):
             warmup = as_dict(each.row.warmup or each.row.train).get("--warmup", "none")
-            places = y + 0.25 * np.linspace(-1, 1, each.n)  # else equal values hide each other
-            axis.plot(each.values, places if each.n > 1 else [y], "o", color=colour_of(warmup),
-                      alpha=0.7, fillstyle="none" if each.row.change else "full")
+            places = y + np.linspace(-0.3, 0.3, each.n + 2)[1:-1]  # else equal values are one dot
+            axis.plot(each.values, places, "o", color=colour_of(warmup), alpha=0.7,
+                      fillstyle="none" if each.row.change else "full")
             axis.plot([each.mean], [y], "|", color="black", markersize=18, markeredgewidth=2)
         if not there[0].text:
             axis.axvline(there[0].budget, color="grey", linestyle=":")
@@ -694,11 +687,14 @@ def draw(columns, path):
 
 def curves(runs, picture):
     """Held-out loss or accuracy by tokens: a thin line for each run, a thick one for the mean of
-    those that differ in the seed alone. runs: [(name, {"settings", "warmup"}, evaluations)]. Raises
+    those that differ in the seed alone. runs: [(name, what CONFIG says, evaluations)]. Raises
     UserError."""
     data = list(dict.fromkeys(said["settings"]["data"] for _, said, _ in runs))
-    if len(data) > 1:
-        raise UserError(f"these runs are on different data, and do not compare: {', '.join(data)}")
+    seeds = {said["settings"]["seed"] for _, said, _ in runs}
+    rows = {(said["settings"]["seed"], said["fingerprint"][0]) for _, said, _ in runs}
+    if len(data) > 1 or len(rows) > len(seeds):
+        raise UserError("these runs are on different data, or on other files of that name, and do "
+                        f"not compare: {', '.join(data)}")
     metric, ylabel = "val_accuracy", "accuracy on held-out answers"
     if is_text(runs[0][1]):
         metric, ylabel = "val_loss", "held-out loss (nats per token)"

@@ -392,7 +392,8 @@ class Rows(Dataset):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
         self.spec, self.seed, self.split = spec, seed, split
         self.shuffled, self.members = parse_spec(spec)  # members: [(weight, name, parameters), ...]
-        self.longest = math.inf  # input lengths are cut to this, see --warmup_curriculum
+        # Input lengths are cut to this, which a curriculum changes (--warmup_curriculum).
+        self.longest = max((p["length"][1] for _, _, p in self.members if "length" in p), default=0)
         lengths, sizes = [], []
         for _, name, p in self.members:
             if "length" in p:
@@ -546,14 +547,23 @@ def write_json(path, value):
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Whatever is wrong with a file that is read in this block becomes a UserError."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path}, or it is damaged: {reason_of(error)}") from None
+
+
 def read_json(path, form=dict):
     """The JSON object in a file, if it has this form, see `fits`. Raises UserError."""
-    try:
+    with reading(path):
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is not a file")  # a pipe would make us wait for ever
         return checked(json.loads(Path(path).read_bytes()), form, path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
 
 
 def checked(value, form, where):
@@ -632,7 +642,7 @@ def read_text(path):
     Plain text, in which <|endoftext|> ends a document, or (.json, .jsonl, .ndjson) a line of JSON
     with a `text` or `content` for each; gzipped or not. Raises UserError."""
     nulls = 0
-    try:
+    with reading(path):
         with open(path, "rb") as file:
             opener = gzip.open if file.read(2) == GZIP else open
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -647,10 +657,6 @@ def read_text(path):
                     yield from ((text, True) for text in texts)
                     yield rest, False
                 yield "", True
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
     if nulls:
         say(f"{path}: skipped {nulls:,} records whose text is null")
 
@@ -901,15 +907,13 @@ def fetch(url, path):
 
 def read_through(path):
     """Reads a compressed file to its end. Raises UserError if it is not whole, or empty."""
-    try:
+    with reading(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 whole = archive.testzip() is None
         else:
             with gzip.open(path) as file:
                 whole = file.seek(0, os.SEEK_END) > 0  # reads all of it
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
     if not whole:
         raise UserError(f"{path} is damaged, or empty")
 
@@ -1046,11 +1050,10 @@ def check_tokens(path, dtype, vocab_size):
     if len(words) > 64 and np.count_nonzero(words[1::2]) < len(words) / 200:
         wide = "uint32" if np.count_nonzero(words[2::4]) > len(words) / 200 else "int64"
         raise UserError(f"{path} looks like {wide}, not {dtype}: name its dtype in meta.json")
-    for start in range(0, len(tokens), PIECE):  # once through a file that may be large
-        piece = tokens[start:start + PIECE]
-        if piece.min() < 0 or piece.max() >= vocab_size:
-            wrong = piece.min() if piece.min() < 0 else piece.max()
-            raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
+    unsigned = tokens.view(f"u{dtype.itemsize}")  # in which a number below 0 is a large one
+    if unsigned.max(initial=0) >= vocab_size:
+        wrong = tokens[unsigned.argmax()]
+        raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -1403,7 +1406,8 @@ def run_main(main):
         return
     except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
         line = str(error)
-    print(f"error: {line}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {line}" if rank == "0" else f"error (process {rank}): {line}", file=sys.stderr)
     sys.exit(2)
 
 

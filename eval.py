@@ -123,7 +123,7 @@ class Opened:
             self.path = self.path / "ckpt.pt"
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
-        # Not the whole state: it has the weights again, and the optimiser's.
+        # Not the whole state, which has the optimiser's.
         self.source, self.tokens = state.get("source", {}), state.get("tokens", 0)
         self.spec, seed = spec or self.source.get("spec"), self.source.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
@@ -663,11 +663,9 @@ def print_table(name, findings):
     if len(findings) > 1:
         print(" " * wide + "".join(f"{f'[{i + 1}]':>12}" for i in range(len(findings))))
     for label in labels:
-        line = f"{label:{wide}}"
-        for column in columns:
-            value = column.get(label, "-")
-            line += f"{value:>12}" if isinstance(value, str) else f"{value:12.4f}"
-        print(line)
+        values = [column.get(label, "-") for column in columns]
+        cells = [f"{x:>12}" if isinstance(x, str) else f"{x:12.4f}" for x in values]
+        print(f"{label:{wide}}" + "".join(cells))
 
 
 def pyplot():
@@ -736,13 +734,11 @@ def draw_map(axis, key, panel):
 def add_to_json(c, name, finding):
     """Puts what was found into eval.json beside the checkpoint. Raises UserError."""
     path = c.folder / "eval.json"
-    there = read_json(path) if path.exists() else {}
-    try:
-        probes = there.setdefault(c.path.name, {}).setdefault(c.spec, {})
-        probes[name] = {"step": c.step, **finding}
-    except (AttributeError, TypeError):  # what should be an object is something else
-        raise UserError(f"{path} is not as eval.py writes it: put it elsewhere") from None
-    write_json(path, there)
+    form = {c.path.name: ({c.spec: (dict, None)}, None)}
+    there = read_json(path, form) if path.exists() else {}
+    probes = there.get(c.path.name) or {}
+    mine = (probes.get(c.spec) or {}) | {name: {"step": c.step, **finding}}
+    write_json(path, there | {c.path.name: probes | {c.spec: mine}})
 
 
 def print_sample(c, i, prompt, length, temperature, top_k):

@@ -7,14 +7,12 @@ Every parameter belongs to one of the parts attn, mlp, norm and embed. What the 
 and weight mixtures is "copy these parts".
 """
 import contextlib
-import dataclasses
 import math
 import pickle
 import re
-import stat
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import Parser, UserError, read_json, reason_of, run_main, written_whole
+from data import Parser, UserError, fits, read_json, reason_of, run_main, written_whole
 
 SIZES = {  # name: (n_layer, n_head, n_embd)
     "tiny": (2, 4, 128),  # for laptops (ours)
@@ -73,18 +71,17 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, start=0):
         """(B, T, n_embd) -> (B, T - start, n_embd): tokens from `start` on, see GPT.states."""
-        B, T, C = x.shape
         q, k, v = split_heads(self.c_attn(x), self.n_head)
+        T = x.shape[1]
         mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[start:] if start else None
         y = F.scaled_dot_product_attention(q[:, :, start:], k, v, mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T - start, C)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 def split_heads(qkv, n_head):
     """(B, T, 3 * n_embd) -> q, k, v, each (B, n_head, T, n_embd / n_head)"""
-    B, T, C = qkv.shape
-    return (x.transpose(1, 2) for x in qkv.view(B, T, 3, n_head, C // 3 // n_head).unbind(2))
+    return qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class MLP(nn.Module):
@@ -129,7 +126,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():  # as GPT-2 begins; norms are ones already
             if p.dim() == 2:
-                added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1  # to the stream
+                # Those that add to the residual stream, two a block, add less each.
+                added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / math.sqrt(added))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -148,9 +146,9 @@ class GPT(nn.Module):
     def states(self, idx, start=0):
         """What the output head reads of the tokens from `start` on: (B, T - start, n_embd).
 
-        In all blocks but the last, later tokens look at those before `start`; of the last, nothing
-        reads these, and they are left out. Where the loss counts only answers, that is a third of
-        a step on a CPU (measured on haystack)."""
+        The last block alone can leave out those before: in the others, later tokens look at them.
+        Where the loss counts only answers, that is a third of a step on a CPU (measured on
+        haystack)."""
         x = self.drop(self.wte(idx) + self.wpe.weight[:idx.shape[1]])
         for block in self.h:
             begin = start if block is self.h[-1] else 0
@@ -173,7 +171,7 @@ class GPT(nn.Module):
         Temperature 0 takes the likeliest token; top_k 0 chooses among all. Call it in eval mode."""
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(n):
-            logits = self(idx[:, -self.config.block_size:])[:, -1].float()
+            logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
             if top_k:
                 kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
@@ -201,12 +199,10 @@ def attention_maps(model):
         future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
         maps.append(scores.float().masked_fill(future, -math.inf).softmax(-1))
 
-    hooks = [block.attn.c_attn.register_forward_hook(add) for block in model.h]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in model.h:
+            hooks.enter_context(block.attn.c_attn.register_forward_hook(add))
         yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,10 +241,9 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
         raise UserError(f"weights of a {shapes[0]} model do not fit a {shapes[1]} model")
     if embeddings == "keep" and not 0 <= old.vocab_size - new.vocab_size < 256:  # some pad theirs
         raise UserError(f"embeddings of {old.vocab_size} tokens are not for {new.vocab_size}")
-    theirs = dict(source.named_parameters())
     for name, p in target.named_parameters():
         if part_of(name) in parts:
-            p.copy_(theirs[name])
+            p.copy_(source.get_parameter(name))
     enough = old.block_size >= new.block_size
     if positions == "moved" and not enough:
         raise UserError(f"{new.block_size} positions cannot come from {old.block_size}: "
@@ -276,7 +271,7 @@ def save(path, model, **more):
         raise UserError(f"a weight is not finite, so {path} was not written: a lower learning rate "
                         "may help")
     with written_whole(path) as file:
-        torch.save({"config": dataclasses.asdict(model.config), "model": weights, **more}, file)
+        torch.save({"config": vars(model.config), "model": weights, **more}, file)
 
 
 def load(path, device="cpu"):
@@ -287,14 +282,13 @@ def load(path, device="cpu"):
         if (path / "ckpt.pt").exists():
             path = path / "ckpt.pt"
         config, weights, state = read_folder(path) if path.is_dir() else read_file(path)
-        fields = {field.name for field in dataclasses.fields(GPTConfig)}
-        config = GPTConfig(**{key: value for key, value in config.items() if key in fields})
+        ours = {field.name for field in fields(GPTConfig)}  # nanoGPT has others, too
+        config = GPTConfig(**{key: config[key] for key in ours & config.keys()})
         weights = our_names(weights)
         config.tied = config.tied and torch.equal(weights["wte.weight"], weights["lm_head.weight"])
         model = GPT(config)
-        zeros = {name: torch.zeros_like(p) for name, p in model.state_dict().items()
-                 if name.endswith("bias")}  # nanoGPT's bias=False has none
-        model.load_state_dict(zeros | weights)
+        biases = {name: p for name, p in model.state_dict().items() if name.endswith("bias")}
+        model.load_state_dict(biases | weights)  # biases are zeros; nanoGPT's bias=False has none
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
@@ -305,8 +299,8 @@ def load(path, device="cpu"):
 
 
 def read_file(path):
-    """A file with nothing but tensors, numbers and strings -> (config, weights, all of it)."""
-    if not stat.S_ISREG(path.stat().st_mode):
+    """A file with nothing but tensors, numbers and strings -> (config, weights, the rest)."""
+    if path.exists() and not path.is_file():
         raise UserError("it is not a file")  # a pipe would make us wait for ever
     if path.open("rb").read(2) == b"PK" and not zipfile.is_zipfile(path):
         raise ValueError("it was cut short")
@@ -320,20 +314,21 @@ def read_file(path):
             raise ValueError("torch did not write it, or it was cut short") from None
         raise UserError(f"it holds {found[1]}, which is no tensor, number or string; nothing in it "
                         "was run") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"it holds a {type(state).__name__}")
-    if not all(isinstance(state.get(key, {}), dict) for key in ("source", "warmed")):
-        raise ValueError("its source is not as nanowarm writes it")
+    optional = lambda form: (form, None)
+    form = {"tokens": optional(float), "source": optional(dict),
+            "warmed": optional({"tokens": float})}
+    if not fits(state, form):
+        raise ValueError("what it holds is not as nanowarm writes it")
     if "model_args" in state:
         return state["model_args"], state["model"], {}  # nanoGPT's
     if not {"config", "model"} <= state.keys():
         raise UserError("it holds weights without a model's config: checkpoints of nanowarm and "
                         "nanoGPT have one, and so have Hugging Face's folders")
-    return state["config"], state["model"], state
+    return state.pop("config"), state.pop("model"), state
 
 
 def our_names(weights):
-    """Weights under GPT-2's names, with the prefixes that others put there, in float32."""
+    """Weights under our names, without the prefixes that others put before them, in float32."""
     ours = {}
     for name, tensor in weights.items():
         name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
@@ -384,7 +379,7 @@ def read_folder(path):
     weights = theirs.state_dict()
     for name in filter(TRANSPOSED.search, weights):
         weights[name] = weights[name].t()
-    return dataclasses.asdict(config), weights, {}
+    return vars(config), weights, {}
 
 
 def as_hugging_face(model):

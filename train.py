@@ -4,11 +4,12 @@
     python train.py --warmup none                  the same without the warm-up: compare
     python train.py --data haystack --warmup dyck  an algorithmic task, at its published settings
     python train.py --preset c4 --warmup union     a published run (first: data.py prepare c4)
-    torchrun --nproc_per_node=8 train.py ...       on eight GPUs: the same batches and result
+    torchrun --nproc_per_node=8 train.py ...       on eight GPUs: the same batches
 
 It goes from the whole to its parts: `run`, which has two stages; `train`, which is one stage, and
-the pieces of its step; the settings; and what is said before and after. `s` are all settings,
-`stage` the same as one stage sees them: `stage.lr` of the warm-up is `s.warmup_lr`.
+the pieces of its step; processes and signals; the settings; and what is said before and after. `s`
+are all settings, `stage` the same as one stage sees them: `stage.lr` of the warm-up is
+`s.warmup_lr`.
 """
 import contextlib
 import datetime
@@ -46,17 +47,19 @@ from model import GPT, GPTConfig, attention_maps, load, parse_parts, parse_size,
 def run(s):
     """Everything that the settings say -> the content of result.json. Raises UserError, Stopped."""
     out = Path(s.out)
-    start_processes(s)
+    join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
-    data, rule = open_data(s)
-    training = stage_of(s, "train", data.block_size)
-    warming = stage_of(s, "warmup", rule.block_size) if rule else None
-    fingerprint = check_data(data, rule, s)
+    data, warmup_data = open_data(s)
+    # Before open_run: these turn the tokens of a stage into steps, in `s`, too.
+    train_stage = stage_of(s, "train", data.block_size)
+    warmup_stage = stage_of(s, "warmup", warmup_data.block_size) if warmup_data else None
+    fingerprint = check_data(data, warmup_data, s)
     model = new_model(data, s.size, s.tied, s.dropout, s.seed)
     warmed = start_from_checkpoints(model, s)
-    if rule:
-        warm = new_model(rule, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)  # other weights
-        move(warm, model, s)  # what does not fit is refused now, not after hours of warm-up
+    if warmup_data:
+        seed = s.seed + 2 ** 32  # other weights
+        warmup_model = new_model(warmup_data, s.size, True, s.warmup_dropout, seed)
+        move(warmup_model, model, s)  # what does not fit is refused now, not after hours of warm-up
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
         with first_process_first():
@@ -68,15 +71,15 @@ def run(s):
         say(f"{out}: {s.size} GPT, {n:,} parameters, context {data.block_size}; {s.device}, "
             f"{s.dtype}, {world_size()} process{'es' if world_size() > 1 else ''}")
 
-        if rule:
+        if warmup_data:
             # 1. Warm up.
-            warmed = train(warm, rule, warming, out / "warmup.pt", fingerprint, warmed)
-            warmed["spec"] = s.warmup
+            warmed |= train(warmup_model, warmup_data, warmup_stage, out / "warmup.pt", fingerprint,
+                            warmed)
             # 2. Move what was learned.
-            move(warm, model, s)
-            del warm  # its memory is wanted now
+            move(warmup_model, model, s)
+            del warmup_model  # its memory is wanted now
         # 3. Continue.
-        trained = train(model, data, training, out / "ckpt.pt", fingerprint, warmed)
+        trained = train(model, data, train_stage, out / "ckpt.pt", fingerprint, warmed)
         # 4. Say what came of it.
         return write_result(out, s, fingerprint, warmed, trained)
 
@@ -88,7 +91,8 @@ def open_data(s):
         if s.warmup == "none":
             return data, None
         if s.warmup == "text":
-            return data, make_data(s.data, s.seed, s.block_size, s.tokenizer, split="warmup")
+            size = s.warmup_block_size or s.block_size
+            return data, make_data(s.data, s.seed, size, s.tokenizer, split="warmup")
         return data, make_data(s.warmup, s.seed, s.warmup_block_size)
 
 
@@ -98,14 +102,14 @@ def new_model(data, size, tied, dropout, seed):
                          tied=tied))
 
 
-def move(warm, model, s):
-    transfer(warm, model, parse_parts(s.transfer), s.embeddings, s.positions)
+def move(warmup_model, model, s):
+    transfer(warmup_model, model, parse_parts(s.transfer), s.embeddings, s.positions)
 
 
 def start_from_checkpoints(model, s):
     """Moves what --init, --attn_from and --mlp_from name into the model -> how it was warmed up."""
     specs = []
-    warmed = {"tokens": 0, "seconds": 0.0, "before": None, "result": None}
+    warmed = {"tokens": 0, "seconds": 0.0, "before": {}, "result": {}}
     for path, parts in ((s.init, parse_parts(s.transfer)), (s.mlp_from, ["mlp"]),
                         (s.attn_from, ["attn"])):
         if path:
@@ -117,17 +121,18 @@ def start_from_checkpoints(model, s):
     return warmed | {"spec": " + ".join(specs) or s.warmup}
 
 
-def check_data(data, rule, s):
+def check_data(data, warmup_data, s):
     """Refuses data that cannot be trained on. Returns their fingerprint. Raises UserError."""
-    fingerprint = [data.fingerprint()] + ([rule.fingerprint()] if rule else [])
-    for each in (data, rule) if rule else (data,):
+    both = [data, warmup_data] if warmup_data else [data]
+    fingerprint = [each.fingerprint() for each in both]
+    for each in both:
         if not (each.train.__getitems__(range(64))[1] != -1).any():
             raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}: longer "
                             "ones are needed")
-    if rule and s.embeddings == "keep" and rule.vocab_size != data.vocab_size:
-        raise UserError(f"--embeddings keep needs one vocabulary: {rule.spec} has "
-                        f"{rule.vocab_size} tokens, {data.spec} {data.vocab_size}")
-    smallest = min(s.batch_size, s.warmup_batch_size if rule else math.inf)
+    if s.embeddings == "keep" and both[-1].vocab_size != data.vocab_size:
+        raise UserError(f"--embeddings keep needs one vocabulary: {warmup_data.spec} has "
+                        f"{warmup_data.vocab_size} tokens, {data.spec} {data.vocab_size}")
+    smallest = min(s.batch_size, s.warmup_batch_size if warmup_data else math.inf)
     if smallest < world_size():
         raise UserError(f"a batch of {smallest} is too small for {world_size()} processes")
     if world_size() > 1:
@@ -153,7 +158,7 @@ def open_run(out, s, fingerprint, warmup):
     if rank() == 0:
         remove_scratch(out)
     config = {"settings": vars(s), "warmup": warmup, "fingerprint": fingerprint,
-              "environment": environment()}
+              "environment": environment(s.device)}
     if not (out / "config.json").exists():
         if any(out.glob("[!.]*")):
             raise UserError(f"{out} is there and is not a run: choose another --out")
@@ -179,12 +184,13 @@ def open_run(out, s, fingerprint, warmup):
     return None
 
 
-def environment():
+def environment(device):
     commit = None
     with contextlib.suppress(OSError):  # there may be no git
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
                                 capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    cuda = device.startswith("cuda")
+    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "device_name": name, "processes": world_size(),
             "commit": commit or None}
@@ -192,7 +198,7 @@ def environment():
 
 def write_result(out, s, fingerprint, warmed, trained):
     """Writes result.json, and returns what it holds."""
-    before, after = warmed["before"] or {}, warmed["result"] or {}
+    before, after = warmed["before"], warmed["result"]
     found = {
         "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
         "warmup": warmed["spec"], "fingerprint": fingerprint,
@@ -222,11 +228,11 @@ def train(model, data, stage, file, fingerprint, warmed):
     optimizer = make_optimizer(model, stage)
     scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
     progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
-                "length": 2 if stage.curriculum else None}
+                "length": 2 if stage.name == "warmup" and stage.warmup_curriculum else None}
     if file.exists():
         progress = resume(file, model, optimizer, scaler, stage, fingerprint)
     first = progress["step"]
-    log = Log(file, stage, progress)
+    log = Log(file.with_name("log.jsonl"), stage, progress)
     if first and (first == stage.steps or progress["passed"] == 2):
         return progress  # it was complete
     if first:
@@ -234,8 +240,11 @@ def train(model, data, stage, file, fingerprint, warmed):
     save_every = stage.save_every or stage.steps // 10 or 1
     eval_every = stage.eval_every or stage.steps // 5 or 1
 
-    def checkpoint(step):
-        progress.update(step=step, tokens=step * log.step_tokens, seconds=log.seconds())
+    def due(every, done):
+        return done % every == 0 or done == stage.steps
+
+    def save_progress(step):
+        progress.update(step=step, tokens=step * log.step_tokens, seconds=time.time() - log.began)
         if rank() == 0:
             source = {"spec": data.spec, "tokenizer": stage.tokenizer, "seed": stage.seed}
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
@@ -246,9 +255,10 @@ def train(model, data, stage, file, fingerprint, warmed):
     if not progress["before"]:
         progress["before"] = progress["result"] = measure(model, held_out, data, stage)
         log.add(0, result=progress["before"])
-    micro = stage.grad_accum or enough_micro_batches(data, stage)
-    net = wrapped(model, data, stage, micro) if stage.steps else model
+    n_micro = stage.grad_accum or enough_micro_batches(data, stage)
+    net = wrapped(model, data, stage, n_micro) if stage.steps else model
     if progress["length"]:
+        whole_length = data.train.longest
         data.train.longest = data.val.longest = progress["length"]
     rows = rows_from(data, stage, first)
     model.train()
@@ -259,32 +269,31 @@ def train(model, data, stage, file, fingerprint, warmed):
             torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
         x, y = next(rows)
         # One process may have got the signal: all hear of it with the sum, and stop together.
-        counted, asked_to_stop = total(int((y != -1).sum()), len(SIGNALS))
+        n_counted, asked_to_stop = total(int((y != -1).sum()), len(SIGNALS))
         if asked_to_stop:
-            checkpoint(step)
+            save_progress(step)
             raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
-        parts = micro_batches(x, y, micro, trim=stage.device == "cpu")
-        loss = gradients(net, model, parts, counted, stage, scaler)
+        micros = micro_batches(x, y, n_micro, trim=stage.device == "cpu")
+        loss = gradients(net, model, micros, n_counted, stage, scaler)
         done = step + 1
-        due = lambda every: done % every == 0 or done == stage.steps
-        logging, saving = due(stage.log_every) or done == 1, due(save_every)
+        logging, saving = due(stage.log_every, done) or done == 1, due(save_every, done)
         look = logging or saving or stage.device == "cpu"
         take_step(model, optimizer, scaler, stage, look)
         if logging:
             log.add(done, loss=total(float(loss))[0], lr=lr_at(stage, step))
-        if due(eval_every):
+        if due(eval_every, done):
             progress["result"] = measure(model, held_out, data, stage)
             log.add(done, result=progress["result"])
             good = stage.stop_at and progress["result"]["accuracy"] >= stage.stop_at
             progress["passed"] = progress["passed"] + 1 if good else 0
-        growing = progress["length"] and progress["length"] < stage.block_size
+        growing = progress["length"] and progress["length"] < whole_length
         if growing and done % 20 == 0:  # the curriculum: every 20 steps, by 2 (ours)
             if measure(model, held_out_rows(data, 256), data, stage)["accuracy"] > 0.99:
                 progress["length"] += 2
                 data.train.longest = data.val.longest = progress["length"]
                 rows = rows_from(data, stage, done)
         if saving or progress["passed"] == 2:
-            checkpoint(done)
+            save_progress(done)
         if progress["passed"] == 2:
             break
     return progress
@@ -321,8 +330,8 @@ def rows_from(data, stage, first):
     """This process's share of the rows of each step from `first` on, an iterator of (x, y).
 
     Step s of a stage has the rows s * batch_size and on, whatever the number of processes."""
-    steps = [range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
-             for step in range(first, stage.steps)]
+    steps = (range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
+             for step in range(first, stage.steps))
     cuda, workers = stage.device.startswith("cuda"), stage.workers
     if workers is None:  # on a CPU, they would take the cores from the model
         workers = min(8, max(1, os.cpu_count() // 2)) if cuda else 0
@@ -345,14 +354,14 @@ def enough_micro_batches(data, stage):
     return math.ceil(tokens * data.vocab_size / 2 ** 30)
 
 
-def wrapped(model, data, stage, micro):
+def wrapped(model, data, stage, n_micro):
     """The model as it is trained: compiled, and shared with other processes."""
     net = model
     if stage.compile:
         # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
         small = sum(p.numel() for p in model.parameters()) < 10_000_000
         mode = "reduce-overhead" if small and stage.device.startswith("cuda") else None
-        x, y = data.train.__getitems__(range(max(1, stage.batch_size // world_size() // micro)))
+        x, y = data.train.__getitems__(range(max(1, stage.batch_size // world_size() // n_micro)))
         try:
             net = torch.compile(model, mode=mode)
             with autocast(stage):
@@ -367,23 +376,24 @@ def wrapped(model, data, stage, micro):
     return net
 
 
-def gradients(net, model, parts, counted, stage, scaler):
+def gradients(net, model, micros, n_counted, stage, scaler):
     """Backward through the micro-batches of a step -> this process's share of the step's loss.
 
-    counted: the tokens that count in the whole step, in whichever process they are."""
+    n_counted: the tokens that count in the whole step, in whichever process they are."""
     loss = 0.0
-    for i, (x, y) in enumerate(parts):
-        x = x.to(stage.device, non_blocking=True)
-        y = y.to(stage.device, non_blocking=True)
-        waits = world_size() > 1 and i < len(parts) - 1  # processes share gradients once a step
+    for i, (x, y) in enumerate(micros):
+        x, y = (each.to(stage.device, non_blocking=True) for each in (x, y))
+        waits = world_size() > 1 and i < len(micros) - 1  # processes share gradients once a step
         watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
         with net.no_sync() if waits else contextlib.nullcontext():
             with autocast(stage), watched as maps:
-                part = net(x, y) / max(counted, 1)
-            loss += part.detach()
+                micro_loss = net(x, y) / max(n_counted, 1)
+            loss += micro_loss.detach()
             if stage.sharpen:
-                part = part + stage.sharpen * attention_entropy(maps, y).sum() / stage.batch_size
-            scaler.scale(part * world_size()).backward()  # DDP takes the mean; wanted is the sum
+                blur = attention_entropy(maps, y).sum() / stage.batch_size
+                micro_loss = micro_loss + stage.sharpen * blur
+            # DDP takes the mean over processes; wanted is the sum.
+            scaler.scale(micro_loss * world_size()).backward()
     return loss
 
 
@@ -410,6 +420,7 @@ def attention_entropy(maps, y):
     each layer what its heads attend to, (rows, heads, T, T)."""
     read = (y != -1).flip(1).cumsum(1).flip(1) > 0
     share = read / read.sum(1, keepdim=True).clamp_min(1)
+    # Its slope at 0 is infinite.
     entropy = [torch.special.entr(each.clamp_min(1e-9)).sum(-1).mean(1) for each in maps]
     return (torch.stack(entropy).mean(0) * share).sum(1)
 
@@ -421,16 +432,16 @@ PROGRESS = {"step": int, "tokens": int, "seconds": float, "before": EVALUATION,
 
 def resume(file, model, optimizer, scaler, stage, fingerprint):
     """Puts a checkpoint into model, optimiser and scaler -> how far it is. Raises UserError."""
-    there, state = load(file)
+    saved_model, state = load(file)
     try:
-        if there.config != model.config or state["fingerprint"] != fingerprint:
+        if saved_model.config != model.config or state["fingerprint"] != fingerprint:
             raise ValueError("it is of another model, or of other data")
         if not fits(state, PROGRESS) or not 0 <= state["step"] <= stage.steps:
             raise ValueError("it does not say how far it is")
         progress = {key: state[key] for key in PROGRESS}
         saved, plain = state["optimizer"]["state"], optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(parameters if saved else []):
+        for i, p in enumerate(parameters if saved else []):  # it is empty before the first step
             for moment in (saved[i]["exp_avg"], saved[i]["exp_avg_sq"]):
                 if moment.shape != p.shape or moment.dtype != p.dtype:
                     raise ValueError("its optimiser is of another model")
@@ -438,7 +449,7 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
         scaler.load_state_dict(state["scaler"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{file} is no checkpoint to go on from: {reason_of(error)}") from None
-    model.load_state_dict(there.state_dict())
+    model.load_state_dict(saved_model.state_dict())
     return progress
 
 
@@ -446,14 +457,13 @@ class Log:
     """log.jsonl, an object a line, and the same printed. On resuming, the lines of a stage
     after its checkpoint are dropped."""
 
-    def __init__(self, file, stage, progress):
-        """file: the stage's checkpoint, which may not be there yet."""
-        self.path, self.stage = file.parent / "log.jsonl", stage
+    def __init__(self, path, stage, progress):
+        self.path, self.stage = path, stage
         self.first = progress["step"]
         self.step_tokens = stage.batch_size * stage.block_size
         self.here = time.time()
         self.began = self.here - progress["seconds"]
-        last = self.first if file.exists() else -1
+        last = self.first if progress["before"] else -1  # step 0 is the evaluation before it
         if rank() == 0:
             with written_whole(self.path) as log:
                 for entry in json_lines(self.path):
@@ -461,18 +471,17 @@ class Log:
                         if entry["stage"] != stage.name or entry["step"] <= last:
                             log.write(f"{json.dumps(entry)}\n".encode())
 
-    def seconds(self):
-        return time.time() - self.began
-
     def add(self, step, loss=None, lr=None, result=None):
-        """After a step: its loss and learning rate, or an evaluation, or both."""
+        """After a step: its loss and learning rate, or an evaluation."""
         entry = {"stage": self.stage.name, "step": step, "tokens": step * self.step_tokens}
         label, steps = self.stage.label, self.stage.steps
         if loss is not None:
             each = (time.time() - self.here) / (step - self.first)
             entry |= {"loss": loss, "lr": lr, "tokens_per_second": round(self.step_tokens / each)}
             line = f"[{label}] step {step:,}/{steps:,} | loss {loss:.3f}"
-            if step > self.first + 1:  # the first step is slow, and says nothing of the others
+            if step == 1:  # it is slow, where it compiles, and says nothing of the others
+                self.here, self.first = time.time(), 1
+            else:
                 left = clock(each * (steps - step))
                 line += f" | {self.step_tokens / each:,.0f} tokens/s | {left} left"
             say(line)
@@ -522,8 +531,8 @@ def check_environment():
         raise UserError(f"{there} is not as torchrun sets it: several processes need torchrun")
 
 
-def start_processes(s):
-    """Joins the other processes of the run, if torchrun started several."""
+def join_processes(s):
+    """Listens for signals, and joins the run's other processes, if torchrun started several."""
     for wanted in (signal.SIGINT, signal.SIGTERM):
         signal.signal(wanted, lambda received, frame: SIGNALS.append(received))
     if world_size() > 1:
@@ -653,7 +662,8 @@ FLAGS = {
     "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
     "eval_rows": (number(1, 1e9), None, "held-out rows of an evaluation"),
     "save_every": (number(1, 1e9), None, "steps between checkpoints; a tenth of the stage"),
-    "stop_at": (number(0, 1.001, float), None, "stop at this accuracy, seen twice in a row"),
+    "stop_at": (number(0, 1.001, float), None,
+                "stop at this accuracy (at most 1), seen twice in a row; the warm-up does not"),
     "log_every": (number(1, 1e9), 50, "steps between log lines"),
     "out": (str, None, "the run's folder; out/DATA-WARMUP-sSEED"),
     "resume": (bool, False, "go on with the run in --out"),
@@ -792,18 +802,14 @@ def run_name(given):
 def stage_of(s, name, block_size):
     """The settings as one stage has them, "warmup" or "train". Tokens become steps, in `s`, too:
     steps define a run."""
-    stage = Namespace(**vars(s), name=name, label="2/2 train", curriculum=False)
-    prefix = ""
-    if name == "warmup":
-        prefix, stage.label = "warmup_", "1/2 warm-up"
-        stage.curriculum, stage.stop_at, stage.sharpen = s.warmup_curriculum, None, 0.0
-        for key in STAGE:
-            setattr(stage, key, getattr(s, prefix + key))
-    stage.block_size = block_size
+    prefix = "warmup_" if name == "warmup" else ""
+    own = vars(s) | {key: getattr(s, prefix + key) for key in STAGE}
+    stage = Namespace(**own | dict(name=name, label="2/2 train", block_size=block_size))
+    if prefix:
+        vars(stage).update(label="1/2 warm-up", stop_at=None, sharpen=0.0)
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.batch_size / block_size))
-        setattr(s, f"{prefix}steps", stage.steps)
-        setattr(s, f"{prefix}tokens", None)
+        vars(s).update({f"{prefix}steps": stage.steps, f"{prefix}tokens": None})
     return stage
 
 
@@ -823,10 +829,12 @@ def summarise(found, s, given):
         say(f"warm-up    {s.warmup}: held-out loss {found['warmup_first_loss']:.2f} -> "
             f"{found['warmup_loss']:.2f} nats per token, accuracy "
             f"{found['warmup_first_accuracy']:.0%} -> {found['warmup_accuracy']:.0%}")
+    checkpoints = [file for file in ("warmup.pt", "ckpt.pt") if Path(s.out, file).exists()]
     if not s.steps:
         preset = f"--preset {s.preset} " if s.preset else ""
-        say(f"next       python train.py {preset}--data {shlex.quote(s.data)} "
-            f"--init {out}/warmup.pt")
+        if checkpoints:
+            say(f"next       python train.py {preset}--data {shlex.quote(s.data)} "
+                f"--init {out}/warmup.pt")
         return
     share = spent["procedural"] / spent["semantic"]
     line = f"tokens     {spent['procedural']:,} of warm-up, {spent['semantic']:,} of {s.data}"
@@ -841,9 +849,8 @@ def summarise(found, s, given):
     else:
         say(f"{line}, {found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of "
             "answers right")
-    checkpoints = "ckpt.pt" if s.warmup == "none" else "warmup.pt, ckpt.pt"
-    say(f"files      {out}: config.json, log.jsonl, {checkpoints}, result.json "
-        f"({clock(found['seconds'])})")
+    files = ", ".join(["config.json", "log.jsonl", *checkpoints, "result.json"])
+    say(f"files      {out}: {files} ({clock(found['seconds'])})")
     other = next_command(s, given, "none" if spent["procedural"] else "dyck")
     flags = []
     for key, value in other.items():
@@ -872,25 +879,29 @@ def print_plan(s):
 
     A token takes 6 operations for each parameter in a matrix product, and 12 * n_layer * n_embd *
     context for attention (PaLM's way to count, arXiv 2204.02311, appendix B)."""
-    n_layer, _, d = parse_size(s.size)
+    n_layer, _, width = parse_size(s.size)
     vocab = {"gpt2": 50257, "bytes": 257, "characters": 97}.get(s.tokenizer)
     if s.data in CORPORA and vocab and s.block_size:  # it need not be here
-        data = Namespace(vocab_size=vocab, block_size=s.block_size)
+        data = Namespace(vocab_size=vocab, block_size=s.block_size, kind="text")
     else:
         data = make_data(s.data, 0, s.block_size, s.tokenizer)
-    stages = [("train", data)]
-    if s.warmup != "none":
-        rule = data if s.warmup == "text" else make_data(s.warmup, 0, s.warmup_block_size)
-        stages.insert(0, ("warmup", rule))
+    stages = {"train": data}
+    if s.warmup == "text":
+        size = s.warmup_block_size or data.block_size
+        stages = {"warmup": Namespace(vocab_size=data.vocab_size, block_size=size), **stages}
+    elif s.warmup != "none":
+        stages = {"warmup": make_data(s.warmup, 0, s.warmup_block_size), **stages}
     operations = 0
-    for name, data in stages:
-        stage, vocab = stage_of(s, name, data.block_size), data.vocab_size
-        matrices = 12 * n_layer * d * d + vocab * d
-        parameters = matrices + (13 * n_layer + 2 + stage.block_size) * d
-        parameters += vocab * d if stage.name == "train" and not s.tied else 0
+    for name, each in stages.items():
+        stage = stage_of(s, name, each.block_size)
+        with torch.device("meta"):  # shapes without numbers
+            model = new_model(each, s.size, s.tied or name == "warmup", 0.0, 0)
+        parameters = sum(p.numel() for p in model.parameters())
+        matrices = sum(layer.weight.numel() for layer in model.modules()
+                       if isinstance(layer, torch.nn.Linear))
         tokens = stage.steps * stage.batch_size * stage.block_size
-        operations += tokens * (6 * matrices + 12 * n_layer * d * stage.block_size)
-        say(f"{stage.name:10} {parameters:,} parameters, vocabulary {vocab:,}; {stage.steps:,} "
+        operations += tokens * (6 * matrices + 12 * n_layer * width * stage.block_size)
+        say(f"{name:10} {parameters:,} parameters, vocabulary {each.vocab_size:,}; {stage.steps:,} "
             f"steps of {stage.batch_size} x {stage.block_size:,} = {tokens:,} tokens")
     say(f"compute    {operations:.3g} operations")
     if s.tflops:
@@ -898,12 +909,12 @@ def print_plan(s):
         say(f"time       {hours:,.1f} hours at {s.tflops:g} TFLOP/s a GPU; GPUs: {world_size()}")
     else:
         say("time       add --tflops: what one GPU really does, often 0.3 to 0.5 of its peak")
-    # The largest is the training stage, which came last. A micro-batch of it, in tokens:
+    # The training stage, which came last, is the largest. A micro-batch of it, in tokens:
     micro = stage.batch_size / world_size() * stage.block_size
-    micro /= s.grad_accum or math.ceil(micro * vocab / 2 ** 30)
+    micro /= s.grad_accum or enough_micro_batches(data, stage)
     # Bytes that the backward pass keeps of each token, layer and unit of width (by reading).
     kept = 4 if s.recompute else 60 if s.dtype == "float32" else 34
-    activations = micro * (kept * d * n_layer + 8 * vocab) / 2 ** 30
+    activations = micro * (kept * width * n_layer + 8 * data.vocab_size) / 2 ** 30
     say(f"memory     a GPU: {16 * parameters / 2 ** 30:.2f} GiB of weights, "
         f"gradients and AdamW's state; about {activations:.2f} GiB of activations of micro-batches "
         f"of {micro:,.0f} tokens")
@@ -917,13 +928,9 @@ def main():
         return print_plan(settings)
     try:
         summarise(run(settings), settings, given)
-    except UserError as error:
-        if rank() and dist.is_initialized():  # run_main speaks for process 0
-            print(f"error (process {rank()}): {error}", file=sys.stderr)
-        raise
     except Stopped as stopped:
         say(f"{stopped}; saved. To go on: the same command with --resume")
-        sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])
+        sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it
     finally:
         if dist.is_initialized():
             gc.collect()  # of DDP, which would keep the group's threads to the end, and abort

@@ -22,7 +22,7 @@ import analyze
 import train
 from analyze import Claim, Row, compare, measure, permutation_p, table_lines
 from conftest import ROOT
-from data import Rows, lock
+from data import Rows, UserError, lock
 from model import GPT, GPTConfig, parse_size, part_of
 
 
@@ -414,6 +414,14 @@ def test_curves_refuse_what_is_no_run_or_does_not_compare(settings, point, word,
     runs = [folder / "b"] if point is None else [folder / "a", folder / "b"]
     assert word in refused(analyze, "curves", *runs, "--picture", tmp_path / "c")
     assert "config.json" in refused(analyze, "curves", tmp_path) and not (tmp_path / "c").exists()
+
+
+def test_curves_refuse_other_files_of_one_name():
+    a, b = (record("code", "none", 0, 2.0) for _ in "ab")
+    b["result"]["fingerprint"] = [7]
+    runs = [(name, each["result"], each["log"]) for name, each in (("a", a), ("b", b))]
+    with pytest.raises(UserError, match="other files of that name"):
+        analyze.curves(runs, "c")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -344,6 +344,8 @@ def test_the_text_warm_up_reads_other_windows_and_keeps_its_embeddings(fed):
     assert len(windows) == (12 + 14) * 8 and result["tokens"]["procedural"] == 12 * 8 * 32
     start, warm = start_of("start", **flags), state_of("start", "warmup.pt")["model"]
     assert all(torch.equal(start[name], p) for name, p in warm.items())
+    go("short", warmup_block_size=8, **flags)
+    assert state_of("short", "warmup.pt")["config"]["block_size"] == 8
 
 
 def test_inputs_of_a_curriculum_grow_by_two_as_accuracy_passes_99_percent(monkeypatch, fed):
@@ -711,6 +713,13 @@ def test_help_names_every_flag(printed, capfd):
         assert re.search(rf"--{name}[ ,\n]", text), name
 
 
+def test_after_a_warm_up_alone_the_next_command_takes_it_up_if_there_is_one(printed):
+    text = printed(*words("my run", steps=0))
+    init = train.parse(shlex.split(re.search(r"next +python train.py (.*)", text)[1]))[0].init
+    assert Path(init) == Path("my run/warmup.pt") and Path(init).exists()
+    assert "next" not in printed(*words("none", steps=0, warmup="none"))
+
+
 @pytest.mark.parametrize("flags", [
     {}, dict(warmup="none"), dict(sharpen=0.1), dict(transfer="mlp", min_lr="1e-3"),
     dict(warmup=None, init="CUT"), dict(warmup=None, init="CUT", size=None),
@@ -728,6 +737,8 @@ def test_the_next_command_is_accepted_and_differs_in_its_warm_up_alone(flags, pr
     curves = re.search(r"python analyze.py curves (.*)", text)[1]
     assert shlex.split(curves) == [here.out, there.out]
     assert (there.warmup == "none") == (result_of("my run")["tokens"]["procedural"] > 0)
+    files = re.search(r"files +.my run.: (.*) \(", text)[1].split(", ")
+    assert sorted(files) == sorted(name for name in os.listdir("my run") if name[0] != ".")
     moves = ("init", "attn_from", "mlp_from", "transfer", "embeddings", "positions", "out")
     for key, value in vars(here).items():
         if key not in moves and not key.startswith("warmup"):
