@@ -405,12 +405,12 @@ class Rows(Dataset):
         if max(lengths) > self.block_size:
             raise UserError(f"{spec} makes rows of {max(lengths)} tokens, more than {block_size}")
         # Tokens: the symbols, which the members of a mixture share, a bar for each member, the pad.
-        self.first_bar = max(sizes)
-        self.pad = self.first_bar + len(self.members)
+        self.bars = range(max(sizes), max(sizes) + len(self.members))
+        self.pad = self.bars.stop
         self.vocab_size = self.pad + 1
         name = self.members[0][1]
         if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
-            self.pad, self.vocab_size = RULES_AND_TASKS[name].pad, self.first_bar
+            self.pad, self.vocab_size = RULES_AND_TASKS[name].pad, self.bars.start
 
     def draw(self, i):
         """Row i as two lists: prompt, answer."""
@@ -431,7 +431,7 @@ class Rows(Dataset):
             raise UserError(f"{self.spec} has too few different examples to hold some out")
         if len(self.members) > 1 and BAR not in prompt:
             prompt = [BAR] + prompt  # so that every row says which rule it follows
-        prompt = [self.first_bar + place if t is BAR else t for t in prompt]
+        prompt = [self.bars[place] if t is BAR else t for t in prompt]
         if self.shuffled:  # the control: the same tokens, and as many of them count
             tokens = prompt + answer
             r.shuffle(tokens)
@@ -1209,12 +1209,11 @@ class Data:
         tokens = [int(t) for t in tokens]
         if self.kind == "text":
             return [self.tokenizer.decode([t]).decode("utf-8", "replace") for t in tokens]
-        rows, n = self.train, len(self.train.members)
-        bars = range(rows.first_bar, rows.first_bar + n)
+        bars, members = self.train.bars, self.train.members
         place = next((bars.index(t) for t in tokens if t in bars), 0)  # the member it is a row of
-        names = [f"|{name}|" if n > 1 else "|" for _, name, _ in rows.members]
-        others = dict(enumerate([*names, "_"], rows.first_bar))
-        _, name, p = rows.members[place]
+        names = [f"|{name}|" if len(members) > 1 else "|" for _, name, _ in members]
+        others = dict(enumerate([*names, "_"], bars.start))
+        _, name, p = members[place]
         return [others.get(t) or word(t, name, p) for t in tokens]
 
     def joined(self, words):
@@ -1243,7 +1242,7 @@ class Data:
         else:
             apart = " " in self.joined("ab")  # or side by side, as digits and cells are
             words = text.split() if apart else list("".join(text.split()))
-            bars = range(self.train.first_bar, self.vocab_size - 1)
+            bars = self.train.bars
         bars = [t for t in bars if self.words([t])[0] in words]  # these say which rule it follows
         names = {self.words([t, *bars])[0]: t for t in reversed(range(self.vocab_size))}
         if not words or not set(words) <= names.keys():
@@ -1407,7 +1406,7 @@ def run_main(main):
     except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
         line = str(error)
     rank = os.environ.get("RANK", "0")
-    print(f"error: {line}" if rank == "0" else f"error (process {rank}): {line}", file=sys.stderr)
+    print(f"error: {line}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
     sys.exit(2)
 
 

@@ -555,7 +555,7 @@ def rule_states(c, x):
                 "innermost open bracket": facts["innermost"]}
     if c.name not in RULES or c.name == "eca":
         return {}
-    inside = (x >= c.data.train.first_bar).cumsum(1) == 0  # before the first separator
+    inside = (x >= c.data.train.bars.start).cumsum(1) == 0  # before the first separator
     if c.name == "stack":
         top = np.full(x.shape, -1)
         for i, row in enumerate(x.tolist()):

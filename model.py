@@ -234,7 +234,7 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
     embeddings, of tokens and the output head: "random" leaves the target's own, "mean" sets every
     row to the mean of the source's, "keep" copies them. positions: "random" leaves the target's
     own, "moved" copies the source's first ones and refuses a source that has too few, "fit" copies
-    them if there are enough. Raises UserError if the two do not fit."""
+    them if there are enough. Returns whether they moved. Raises UserError if the two do not fit."""
     old, new = source.config, target.config
     shapes = [f"{c.n_layer}_{c.n_head}_{c.n_embd}" for c in (old, new)]
     if shapes[0] != shapes[1]:
@@ -248,7 +248,8 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
     if positions == "moved" and not enough:
         raise UserError(f"{new.block_size} positions cannot come from {old.block_size}: "
                         "--positions random leaves them")
-    if positions != "random" and enough:
+    moved = positions != "random" and enough
+    if moved:
         target.wpe.weight.copy_(source.wpe.weight[:new.block_size])
     # The head first: if the target's is tied, its rows are the tokens', which come last.
     for rows, from_rows in ((target.lm_head.weight, source.lm_head.weight),
@@ -257,6 +258,7 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
             rows.copy_(from_rows.mean(0))
         if embeddings == "keep":
             rows.copy_(from_rows[:new.vocab_size])
+    return moved
 
 
 # --------------------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ def run(s):
     if warmup_data:
         seed = s.seed + 2 ** 32  # other weights
         warmup_model = new_model(warmup_data, s.size, True, s.warmup_dropout, seed)
-        move(warmup_model, model, s)  # what does not fit is refused now, not after hours of warm-up
+        # What does not fit is refused now, not after hours of warm-up.
+        transfer(warmup_model, model, parse_parts(s.transfer), s.embeddings, s.positions)
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
         with first_process_first():
@@ -76,7 +77,7 @@ def run(s):
             warmed |= train(warmup_model, warmup_data, warmup_stage, out / "warmup.pt", fingerprint,
                             warmed)
             # 2. Move what was learned.
-            move(warmup_model, model, s)
+            move(warmup_model, model, parse_parts(s.transfer), s)
             del warmup_model  # its memory is wanted now
         # 3. Continue.
         trained = train(model, data, train_stage, out / "ckpt.pt", fingerprint, warmed)
@@ -102,8 +103,11 @@ def new_model(data, size, tied, dropout, seed):
                          tied=tied))
 
 
-def move(warmup_model, model, s):
-    transfer(warmup_model, model, parse_parts(s.transfer), s.embeddings, s.positions)
+def move(source, model, parts, s):
+    """Moves these parts, and embeddings and positions as the settings say, and says what moved."""
+    positions = transfer(source, model, parts, s.embeddings, s.positions)
+    say(f"[transfer] {', '.join(parts)}; embeddings {s.embeddings}, positions "
+        f"{'moved' if positions else 'random'}")
 
 
 def start_from_checkpoints(model, s):
@@ -114,7 +118,7 @@ def start_from_checkpoints(model, s):
                         (s.attn_from, ["attn"])):
         if path:
             source, state = load(path)
-            transfer(source, model, parts, s.embeddings, s.positions)
+            move(source, model, parts, s)
             warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
             warmed["tokens"] += warm.get("tokens", 0)
             specs.append(state.get("source", {}).get("spec") or Path(path).stem)

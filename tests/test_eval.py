@@ -570,7 +570,7 @@ def test_a_linear_map_reads_what_was_planted_and_nothing_else():
     ("union:length=4,vocab=9", [3, 3, BAR, 3, 5, BAR, 3], [[0, 1, -1, -1, -1, -1, -1]])])
 def test_the_state_of_a_rule_is_what_one_would_say(spec, row, states, opened):
     c = opened(spec)
-    x = np.array([[c.data.train.first_bar if t == BAR else t for t in row]])
+    x = np.array([[c.data.train.bars[0] if t == BAR else t for t in row]])
     assert [state[0].tolist() for state in script.rule_states(c, x).values()] == states
 
 

@@ -713,6 +713,13 @@ def test_help_names_every_flag(printed, capfd):
         assert re.search(rf"--{name}[ ,\n]", text), name
 
 
+def test_what_moves_is_said_and_whether_positions_do(printed):
+    say = "[transfer] attn, norm; embeddings mean, positions"
+    flags = dict(transfer="attn,norm", embeddings="mean")
+    assert f"{say} moved\n" in printed(*words("a", **flags))
+    assert f"{say} random\n" in printed(*words("b", data="haystack:pairs=4", **flags))
+
+
 def test_after_a_warm_up_alone_the_next_command_takes_it_up_if_there_is_one(printed):
     text = printed(*words("my run", steps=0))
     init = train.parse(shlex.split(re.search(r"next +python train.py (.*)", text)[1]))[0].init
