@@ -316,11 +316,11 @@ def read_file(path):
             raise ValueError("torch did not write it, or it was cut short") from None
         raise UserError(f"it holds {found[1]}, which is no tensor, number or string; nothing in it "
                         "was run") from None
-    optional = lambda form: (form, None)
-    form = {"tokens": optional(float), "source": optional(dict),
-            "warmed": optional({"tokens": float})}
-    if not fits(state, form):
-        raise ValueError("what it holds is not as nanowarm writes it")
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    defaults = {"tokens": 0, "source": {}, "warmed": {"tokens": 0}}  # other people's have none
+    if not fits(defaults | state, {"tokens": float, "source": dict, "warmed": {"tokens": float}}):
+        raise ValueError("its tokens, source or warmed are not as nanowarm writes them")
     if "model_args" in state:
         return state["model_args"], state["model"], {}  # nanoGPT's
     if not {"config", "model"} <= state.keys():

@@ -419,6 +419,7 @@ def test_a_file_that_torch_never_wrote_is_said_to_be_no_checkpoint(text, tmp_pat
     ({"model": {}, "config": {}, "best": np.float64(2.0)}, "numpy"),
     ({"model": {}, "config": {"n_layer": 2}}, "vocab_size"),
     ({"model": {}, "config": {}, "tokens": "9"}, "nanowarm"),
+    ({"model": {}, "config": {}, "source": None}, "nanowarm"),
     ({"model": {}, "config": {}, "warmed": {"tokens": []}}, "nanowarm"),
     ([1, 2], "checkpoint"), (torch.zeros(3), "checkpoint"), (3, "checkpoint")])
 def test_other_things_are_refused_for_what_they_are(value, reason, tmp_path):
