@@ -292,7 +292,7 @@ def load(path, device="cpu"):
         biases = {name: p for name, p in model.state_dict().items() if name.endswith("bias")}
         model.load_state_dict(biases | weights)  # biases are zeros; nanoGPT's bias=False has none
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {reason_of(error)}") from None
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {reason_of(error)}") from None
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, EOFError) as error:

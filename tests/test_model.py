@@ -418,6 +418,7 @@ def test_a_file_that_torch_never_wrote_is_said_to_be_no_checkpoint(text, tmp_pat
     ({"model_state_dict": small().state_dict()}, "without a model's config"),
     ({"model": {}, "config": {}, "best": np.float64(2.0)}, "numpy"),
     ({"model": {}, "config": {"n_layer": 2}}, "vocab_size"),
+    ({"model": {}, "config": vars(small().config) | {"n_layer": torch.zeros(9, 9)}}, "n_layer"),
     ({"model": {}, "config": {}, "tokens": "9"}, "nanowarm"),
     ({"model": {}, "config": {}, "source": None}, "nanowarm"),
     ({"model": {}, "config": {}, "warmed": {"tokens": []}}, "nanowarm"),
