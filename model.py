@@ -295,7 +295,7 @@ def load(path, device="cpu"):
         raise UserError(f"{path}: {reason_of(error)}") from None
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {reason_of(error)}") from None
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, EOFError) as error:
+    except Exception as error:  # what reads a damaged file may raise any
         raise UserError(f"{path} is not a whole checkpoint: {reason_of(error)}") from None
     return model.to(device), state
 
