@@ -181,8 +181,8 @@ def nca(r, states=10, grid=12, length=180, simple=0, complex=10_000):
     """a neural cellular automaton, frame after frame; each example has a net of its own
 
     After arXiv 2603.10055, but for the net, which is ours: 3 x 3 cells of a grid without edges, 16
-    hidden units, and the likeliest state. A token is a patch of 2 x 2 cells. Of 50 nets it is the
-    first whose cells, a byte each, zip to `simple` to `complex` thousandths, or the nearest."""
+    hidden units, and the likeliest state. A token is a patch of 2 x 2 cells. Nets are drawn until
+    the cells of one zip to `simple` to `complex` thousandths of their size; of 50, the nearest."""
     places = np.arange(grid ** 2).reshape(grid, grid)
     shifts = itertools.product((-1, 0, 1), repeat=2)
     around = np.stack([np.roll(places, shift, (0, 1)) for shift in shifts], 2)  # grid, grid, 9
@@ -1334,7 +1334,7 @@ def say(line):
 def show(spec, n, seed, split, tokenizer):
     data = make_data(spec, seed, tokenizer=tokenizer)
     print(f"{spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; what the loss "
-          "counts is between « and »")
+          "counts is between « and », or all of a row that has none")
     for i in range(n):
         x, y = (data.train if split == "train" else data.val)[i]
         counted = None if (y != -1).all() else [False, *(y[:-1] != -1).tolist()]
@@ -1346,8 +1346,9 @@ def list_everything():
         print(title)
         for name, rule in rules.items():
             takes = str(inspect.signature(rule.make)).removeprefix("(r, ").removesuffix(")")
-            print(f"  {name:18} {rule.make.__doc__}\n{'':20} {takes}")
-    print("  mixtures           set+union, 0.7*set:length=32+0.3*union:length=32\n"
+            about = filter(None, inspect.getdoc(rule.make).splitlines())
+            print(f"  {name:18} " + f"\n{'':21}".join([*about, takes]))
+    print("what rules make\n  mixtures           set+union, 0.7*set:length=32+0.3*union:length=32\n"
           "  shuffled control   shuffled:dyck:k=16\n"
           "  varying lengths    set:length=2-20\ncorpora")
     for name, line in CORPORA.items():

@@ -232,15 +232,16 @@ def probe_loss(c):
     return found
 
 
-LEARNED = 0.1  # less above the smallest possible loss: in nats, and as a share of the blind's
+LEARNED = 0.1  # above the smallest possible loss: in nats, and as a share of the blind's
 
 
 def probe_learned(c):
     """was it learned at all? The loss beside the smallest possible one
 
-    That is 0 where the prompt decides the answer, what the generator knows of brackets, and where
-    each example has a rule of its own, what can be known of that from its row. The blind know how
-    often each token comes, and nothing else."""
+    The smallest possible loss is 0 where the prompt decides the answer. Of brackets it follows from
+    the generator's odds; where each example has a rule of its own, from what its row tells of that.
+    The blind know how often each token comes, and nothing else. Learned means to the end: less than
+    0.1 nats, and than a tenth of what the blind lack, above the smallest possible loss."""
     if c.name is None:
         return None
     x, y = c.rows()
@@ -258,6 +259,7 @@ def probe_learned(c):
     return {"n": f"{len(x):,} rows", "loss (nats per counted token)": loss,
             "smallest possible": floor, "above it": loss - floor,
             "above it, the blind": blind - floor,
+            "learned so far (1: all)": 1 - (loss - floor) / max(blind - floor, 1e-9),
             "verdict": "learned" if learned else "not learned"}
 
 
@@ -511,14 +513,15 @@ def probe_heads(c):
     """what the attention heads do: how blurred they are, and how much they look at some places
 
     At the token before; at what followed the same token in the first of two copies; and at the
-    bracket that is closed, or closes next. The figure shows the strongest head of each kind."""
+    bracket that is closed, or closes next. The figure shows all heads, and a map of the strongest
+    of each kind."""
     T = min(256, c.data.block_size)  # of longer contexts, the beginning
     few = max(4, min(32, 2 ** 26 // (c.model.config.n_layer * c.model.config.n_head * T * T)))
     x = c.rows(few)[0][:, :T]
     attention = c.attention(x)
     blur = entropy_of_heads(attention, c.real(x))
-    found = {"n": f"{len(x)} rows", "entropy, sharpest head": blur.min(),
-             "entropy, mean of heads": blur.mean()}
+    found = {"n": f"{len(x)} rows", "entropy (1: all alike), sharpest head": blur.min(),
+             "entropy (1: all alike), mean of heads": blur.mean()}
     for name, maps, wanted, tokens in looks(c, x, attention):
         asks = wanted.any(2).sum()
         score = np.einsum("nlhqk,nqk->lh", maps, wanted.astype(np.float32)) / asks

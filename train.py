@@ -106,8 +106,11 @@ def new_model(data, size, tied, dropout, seed):
 def move(source, model, parts, s):
     """Moves these parts, and embeddings and positions as the settings say, and says what moved."""
     positions = transfer(source, model, parts, s.embeddings, s.positions)
-    say(f"[transfer] {', '.join(parts)}; embeddings {s.embeddings}, positions "
-        f"{'moved' if positions else 'random'}")
+    line = f"[transfer] {', '.join(parts)}; embeddings {s.embeddings}, positions "
+    line += "moved" if positions else "random"
+    if s.positions == "fit" and not positions:
+        line += f": the warm-up has {source.config.block_size} of {model.config.block_size}"
+    say(line)
 
 
 def start_from_checkpoints(model, s):
@@ -808,7 +811,8 @@ def stage_of(s, name, block_size):
     steps define a run."""
     prefix = "warmup_" if name == "warmup" else ""
     own = vars(s) | {key: getattr(s, prefix + key) for key in STAGE}
-    stage = Namespace(**own | dict(name=name, label="2/2 train", block_size=block_size))
+    label = "train" if s.warmup == "none" else "2/2 train"
+    stage = Namespace(**own | dict(name=name, label=label, block_size=block_size))
     if prefix:
         vars(stage).update(label="1/2 warm-up", stop_at=None, sharpen=0.0)
     if stage.tokens:
@@ -872,10 +876,12 @@ def next_command(s, given, warmup):
     moves = "init", "attn_from", "mlp_from", "transfer", "embeddings", "positions"
     other = {key: value for key, value in given.items()
              if key not in (*moves, "out", "resume") and not key.startswith("warmup")}
-    if named_checkpoint(vars(s)):  # what came from it
-        for key in ("size", "tied", "block_size", "tokenizer") if s.transfer == "all" else ["size"]:
+    other["warmup"] = warmup
+    plain = settle(other)
+    for key in ("size", "tied", "block_size", "tokenizer"):  # these may come from a checkpoint
+        if getattr(s, key) != getattr(plain, key):
             other[key] = getattr(s, key)
-    return other | {"warmup": warmup}
+    return other
 
 
 def print_plan(s):

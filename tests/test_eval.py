@@ -228,6 +228,7 @@ def test_who_knows_the_rules_of_brackets_has_learned_them_and_closes_right(spec,
     learned, brackets = script.probe_learned(c), script.probe_brackets(c)
     assert learned["verdict"] == "learned"
     assert learned["above it"] == pytest.approx(0, abs=1e-5)
+    assert learned["learned so far (1: all)"] == pytest.approx(1, abs=1e-4)
     assert learned["smallest possible"] > 0.3
     assert brackets["closing bracket of a right type"] == 1
     for what in ("depth", "distance"):
@@ -312,6 +313,7 @@ def test_who_knows_only_how_often_tokens_come_has_not_learned_a_rule(opened):
     found = script.probe_learned(blind)
     assert found["verdict"] == "not learned"
     assert found["above it"] == pytest.approx(found["above it, the blind"], abs=1e-3)
+    assert found["learned so far (1: all)"] == pytest.approx(0, abs=1e-3)
 
 
 # Where it fails
@@ -530,7 +532,7 @@ def test_a_head_that_looks_where_a_probe_looks_gets_one_and_others_nothing(name,
         c.attention = looks_at(where)
         found = script.probe_heads(c)
         assert found[f"{name}, strongest head"] == pytest.approx(score)
-        assert found["entropy, sharpest head"] == 0
+        assert found["entropy (1: all alike), sharpest head"] == 0
     c.attention = lambda x: np.broadcast_to(alike(x.shape[1]), (len(x), 1, 1, *[x.shape[1]] * 2))
     found = script.probe_heads(c)
     assert found[f"{name}, strongest head"] == pytest.approx(
@@ -550,7 +552,8 @@ def test_a_head_built_by_hand_to_look_at_the_token_before_is_found(opened):
     found = script.probe_heads(c)
     assert found["previous token, which (layer.head)"] == "1.1"
     assert found["previous token, strongest head"] == pytest.approx(1, abs=1e-3)
-    assert found["entropy, mean of heads"] > 0.7 > 0.01 > found["entropy, sharpest head"]
+    assert found["entropy (1: all alike), mean of heads"] > 0.7
+    assert 0.01 > found["entropy (1: all alike), sharpest head"]
 
 
 def test_a_linear_map_reads_what_was_planted_and_nothing_else():

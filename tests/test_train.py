@@ -717,7 +717,8 @@ def test_what_moves_is_said_and_whether_positions_do(printed):
     say = "[transfer] attn, norm; embeddings mean, positions"
     flags = dict(transfer="attn,norm", embeddings="mean")
     assert f"{say} moved\n" in printed(*words("a", **flags))
-    assert f"{say} random\n" in printed(*words("b", data="haystack:pairs=4", **flags))
+    longer = printed(*words("b", data="haystack:pairs=4", **flags))
+    assert f"{say} random: the warm-up has 9 of 11\n" in longer
 
 
 def test_after_a_warm_up_alone_the_next_command_takes_it_up_if_there_is_one(printed):
