@@ -84,7 +84,7 @@ class Member:
         save(self.out / ("warmup.pt" if self.warm else "ckpt.pt"), self.model.cpu(), source=source,
              stage=self.stage.name, **done)
         if self.warm:
-            train.move(self.model, self.target, s)
+            train.move(self.model, self.target, train.parse_parts(s.transfer), s)
             warmed, first = done | {"spec": s.warmup}, self.measure(self.target, data)
             done = {"result": first, "tokens": 0, "seconds": 0.0}
             self.log += [{"stage": "train", "step": 0, "tokens": 0, "val_loss": first["loss"],
