@@ -807,9 +807,11 @@ def report(results, seeds):
     """All claims, tables and figures that there are results for, in report.md beside them."""
     found = read_results(results)
     folder = results if results.is_dir() else results.parent
-    lines = ["# What was found", "", *claims_lines(found, seeds), "",
-             "In the figures: a dot for each seed, a ring where the weights of its warm-up were "
-             "changed, a bar for the mean."]
+    lines = ["# What was found", ""]
+    if any(judge(claim, seeds, found)[1] for claim in CLAIMS):
+        lines += [*claims_lines(found, seeds), ""]
+    lines += ["In the figures: a dot for each seed, a ring where the weights of its warm-up were "
+              "changed, a bar for the mean."]
     shown = set()  # rows, which several experiments may have
     for budget, (name, (make, _)) in itertools.product(COLUMNS, EXPERIMENTS.items()):
         columns = {column: outcomes
