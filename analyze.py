@@ -517,9 +517,9 @@ def is_text(result):
     return result["settings"]["tokenizer"] is not None
 
 
-def data_of(record):
+def data_of(result):
     """A number that is another where the run was trained on other data."""
-    return record["result"]["fingerprint"][0]
+    return result["fingerprint"][0]
 
 
 def measure(record):
@@ -578,7 +578,8 @@ class Outcome:
         for seed in range(seeds):
             record = found.get(row.folder(seed), {})
             theirs = base.runs.get(seed) if base else None
-            if theirs and "result" in record and data_of(record) != data_of(theirs):
+            if theirs and "result" in record and (
+                    data_of(record["result"]) != data_of(theirs["result"])):
                 record = {"failed": f"its data are not those of {base.row.name}: the code and "
                           "docs of another Python, or other files"}
             if "failed" in record:
@@ -691,8 +692,8 @@ def curves(runs, picture):
     UserError."""
     data = list(dict.fromkeys(said["settings"]["data"] for _, said, _ in runs))
     seeds = {said["settings"]["seed"] for _, said, _ in runs}
-    rows = {(said["settings"]["seed"], said["fingerprint"][0]) for _, said, _ in runs}
-    if len(data) > 1 or len(rows) > len(seeds):
+    versions = {(said["settings"]["seed"], data_of(said)) for _, said, _ in runs}
+    if len(data) > 1 or len(versions) > len(seeds):
         raise UserError("these runs are on different data, or on other files of that name, and do "
                         f"not compare: {', '.join(data)}")
     metric, ylabel = "val_accuracy", "accuracy on held-out answers"

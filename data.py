@@ -392,12 +392,12 @@ class Rows(Dataset):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
         self.spec, self.seed, self.split = spec, seed, split
         self.shuffled, self.members = parse_spec(spec)  # members: [(weight, name, parameters), ...]
-        # Input lengths are cut to this, which a curriculum changes (--warmup_curriculum).
-        self.longest = max((p["length"][1] for _, _, p in self.members if "length" in p), default=0)
+        self.longest = 0  # input lengths are cut to this, which a curriculum changes
         lengths, sizes = [], []
         for _, name, p in self.members:
             if "length" in p:
                 p = p | {"length": p["length"][1]}
+                self.longest = max(self.longest, p["length"])
             bar = 1 if len(self.members) > 1 else 0  # a mixture's, for a rule that has none
             lengths.append(RULES_AND_TASKS[name].tokens(p) + bar)
             sizes.append(RULES_AND_TASKS[name].vocab(p))

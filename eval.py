@@ -123,7 +123,7 @@ class Opened:
             self.path = self.path / "ckpt.pt"
         self.folder = self.path if self.path.is_dir() else self.path.parent
         self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
-        # Not the whole state, which has the optimiser's.
+        # Not the whole state, which holds the optimiser's.
         self.source, self.tokens = state.get("source", {}), state.get("tokens", 0)
         self.spec, seed = spec or self.source.get("spec"), self.source.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
@@ -737,11 +737,13 @@ def draw_map(axis, key, panel):
 def add_to_json(c, name, finding):
     """Puts what was found into eval.json beside the checkpoint. Raises UserError."""
     path = c.folder / "eval.json"
-    form = {c.path.name: ({c.spec: (dict, None)}, None)}
-    there = read_json(path, form) if path.exists() else {}
-    probes = there.get(c.path.name) or {}
-    mine = (probes.get(c.spec) or {}) | {name: {"step": c.step, **finding}}
-    write_json(path, there | {c.path.name: probes | {c.spec: mine}})
+    there = read_json(path) if path.exists() else {}
+    try:
+        probes = there.setdefault(c.path.name, {}).setdefault(c.spec, {})
+        probes[name] = {"step": c.step, **finding}
+    except (AttributeError, TypeError):  # what should be an object is something else
+        raise UserError(f"{path} is not as eval.py writes it: put it elsewhere") from None
+    write_json(path, there)
 
 
 def print_sample(c, i, prompt, length, temperature, top_k):

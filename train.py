@@ -235,7 +235,7 @@ def train(model, data, stage, file, fingerprint, warmed):
     optimizer = make_optimizer(model, stage)
     scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
     progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
-                "length": 2 if stage.name == "warmup" and stage.warmup_curriculum else None}
+                "length": 2 if stage.curriculum else None}
     if file.exists():
         progress = resume(file, model, optimizer, scaler, stage, fingerprint)
     first = progress["step"]
@@ -283,7 +283,8 @@ def train(model, data, stage, file, fingerprint, warmed):
         micros = micro_batches(x, y, n_micro, trim=stage.device == "cpu")
         loss = gradients(net, model, micros, n_counted, stage, scaler)
         done = step + 1
-        logging, saving = due(stage.log_every, done) or done == 1, due(save_every, done)
+        logging = due(stage.log_every, done) or done == 1
+        saving = due(save_every, done)
         look = logging or saving or stage.device == "cpu"
         take_step(model, optimizer, scaler, stage, look)
         if logging:
@@ -427,7 +428,7 @@ def attention_entropy(maps, y):
     each layer what its heads attend to, (rows, heads, T, T)."""
     read = (y != -1).flip(1).cumsum(1).flip(1) > 0
     share = read / read.sum(1, keepdim=True).clamp_min(1)
-    # Its slope at 0 is infinite.
+    # The slope of entr at 0 is infinite.
     entropy = [torch.special.entr(each.clamp_min(1e-9)).sum(-1).mean(1) for each in maps]
     return (torch.stack(entropy).mean(0) * share).sum(1)
 
@@ -448,7 +449,7 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
         progress = {key: state[key] for key in PROGRESS}
         saved, plain = state["optimizer"]["state"], optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(parameters if saved else []):  # it is empty before the first step
+        for i, p in enumerate(parameters if saved else []):  # none before the first step
             for moment in (saved[i]["exp_avg"], saved[i]["exp_avg_sq"]):
                 if moment.shape != p.shape or moment.dtype != p.dtype:
                     raise ValueError("its optimiser is of another model")
@@ -812,9 +813,10 @@ def stage_of(s, name, block_size):
     prefix = "warmup_" if name == "warmup" else ""
     own = vars(s) | {key: getattr(s, prefix + key) for key in STAGE}
     label = "train" if s.warmup == "none" else "2/2 train"
-    stage = Namespace(**own | dict(name=name, label=label, block_size=block_size))
+    stage = Namespace(**own | dict(name=name, label=label, block_size=block_size, curriculum=False))
     if prefix:
-        vars(stage).update(label="1/2 warm-up", stop_at=None, sharpen=0.0)
+        vars(stage).update(label="1/2 warm-up", curriculum=s.warmup_curriculum, stop_at=None,
+                           sharpen=0.0)
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.batch_size / block_size))
         vars(s).update({f"{prefix}steps": stage.steps, f"{prefix}tokens": None})
@@ -885,7 +887,7 @@ def next_command(s, given, warmup):
 
 
 def print_plan(s):
-    """Parameters, tokens, operations, memory and hours, by formula, without data and training.
+    """Parameters, tokens, operations, memory and hours, without published data and training.
 
     A token takes 6 operations for each parameter in a matrix product, and 12 * n_layer * n_embd *
     context for attention (PaLM's way to count, arXiv 2204.02311, appendix B)."""

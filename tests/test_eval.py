@@ -734,7 +734,7 @@ def test_a_number_that_is_none_is_kept_as_null(opened):
         "curves": {"model": {"1": 1.0, "2": None}}}
 
 
-@pytest.mark.parametrize("text", ["{damaged", "[]", '{"rule.pt": 3}',
+@pytest.mark.parametrize("text", ["{damaged", "[]", '{"rule.pt": 3}', '{"rule.pt": null}',
                                   '{"rule.pt": {"set:length=4": 7}}'])
 def test_a_damaged_eval_json_is_refused_and_unharmed(text, checkpoints, refused):
     path = checkpoints["rule"].parent / "eval.json"

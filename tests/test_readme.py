@@ -125,8 +125,8 @@ def test_what_readme_says_of_the_new_rules_on_code_is_what_the_packed_results_sa
     there = {each.row.name: each for each in analyze.compare(rows, 6, found)["code"] if each.n}
     words = " ".join(README.split())
     gain, low, high, p = there["eca:rule=random"].against(there["none"])
-    assert f"gained {gain:.3f} nats, which decides nothing (six seeds, {low:.3f} to {high:.3f}, p " \
-           f"{p:.2f}" in words
+    assert (f"gained {gain:.3f} nats, which decides nothing (six seeds, {low:.3f} to {high:.3f}, "
+            f"p {p:.2f}") in words
     gain, low, high, p = there["nca"].against(there["none"])
     assert f"cost {-gain:.3f} (six seeds, {-high:.3f} to {-low:.3f}, p {p:.4f})" in words
     assert {each.n for each in there.values()} == {6}
