@@ -49,10 +49,12 @@ def join(*flags):
     return shlex.join(itertools.chain.from_iterable(merged.items()))
 
 
-def folder_of(seed, train, warmup="", change="", mlp_from=""):
+def folder_of(seed, train, warmup="", change="", mlp_from="", seeds=()):
     """Where a run is. The same flags in any order are the same run, whichever experiment asks."""
     flags = as_dict(train)
     parts = [sorted(as_dict(part).items()) for part in (train, warmup, mlp_from)]
+    if any(each != seed for each in seeds):
+        parts.append(seeds)
     data = Path(flags.get("--data") or flags["--preset"]).name
     label = ["warmup" if flags.get("--steps") == "0" else data,
              flags.get("--warmup") or as_dict(warmup).get("--warmup"), flags.get("--transfer"),
@@ -68,13 +70,15 @@ class Row(NamedTuple):
     warmup: str = ""    # flags of the warm-up that it takes up: a run of its own, made once
     change: str = ""    # what is done to the weights of the warm-up first, see change_weights
     mlp_from: str = ""  # flags of a second warm-up, whose MLPs are taken with the first's attention
+    seeds: tuple = ()   # of these warm-ups, where they are not the run's own
 
-    def warmups(self):
-        """The flags of the warm-ups that it takes up."""
-        return [flags for flags in (self.warmup, self.mlp_from) if flags]
+    def warmups(self, seed):
+        """The flags and seeds of the warm-ups that it takes up."""
+        flags = [each for each in (self.warmup, self.mlp_from) if each]
+        return list(zip(flags, self.seeds or (seed, seed)))
 
     def folder(self, seed):
-        return folder_of(seed, self.train, self.warmup, self.change, self.mlp_from)
+        return folder_of(seed, self.train, self.warmup, self.change, self.mlp_from, self.seeds)
 
 
 # The quick budget (ours) is for two CPU cores: minutes a run. Its tasks have the published model, a
@@ -138,6 +142,8 @@ class Column:
         how = "--positions random" if self.text else WHOLE
         if spec == "text":
             how = "--transfer all"
+        if "mlp_from" in rest:  # says itself what moves
+            how = ""
         return Row(self.name, name, join(self.train, how, flags), self.warmup(spec, warmup), **rest)
 
     def warmup(self, spec, flags=""):
@@ -177,6 +183,37 @@ def transfer(column):
     """what has to move over: the whole model, attention, MLPs or norms"""
     for spec, parts in itertools.product(("set", "dyck"), ("full", "attn", "mlp", "norm")):
         yield column.row(spec, f"{spec}, {parts}", f"--transfer {parts}")
+
+
+def starts(column):
+    """which part makes it, and which breaks it: the MLPs (ours)
+
+    Named before the runs, on five starts that were tried: right after the transfer, of the power of
+    the states that the head reads where the key is asked for, the share that differs between 1,000
+    held-out rows. Of two warm-ups that start in one way, the one of the smaller share is to find
+    the needle later (Spearman's rank correlation, within each start that moves MLPs)."""
+    for start, parts in itertools.product(("random", "mean"),
+                                          ("attn", "attn,norm", "attn,mlp", "full")):
+        if column.name == "recall of 15" or (parts, start) in (
+                ("attn", "random"), ("attn,norm", "random"), ("full", "mean")):
+            yield column.row("dyck", f"dyck, {parts}, embeddings {start}",
+                             f"--transfer {parts} --embeddings {start} --positions fit")
+    if column.name == "recall":
+        yield column.row("none", "none, steps 13500", "--steps 13500")  # ten of these are there
+
+
+def repeats(column):
+    """how much of the spread is the warm-up's: ten of them, each before three seeds of the task"""
+    for seed in range(10):
+        yield column.row("dyck", f"dyck, as published, warm-up {seed}", seeds=(seed,))
+
+
+def strangers(column):
+    """attention of one warm-up, MLPs of another: is it these MLPs, or that they are strangers?"""
+    how = "--embeddings random --positions fit"
+    for a, b in itertools.permutations((0, 1, 4, 7), 2):  # 0 and 7 are found with their own MLPs
+        yield column.row("dyck", f"attention of {a}, MLPs of {b}", how,
+                         mlp_from=column.warmup("dyck"), seeds=(a, b))
 
 
 def embeddings(column):
@@ -278,6 +315,8 @@ def scale(column):
 
 
 EXPERIMENTS = {  # name: what makes the rows of a column, and the columns
+    "starts": (starts, ("recall of 15", "recall")), "repeats": (repeats, ("recall of 15",)),
+    "strangers": (strangers, ("recall of 15",)),
     "table": (table, TASK_COLUMNS), "transfer": (transfer, ("recall", *TEXTS)),
     "embeddings": (embeddings, ("recall",)),
     "controls": (controls, ("recall", "recall of 15", *TEXTS)),
@@ -286,6 +325,9 @@ EXPERIMENTS = {  # name: what makes the rows of a column, and the columns
     "mix": (mix, (*TEXTS, *TASK_COLUMNS)), "efficiency": (efficiency, TEXTS),
     "tuned": (tuned, TEXTS), "grid": (grid, ("english",)),
     "scale": (scale, ("english, smaller", "english", "english, larger"))}
+
+
+SEEDS = {"repeats": 3, "strangers": 2}  # of the other experiments ten on tasks, six on text
 
 
 def rows_of(name, budget):
@@ -387,15 +429,16 @@ def with_checkpoints(row, seed, results):
     """The flags of a row, and in them the checkpoints of its warm-ups, as seen from `results`,
     where they are. One that is to be changed is copied first, beside the run."""
     flags = row.train
+    paths = [f"{folder_of(of, warmup)}/warmup.pt" for warmup, of in row.warmups(seed)]
     if row.warmup:
-        path = f"{folder_of(seed, row.warmup)}/warmup.pt"
+        path = paths[0]
         if row.change:
             copy = f"{row.folder(seed)}.changed.pt"
             changed_checkpoint(results / path, row.change, seed, results / copy)
             path = copy
         flags += f" --{'attn_from' if row.mlp_from else 'init'} {path}"
     if row.mlp_from:
-        flags += f" --mlp_from {folder_of(seed, row.mlp_from)}/warmup.pt"
+        flags += f" --mlp_from {paths[1]}"
     return flags
 
 
@@ -418,8 +461,8 @@ def run_all(rows, seeds, results, jobs, device):
         name = row.folder(seed)
         failed = results / f"{name}.failed"
         try:
-            for flags in row.warmups():
-                warmups[flags, seed].result()  # waits for it, and raises what it raised
+            for warmup in row.warmups(seed):
+                warmups[warmup].result()  # waits for it, and raises what it raised
             call_train(with_checkpoints(row, seed, results), results / name, seed, device)
             (results / f"{name}.changed.pt").unlink(missing_ok=True)
             failed.unlink(missing_ok=True)
@@ -435,9 +478,10 @@ def run_all(rows, seeds, results, jobs, device):
               flush=True)
 
     for seed in range(seeds + 1):  # warm-ups one seed ahead of rows, so that no job waits for one
-        ahead = [row for row, of in runs.values() if of == seed]
-        for flags in dict.fromkeys(flags for row in ahead for flags in row.warmups()):
-            warmups[flags, seed] = pool.submit(make_warmup, flags, seed, results, device)
+        ahead = [warmup for row, of in runs.values() if of == seed for warmup in row.warmups(of)]
+        for warmup in dict.fromkeys(ahead):
+            if warmup not in warmups:
+                warmups[warmup] = pool.submit(make_warmup, *warmup, results, device)
         futures += [pool.submit(one, row, of) for row, of in runs.values() if of == seed - 1]
     try:
         for future in futures:
@@ -586,8 +630,9 @@ class Outcome:
                 self.failed.append(f"{row.column} | {row.name} | {seed}: {record['failed']}")
             elif record:
                 self.runs[seed] = record
-                warmup = found.get(folder_of(seed, row.warmup), {}) if row.warmup else {}
-                verdicts.append(warmup.get("learned", {}).get("verdict"))
+                for flags, of in row.warmups(seed)[:1]:
+                    learned = found.get(folder_of(of, flags), {}).get("learned", {})
+                    verdicts.append(learned.get("verdict"))
         asked = [verdict == "learned" for verdict in verdicts if verdict]  # some rules cannot be
         self.learned = f"{sum(asked)}/{len(asked)}" if asked else ""
         self.n, self.values = len(self.runs), [measure(run) for run in self.runs.values()]
@@ -862,6 +907,7 @@ def main():
     drawer.add_argument("--picture", default="curves.png", help="(default curves.png)")
     for name, (make, _) in EXPERIMENTS.items():
         runner = commands.add_parser(name, help=make.__doc__, parents=[shared])
+        runner.set_defaults(seeds=SEEDS.get(name, 10))
         runner.add_argument("--budget", choices=COLUMNS, default="quick",
                             help="for two CPU cores, or as published (default quick)")
         runner.add_argument("--only", default="", metavar="TEXT",

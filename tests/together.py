@@ -287,7 +287,7 @@ def together(stage, runs, results, device, workers, compiled):
     shape at a time. The current folder is `results`."""
     members, warmups = [], {}
     for row, seed in runs:
-        warmups |= {folder_of(seed, flags): (flags, seed) for flags in row.warmups()}
+        warmups |= {folder_of(of, flags): (flags, of) for flags, of in row.warmups(seed)}
         if stage == "runs":
             flags = with_checkpoints(row, seed, results) + f" --device {device}"
             members.append(Member(flags, seed, row.folder(seed), False))
