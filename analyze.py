@@ -27,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import (RULES, Parser, UserError, checked, fits, json_lines, lock, number, read_json,
-                  reading, run_main, write_json, written_whole)
+from data import (RULES, Busy, Parser, UserError, checked, fits, json_lines, lock, number,
+                  read_json, reading, run_main, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, part_of, save
 from train import OPERATIONAL, PRESETS, Stopped, clock
@@ -407,8 +407,7 @@ def call_train(flags, folder, seed, device):
                "--out", folder.name, "--resume"]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
     said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    stopped = done.returncode in (130, 143, -2, -15)  # by SIGINT or SIGTERM
-    if stopped or "another process" in said:
+    if done.returncode in (130, 143, -2, -15, Busy.status):  # SIGINT, SIGTERM, or at work elsewhere
         raise Stopped
     if done.returncode:
         raise UserError(said.removeprefix("error: "))

@@ -55,7 +55,15 @@ from torch.utils.data import Dataset
 
 
 class UserError(Exception):
-    """Something the user can put right: one line on stderr and exit status 2, see run_main."""
+    """Something the user can put right: one line on stderr and this exit status, see run_main."""
+
+    status = 2
+
+
+class Busy(UserError):
+    """Another process is at work on it: to be tried again later."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,6 +466,19 @@ class Rows(Dataset):
         return zlib.crc32(self.__getitems__(range(8))[0].numpy())
 
 
+def micro_batches(x, y, n, trim=True):
+    """Rows x, y in n parts. trim: rows of like length together, without what follows the last token
+    that counts: nothing reads that, and on a CPU pads cost as much as tokens."""
+    if not trim:
+        return list(zip(x.chunk(n), y.chunk(n)))
+    lengths = y.shape[1] - (y != -1).flip(1).int().argmax(1)
+    parts = []
+    for rows in lengths.argsort(stable=True).chunk(n):
+        longest = lengths[rows].max()
+        parts.append((x[rows, :longest], y[rows, :longest]))
+    return parts
+
+
 def is_held_out(prompt):
     return zlib.crc32(np.array(prompt, np.uint16)) % 16 == 0
 
@@ -611,7 +632,7 @@ def lock(path, wait=False):
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return file
     except BlockingIOError:
-        raise UserError(f"another process is at work in {path.parent}: let it end first") from None
+        raise Busy(f"another process is at work in {path.parent}: let it end first") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {reason_of(error)}") from None
 
@@ -1398,6 +1419,7 @@ def run_main(main):
     except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
         if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
             raise
+        status = 2
         line = "not enough memory: less is needed with smaller batches or models, or --grad_accum"
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1405,10 +1427,10 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
-        line = str(error)
+        line, status = str(error), getattr(error, "status", 2)
     rank = os.environ.get("RANK", "0")
     print(f"error: {line}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ and "n": of how many rows, answers or tokens all this is.
 """
 import contextlib
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,40 +23,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (PROBLEM, RANDOM, RULES, Parser, UserError, make_data, number, read_json, run_main,
-                  write_json, written_whole)
-from model import GPT, attention_maps, load
-
-
-def find_device(name=None, elsewhere=False):
-    """The accelerator that is here: CUDA, Apple's MPS, or the CPU. elsewhere: a named one need not
-    be here. Raises UserError."""
-    here = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    if name is None:
-        return next(kind for kind in here if here[kind])
-    kind, _, place = name.partition(":")
-    if not re.fullmatch(r"(cuda(:\d{1,3})?|mps|cpu)", name):
-        raise UserError(f"unknown --device {name}: cuda, mps or cpu")
-    if int(place or 0) >= here[kind] and not elsewhere:
-        raise UserError(f"--device {name} is not here: without the flag it is {find_device()}")
-    return name
+from data import (PROBLEM, RANDOM, RULES, Parser, UserError, make_data, micro_batches, number,
+                  read_json, run_main, write_json, written_whole)
+from model import GPT, attention_maps, find_device, load
 
 
 # --------------------------------------------------------------------------------------------------
 # Loss and accuracy
-
-
-def micro_batches(x, y, n, trim=True):
-    """Rows x, y in n parts. trim: rows of like length together, without what follows the last token
-    that counts: nothing reads that, and on a CPU pads cost as much as tokens."""
-    if not trim:
-        return list(zip(x.chunk(n), y.chunk(n)))
-    lengths = y.shape[1] - (y != -1).flip(1).int().argmax(1)
-    parts = []
-    for rows in lengths.argsort(stable=True).chunk(n):
-        longest = lengths[rows].max()
-        parts.append((x[rows, :longest], y[rows, :longest]))
-    return parts
 
 
 def first_rows(data, n):

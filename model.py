@@ -60,6 +60,20 @@ def parse_size(size):
     return tuple(map(int, size.split("_")))
 
 
+def find_device(name=None, elsewhere=False):
+    """The accelerator that is here: CUDA, Apple's MPS, or the CPU. elsewhere: a named one need not
+    be here. Raises UserError."""
+    here = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    if name is None:
+        return next(kind for kind in here if here[kind])
+    kind, _, place = name.partition(":")
+    if not re.fullmatch(r"(cuda(:\d{1,3})?|mps|cpu)", name):
+        raise UserError(f"unknown --device {name}: cuda, mps or cpu")
+    if int(place or 0) >= here[kind] and not elsewhere:
+        raise UserError(f"--device {name} is not here: without the flag it is {find_device()}")
+    return name
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()

@@ -35,10 +35,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from data import (CORPORA, PUBLISHED, Parser, UserError, can_grow, default_tokenizer, fits,
-                  json_lines, kind_of, lock, make_data, number, parse_spec, read_json, reason_of,
-                  remove_scratch, run_main, say, write_json, written_whole)
-from eval import evaluate, find_device, held_out_rows, micro_batches, perplexity
-from model import GPT, GPTConfig, attention_maps, load, parse_parts, parse_size, save, transfer
+                  json_lines, kind_of, lock, make_data, micro_batches, number, parse_spec,
+                  read_json, reason_of, remove_scratch, run_main, say, write_json, written_whole)
+from eval import evaluate, held_out_rows, perplexity
+from model import (GPT, GPTConfig, attention_maps, find_device, load, parse_parts, parse_size, save,
+                   transfer)
 
 # --------------------------------------------------------------------------------------------------
 # A run: two stages, and what moves between them

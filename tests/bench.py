@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
-from data import RULES, TASKS, make_data
-from eval import micro_batches
+from data import RULES, TASKS, make_data, micro_batches
 from model import GPT, GPTConfig, as_hugging_face, parse_size
 
 import numpy as np

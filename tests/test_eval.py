@@ -14,7 +14,7 @@ import torch
 import data
 import eval as script
 from data import BAR, UserError, make_data
-from model import GPT, GPTConfig, load, save
+from model import GPT, GPTConfig, find_device, load, save
 
 
 class Fake(GPT):
@@ -94,7 +94,7 @@ def test_evaluation_counts_as_one_counts_by_hand_in_any_number_of_parts(n):
                 answers += [[]] if before == -1 else []
                 answers[-1].append(hits[-1])
             before = target
-    result = script.evaluate(model, script.micro_batches(x, y, n), tokenizer=TOKENIZER)
+    result = script.evaluate(model, data.micro_batches(x, y, n), tokenizer=TOKENIZER)
     assert result == {
         "loss": pytest.approx(loss / len(hits)), "accuracy": pytest.approx(np.mean(hits)),
         "exact": pytest.approx(np.mean([all(answer) for answer in answers])),
@@ -122,13 +122,13 @@ def test_micro_batches_are_the_same_rows_without_what_follows_the_last_that_coun
         for tokens, wanted in zip(x.tolist(), y.tolist()):
             length = max((t + 1 for t in range(len(wanted)) if wanted[t] != -1), default=0)
             yield *tokens[:length], *wanted[:length]
-    parts, rows = script.micro_batches(x, y, n), collections.Counter()
+    parts, rows = data.micro_batches(x, y, n), collections.Counter()
     for x_part, y_part in parts:
         assert x_part.shape == y_part.shape
         assert (y_part[:, -1] != -1).any() or (y_part == -1).all(1).any()
         rows.update(needed(x_part, y_part))
     assert len(parts) <= n and rows == collections.Counter(needed(x, y))
-    whole = script.micro_batches(x, y, n, trim=False)
+    whole = data.micro_batches(x, y, n, trim=False)
     assert len(whole) <= n and torch.equal(torch.cat([part for part, _ in whole]), x)
 
 
@@ -141,10 +141,10 @@ def test_the_device_is_the_best_or_the_named_one_or_refused(asked, cuda, mps, fo
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     if found:
-        assert script.find_device(asked) == found
+        assert find_device(asked) == found
         return
     with pytest.raises(UserError, match=asked):
-        script.find_device(asked)
+        find_device(asked)
 
 
 # Brackets
