@@ -1,4 +1,4 @@
-"""Where every token comes from: procedural rules, algorithmic tasks, corpora, tokenizers.
+"""Where every token comes from: procedural rules, algorithmic tasks, texts, tokenizers.
 
     python data.py list                        every rule, task and corpus, with its parameters
     python data.py show dyck:k=3,length=32     rows as a person would write them
@@ -7,29 +7,31 @@
     from data import make_data
     x, y = make_data("dyck:k=3").train[0]      # y[t] is the token after x[t], or -1: not counted
 
-All data are torch Datasets. Rules, tasks and `Rows`, which makes rows of them, come first; corpora
-come after: look things up there.
+All data are torch Datasets. Rules and tasks come first, then `Rows`, which makes rows of them: read
+to there. Texts come next, and last what all five scripts share: files and the command line.
 """
 import argparse
 import ast
-import collections
+import codecs
 import contextlib
+import fnmatch
 import functools
 import gzip
 import hashlib
 import http.client
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.request
 import zipfile
@@ -39,19 +41,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 # Threads that spin while they wait take the cores from those that work: on a busy machine a step
-# took 20 times as long. This has to be said before torch starts its threads.
+# took 20 times as long. It counts only if it is said before torch is imported, so that every script
+# imports from here first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import tiktoken
 import torch
 from torch.utils.data import Dataset
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -71,7 +74,7 @@ class Busy(UserError):
 # random.Random. The loss counts the answer. Where there is a `vocab`, the symbols are 1..vocab-1
 # (paper, "Procedural data").
 
-BAR = None  # the separator; `Rows` gives it its number
+SEPARATOR = None  # `Rows` gives it its number
 RANDOM = -1  # what "rule=random" says of eca
 
 
@@ -86,32 +89,32 @@ def without_repeats(x):
 def identity(r, length=20, vocab=100):
     """the input again: 3 7 3 | 3 7 3"""
     x = symbols(r, length, vocab)
-    return x + [BAR], x
+    return x + [SEPARATOR], x
 
 
 def reverse(r, length=20, vocab=100):
     """the input backwards: 3 7 5 | 5 7 3"""
     x = symbols(r, length, vocab)
-    return x + [BAR], x[::-1]
+    return x + [SEPARATOR], x[::-1]
 
 
 def sort(r, length=20, vocab=100):
     """the input in ascending order: 7 3 5 | 3 5 7"""
     x = symbols(r, length, vocab)
-    return x + [BAR], sorted(x)
+    return x + [SEPARATOR], sorted(x)
 
 
 def set_(r, length=20, vocab=100):
     """the input without repeats, in order of first appearance: 3 7 3 5 | 3 7 5"""
     x = symbols(r, length, vocab)
-    return x + [BAR], without_repeats(x)
+    return x + [SEPARATOR], without_repeats(x)
 
 
 def union(r, length=20, vocab=100):
     """what is in either half, without repeats: 3 7 | 7 5 | 3 7 5"""
     x = symbols(r, length // 2, vocab)
     y = symbols(r, length // 2, vocab)
-    return x + [BAR] + y + [BAR], without_repeats(x + y)
+    return x + [SEPARATOR] + y + [SEPARATOR], without_repeats(x + y)
 
 
 def delete(r, length=20, vocab=100):
@@ -121,7 +124,7 @@ def delete(r, length=20, vocab=100):
     rest = list(x)
     if t in rest:
         rest.remove(t)
-    return x + [BAR, t, BAR], rest
+    return x + [SEPARATOR, t, SEPARATOR], rest
 
 
 def stack(r, length=20, vocab=100):
@@ -139,7 +142,7 @@ def stack(r, length=20, vocab=100):
         else:
             left.pop()
             operations.append(0)
-    return operations + [BAR], left[::-1]
+    return operations + [SEPARATOR], left[::-1]
 
 
 def dyck(r, k=16, length=128, p=0.5):
@@ -183,35 +186,6 @@ def eca(r, rule=110, width=16, length=128):
         cells = [rule >> (4 * left + 2 * cell + right) & 1 for left, cell, right in neighbours]
         row += cells
     return row[:width], row[width:length]
-
-
-def nca(r, states=10, grid=12, length=180, simple=0, complex=10_000):
-    """a neural cellular automaton, frame after frame; each example has a net of its own
-
-    After arXiv 2603.10055, but for the net, which is ours: 3 x 3 cells of a grid without edges, 16
-    hidden units, and the likeliest state. A token is a patch of 2 x 2 cells. Nets are drawn until
-    the cells of one zip to `simple` to `complex` thousandths of their size; of 50, the nearest."""
-    places = np.arange(grid ** 2).reshape(grid, grid)
-    shifts = itertools.product((-1, 0, 1), repeat=2)
-    around = np.stack([np.roll(places, shift, (0, 1)) for shift in shifts], 2)  # grid, grid, 9
-    one_hot, nearest = np.eye(states), math.inf
-    for _ in range(50):
-        g = np.random.default_rng(r.getrandbits(64))
-        hidden, out = g.normal(size=(9 * states, 16)), g.normal(size=(16, states))
-        frames = [g.integers(states, size=(grid, grid))]
-        while len(frames) * grid ** 2 < 4 * length:
-            seen = one_hot[frames[-1].take(around)].reshape(grid, grid, -1)
-            frames.append((np.tanh(seen @ hidden) @ out).argmax(2))
-        cells = np.array(frames, np.uint8)
-        zipped = 1000 * len(zlib.compress(cells)) / cells.size
-        off = max(simple - zipped, zipped - complex, 0)
-        if off < nearest:
-            nearest, best = off, cells
-        if off == 0:
-            break
-    patches = best.reshape(-1, grid // 2, 2, grid // 2, 2).swapaxes(2, 3).reshape(-1, 4)
-    row = (patches @ states ** np.arange(3, -1, -1)).tolist()
-    return row[:grid ** 2 // 4], row[grid ** 2 // 4:length]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -272,7 +246,6 @@ class Rule:
     tokens: Callable = lambda p: 2 * p["length"] + 1  # of the longest row, by its parameters
     vocab: Callable = lambda p: p["vocab"]  # how many symbols there are
     pad: int = None                         # of a task: fills its rows up
-    least: Callable = lambda p: 1           # the smallest length
 
 
 RULES = {
@@ -285,9 +258,7 @@ RULES = {
     "stack": Rule(stack),
     "dyck": Rule(dyck, lambda p: p["length"], lambda p: 2 * p["k"]),
     "dyck_shuffle": Rule(dyck_shuffle, lambda p: p["length"], lambda p: 2 * p["k"]),
-    "eca": Rule(eca, lambda p: p["length"], lambda p: 2, least=lambda p: p["width"] + 1),
-    "nca": Rule(nca, lambda p: p["length"], lambda p: p["states"] ** 4,
-                least=lambda p: p["grid"] ** 2 // 4 + 1),
+    "eca": Rule(eca, lambda p: p["length"], lambda p: 2),
 }
 TASKS = {
     "haystack": Rule(haystack, lambda p: 2 * p["pairs"] + 3, lambda p: 256, pad=0),
@@ -303,10 +274,9 @@ RULES_AND_TASKS = RULES | TASKS
 # --------------------------------------------------------------------------------------------------
 # Specs: "dyck:k=64,length=2048", "set:length=2-20", "0.7*set+0.3*union:length=32", "shuffled:dyck"
 
-LIMITS = {  # what a parameter accepts; one that is not here goes from 0 to a million
-    "length": (1, 65536), "vocab": (3, 50000), "k": (1, 20000), "p": (0, 1), "depth": (1, 1024),
-    "rule": (0, 255), "width": (3, 4096), "pairs": (1, 64), "digits": (1, 100),
-    "numbers": (1, 1024), "below": (2, 50000), "states": (2, 16), "grid": (2, 64)}
+# What a parameter accepts. One that is not here is 1 or more, and absurd sizes are the user's.
+RANGES = {"vocab": (3, math.inf), "p": (0, 1), "rule": (0, 255), "width": (3, math.inf),
+          "pairs": (1, 64), "below": (2, math.inf)}
 
 
 def parse_spec(spec):
@@ -315,13 +285,9 @@ def parse_spec(spec):
     for text in spec.removeprefix("shuffled:").split("+"):
         weight, star, rule = text.rpartition("*")
         name, _, given = rule.partition(":")
-        try:
-            weight = float(weight) if star else 1.0
-        except ValueError:
-            weight = math.nan
-        if not 0 < weight <= 1e6:
-            raise UserError(f"{text}: a weight is a number above 0 and at most a million")
-        members.append((weight, name.strip(), parameters(name.strip(), given)))
+        if star and not re.fullmatch(r"[0-9.]*[1-9][0-9.]*", weight.strip()):
+            raise UserError(f"{text}: a weight is a number above 0")
+        members.append((float(weight or 1), name.strip(), parameters(name.strip(), given)))
     shuffled = spec.startswith("shuffled:")
     if (shuffled or len(members) > 1) and any(name in TASKS for _, name, _ in members):
         raise UserError(f"{spec}: a task is neither mixed nor shuffled, only rules are")
@@ -335,16 +301,16 @@ def parameters(name, given=""):
         raise UserError(f"unknown rule or task {name!r}: there are {', '.join(RULES_AND_TASKS)}")
     signature = inspect.signature(RULES_AND_TASKS[name].make).parameters.items()
     defaults = {key: value.default for key, value in signature if key != "r"}
-    takes = ", ".join(f"{key}={value}" for key, value in defaults.items())
     p = {key: (value, value) if key == "length" else value for key, value in defaults.items()}
     for item in given.split(",") if given else []:
         key, _, text = (word.strip() for word in item.partition("="))
         if key not in p:
+            takes = ", ".join(f"{key}={value}" for key, value in defaults.items())
             raise UserError(f"{name}: bad parameter {item.strip()!r}: it takes {takes}")
         if (key, text) == ("rule", "random"):
             p[key] = RANDOM
             continue
-        least, most = LIMITS.get(key, (0, 10 ** 6))
+        least, most = RANGES.get(key, (1, math.inf))
         ends = text.split("-", 1) if key == "length" else [text]
         try:
             values = [type(defaults[key])(end) for end in ends]
@@ -353,17 +319,14 @@ def parameters(name, given=""):
         if not least <= values[0] <= values[-1] <= most:
             raise UserError(f"{name}: {key}={text} is not accepted: from {least} to {most}")
         p[key] = (values[0], values[-1]) if key == "length" else values[0]
-    least = RULES_AND_TASKS[name].least(p)
-    if "length" in p and p["length"][0] < least:
-        raise UserError(f"{name}: length, its first frame and what follows, is {least} or more")
-    if p.get("grid", 0) % 2:
-        raise UserError(f"{name}: grid is even, since a token is a patch of 2 x 2 cells")
+    if name == "eca" and p["length"][0] <= p["width"]:
+        raise UserError(f"eca: length, the first row and what follows, is above {p['width']}")
     return p
 
 
 def can_grow(spec):
     """Whether a rule's inputs may be as short as one likes. Raises UserError."""
-    return all(RULES_AND_TASKS[name].least(p) == 1 for _, name, p in parse_spec(spec)[1])
+    return all(name != "eca" for _, name, _ in parse_spec(spec)[1])
 
 
 def word(token, name, p):
@@ -406,19 +369,20 @@ class Rows(Dataset):
             if "length" in p:
                 p = p | {"length": p["length"][1]}
                 self.longest = max(self.longest, p["length"])
-            bar = 1 if len(self.members) > 1 else 0  # a mixture's, for a rule that has none
-            lengths.append(RULES_AND_TASKS[name].tokens(p) + bar)
+            extra = 1 if len(self.members) > 1 else 0  # a mixture puts a separator before brackets
+            lengths.append(RULES_AND_TASKS[name].tokens(p) + extra)
             sizes.append(RULES_AND_TASKS[name].vocab(p))
         self.block_size = block_size or max(lengths)
         if max(lengths) > self.block_size:
             raise UserError(f"{spec} makes rows of {max(lengths)} tokens, more than {block_size}")
-        # Tokens: the symbols, which the members of a mixture share, a bar for each member, the pad.
-        self.bars = range(max(sizes), max(sizes) + len(self.members))
-        self.pad = self.bars.stop
+        # Tokens: the symbols, which the members of a mixture share, a separator for each member,
+        # and the pad.
+        self.separators = range(max(sizes), max(sizes) + len(self.members))
+        self.pad = self.separators.stop
         self.vocab_size = self.pad + 1
         name = self.members[0][1]
         if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
-            self.pad, self.vocab_size = RULES_AND_TASKS[name].pad, self.bars.start
+            self.pad, self.vocab_size = RULES_AND_TASKS[name].pad, self.separators.start
 
     def draw(self, i):
         """Row i as two lists: prompt, answer."""
@@ -437,9 +401,9 @@ class Rows(Dataset):
                 break
         else:
             raise UserError(f"{self.spec} has too few different examples to hold some out")
-        if len(self.members) > 1 and BAR not in prompt:
-            prompt = [BAR] + prompt  # so that every row says which rule it follows
-        prompt = [self.bars[place] if t is BAR else t for t in prompt]
+        if len(self.members) > 1 and SEPARATOR not in prompt:
+            prompt = [SEPARATOR] + prompt  # so that every row says which rule it follows
+        prompt = [self.separators[place] if t is SEPARATOR else t for t in prompt]
         if self.shuffled:  # the control: the same tokens, and as many of them count
             tokens = prompt + answer
             r.shuffle(tokens)
@@ -466,6 +430,10 @@ class Rows(Dataset):
         return zlib.crc32(self.__getitems__(range(8))[0].numpy())
 
 
+def is_held_out(prompt):
+    return zlib.crc32(np.array(prompt, np.uint16)) % 16 == 0
+
+
 def micro_batches(x, y, n, trim=True):
     """Rows x, y in n parts. trim: rows of like length together, without what follows the last token
     that counts: nothing reads that, and on a CPU pads cost as much as tokens."""
@@ -477,10 +445,6 @@ def micro_batches(x, y, n, trim=True):
         longest = lengths[rows].max()
         parts.append((x[rows, :longest], y[rows, :longest]))
     return parts
-
-
-def is_held_out(prompt):
-    return zlib.crc32(np.array(prompt, np.uint16)) % 16 == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -500,9 +464,10 @@ class Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
 
-# The alphabet of DeepMind-Math: printable ASCII, marks before each question and each answer.
-CHARACTERS = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
-PROBLEM, ANSWER = 95, 96
+# DeepMind-Math's alphabet is printable ASCII, and a mark after each question and each answer.
+ANSWER, PROBLEM = 96, 95
+AFTER_QUESTION, AFTER_ANSWER = chr(32 + ANSWER), chr(32 + PROBLEM)
+PIECE = 50_000  # characters; a million spaces at once make tiktoken panic
 
 
 def load_tokenizer(name):
@@ -512,7 +477,9 @@ def load_tokenizer(name):
         words = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
         return Tokenizer(name, 257, encode, lambda ts: b"".join(words[t] for t in ts), end=256)
     if name == "characters":
-        return letters(name, CHARACTERS)
+        encode = lambda text: np.frombuffer(text.encode("latin-1"), np.uint8) - 32
+        words = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
+        return Tokenizer(name, 97, encode, lambda ts: "".join(words[t] for t in ts).encode())
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise UserError(f"unknown tokenizer {name!r}: there are bytes, {known}")
@@ -523,177 +490,59 @@ def load_tokenizer(name):
                         f"({type(error).__name__}): --tokenizer bytes needs no network") from None
 
     def encode(text):
-        tokens = []
-        for start in range(0, len(text), 50_000):  # a million spaces at once make tiktoken panic
-            tokens += encoding.encode_ordinary(text[start:start + 50_000])
-        return tokens
+        pieces = [text[start:start + PIECE] for start in range(0, len(text), PIECE)]
+        return list(itertools.chain.from_iterable(map(encoding.encode_ordinary, pieces)))
 
     return Tokenizer(name, encoding.n_vocab, encode, encoding.decode_bytes, encoding.eot_token)
 
 
-def letters(name, words):
-    """A vocabulary of words, one a token, as nanoGPT's folders of characters have: to print."""
-    return Tokenizer(name, len(words), None, lambda ts: "".join(words[t] for t in ts).encode())
-
-
 # --------------------------------------------------------------------------------------------------
-# Files: written whole, held by one process
+# Texts: every one becomes nanoGPT's folder: train.bin, val.bin, and a meta.json that names the
+# tokenizer. Until then it is a stream of pieces: (text, whether a document ends after it).
 
-
-@contextlib.contextmanager
-def written_whole(path):
-    """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one.
-
-    Raises UserError where it cannot be written: a full disk, a read-only folder."""
-    path = Path(path)
-    scratch = path.with_name(f".{os.urandom(4).hex()}.tmp")
-    try:
-        with open(scratch, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        reason = reason_of(error.__context__ or error)
-        raise UserError(f"cannot write {path}: {reason}; what was there is unharmed") from None
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """numpy's numbers and arrays become Python's; nan, which is no JSON, becomes null."""
-    text = json.dumps(value, default=lambda array: array.tolist())
-    value = json.loads(text, parse_constant=lambda nan: None)
-    with written_whole(path) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Whatever is wrong with a file that is read in this block becomes a UserError."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path}, or it is damaged: {reason_of(error)}") from None
-
-
-def read_json(path, form=dict):
-    """The JSON object in a file, if it has this form, see `fits`. Raises UserError."""
-    with reading(path):
-        if Path(path).exists() and not Path(path).is_file():
-            raise ValueError("it is not a file")  # a pipe would make us wait for ever
-        return checked(json.loads(Path(path).read_bytes()), form, path)
-
-
-def checked(value, form, where):
-    if not fits(value, form):
-        raise UserError(f"{where} is not of the form in which it is written here")
-    return value
-
-
-def fits(value, form):
-    """Whether a value from a file has a form: None, a type such as float (whole, too, and finite),
-    one of several, (float, None), these keys, {"loss": float}, or a list of some, [form]."""
-    if isinstance(form, tuple):
-        return any(fits(value, each) for each in form)
-    if isinstance(form, dict):
-        return isinstance(value, dict) and all(fits(value.get(key), form[key]) for key in form)
-    if isinstance(form, list):
-        return isinstance(value, list) and bool(value) and all(fits(x, form[0]) for x in value)
-    if form is float:
-        return type(value) in (int, float) and abs(value) < 1e15
-    return value is None if form is None else type(value) is form
-
-
-def json_lines(path):
-    """The values in a file of JSON lines, without what is none: a kill may leave half a line."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            yield json.loads(line)
-
-
-def reason_of(error):
-    """What an error says, in one line; an OSError without its number and path."""
-    said = " ".join(str(error).split())[:200]
-    return getattr(error, "strerror", None) or said or type(error).__name__
-
-
-def lock(path, wait=False):
-    """Holds a file until it is closed, or this process ends, however it ends.
-
-    Another process that has it is waited for, or refused with UserError. Windows locks nothing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return file
-    except BlockingIOError:
-        raise Busy(f"another process is at work in {path.parent}: let it end first") from None
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {reason_of(error)}") from None
-
-
-def remove_scratch(folder):
-    """Removes what a kill left of files being written. The caller holds the folder's lock."""
-    for path in folder.glob(".*.tmp"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-# --------------------------------------------------------------------------------------------------
-# Text, tokenised once into a folder of the cache
-
-PIECE = 1 << 18  # characters, or bytes, that are read at a time
-GZIP = b"\x1f\x8b"
+LONG = 1 << 26  # characters of a line of JSON, at most
+END = "<|endoftext|>"
+VERSION = 5  # to be raised where the same text becomes other tokens
 
 
 def cache_folder():
     return Path(os.environ.get("NANOWARM_CACHE") or "~/.cache/nanowarm").expanduser()
 
 
-def read_text(path):
-    """The text of a file in pieces: pairs (text, whether a document ends here).
+def pieces_of(file, name):
+    """An open file, gzipped or not: lines of JSON with `text` or `content`, a document each, as
+    .json in its name or its first line says; else plain text, in which <|endoftext|> ends one."""
+    zipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    file = gzip.open(file) if zipped else file
+    file = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
+    line, number = file.readline(LONG), 1
+    if ".json" in name or isinstance(parsed(line), dict):
+        while line:
+            record = parsed(line) if line.strip() else {"text": ""}
+            if not isinstance(record, dict) or not {"text", "content"} & record.keys():
+                raise ValueError(f"line {number} is no JSON object with a text or content")
+            yield (record.get("text") or record.get("content") or "") + "", True
+            line, number = file.readline(LONG), number + 1
+        return
+    held = ""
+    while line:
+        *documents, held = (held + line).split(END)
+        for text in documents:
+            yield text, True
+        sure = max(0, len(held) - len(END))  # what comes after that may be half of a mark
+        yield held[:sure], False
+        line, held = file.read(PIECE), held[sure:]
+    yield held, True
 
-    Plain text, in which <|endoftext|> ends a document, or (.json, .jsonl, .ndjson) a line of JSON
-    with a `text` or `content` for each; gzipped or not. Raises UserError."""
-    nulls = 0
-    with reading(path):
-        with open(path, "rb") as file:
-            opener = gzip.open if file.read(2) == GZIP else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            if path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson")):
-                for number, line in enumerate(file, 1):
-                    text = text_of(line, f"{path}, line {number}")
-                    nulls += text is None
-                    yield (text or ""), True
-            else:
-                while piece := file.read(PIECE) + file.readline(PIECE):
-                    *texts, rest = piece.split("<|endoftext|>")
-                    yield from ((text, True) for text in texts)
-                    yield rest, False
-                yield "", True
-    if nulls:
-        say(f"{path}: skipped {nulls:,} records whose text is null")
 
-
-def text_of(line, where):
-    """The text in a line of JSON, None if that is null; "" if the line is blank."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        record = json.loads(line) if line.strip() else {"text": ""}
-        text = record["text"] if "text" in record else record["content"]
-        if text is None or isinstance(text, str):
-            return text
-    raise UserError(f"{where}: not a JSON object with a text or content field")
+def file_pieces(path):
+    with reading(path), open(path, "rb") as file:
+        yield from pieces_of(file, path.name)
 
 
 def python_files(*packages):
-    """The .py files of the standard library and of packages, without tests."""
+    """The .py files of the standard library or of packages, without tests."""
     skip = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "lib2to3"}
     files, roots = [], [Path(os.__file__).parent]
     for package in packages:
@@ -715,29 +564,25 @@ def docstrings(path):
                 yield text, True
 
 
-def question(r):
-    """School mathematics in words (after DeepMind-Math; sentences: ours) -> question, answer."""
-    a, b = (r.randint(-10 ** r.randint(1, 4), 10 ** r.randint(1, 4)) for _ in range(2))
-    n, d = r.randint(2, 10 ** r.randint(2, 5)), r.randint(2, 40)
-    p, q, x = r.randint(1, 30), r.randint(1, 30), r.randint(-30, 30)
-    return r.choice((
-        (f"What is {a} + ({b})?", a + b),
-        (f"What is {a} * ({b})?", a * b),
-        (f"Divide {a * d} by {d}.", a),
-        (f"What remains when {n} is divided by {d}?", n % d),
-        (f"Is {a} less than {b}?", "yes" if a < b else "no"),
-        (f"Write {n} in base 2.", f"{n:b}"),
-        (f"Solve {d}*x + ({b}) = {d * x + b} for x.", x),
-        (f"Let f(x) = {p}*x**2 + {q}*x + ({b}). What is f({x})?", p * x ** 2 + q * x + b)))
-
-
-def problems(split):
-    """16 M characters of questions and answers; for validation 1 M, of one question in 16."""
+def questions(split):
+    """School mathematics in words (after DeepMind-Math; sentences: ours): 16 M characters; for
+    validation 1 M, of one question in 16."""
     r, left = random.Random(split), 16_000_000 if split == "train" else 1_000_000
     while left > 0:
-        asked, answer = question(r)
-        if is_held_out(list(asked.encode())) == (split == "val"):
-            text = f"{asked}\n{answer}\n"
+        a, b = (r.randint(-10 ** r.randint(1, 4), 10 ** r.randint(1, 4)) for _ in range(2))
+        n, d = r.randint(2, 10 ** r.randint(2, 5)), r.randint(2, 40)
+        p, q, x = r.randint(1, 30), r.randint(1, 30), r.randint(-30, 30)
+        question, answer = r.choice((
+            (f"What is {a} + ({b})?", a + b),
+            (f"What is {a} * ({b})?", a * b),
+            (f"Divide {a * d} by {d}.", a),
+            (f"What remains when {n} is divided by {d}?", n % d),
+            (f"Is {a} less than {b}?", "yes" if a < b else "no"),
+            (f"Write {n} in base 2.", f"{n:b}"),
+            (f"Solve {d}*x + ({b}) = {d * x + b} for x.", x),
+            (f"Let f(x) = {p}*x**2 + {q}*x + ({b}). What is f({x})?", p * x ** 2 + q * x + b)))
+        if is_held_out(list(question.encode())) == (split == "val"):
+            text = f"{question}\n{answer}\n"
             left -= len(text)
             yield text, False
 
@@ -745,417 +590,268 @@ def problems(split):
 def users_files(root):
     """The text files of a path: (train, val) where names of files or folders say which they are,
     else (all, []). What is left out is said. Raises UserError."""
-    texts, left_out = {"train": [], "val": [], "test": [], "other": []}, []
-    for path in [root] if root.is_file() else sorted(root.rglob("*")):
-        place = path.relative_to(root)
-        words = re.split("[^a-z]+", re.sub("valid(ation)?", "val", str(place).lower()))
-        split = next((split for split in texts if split in words), "other")
-        hidden = any(part.startswith(".") for part in place.parts)
-        if path.is_file() and not hidden:
-            (texts[split] if is_text(path) else left_out).append(path)
-    if texts["train"] and texts["val"] + texts["test"]:
-        left_out += texts["test"] + texts["other"]
+    left_out, paths = [], [root]
+    if root.is_dir():
+        paths = []
+        for folder, folders, names in os.walk(root, onerror=lambda e: left_out.append(e.filename)):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    texts = {"train": [], "val": [], "other": []}
+    for path in sorted(paths):
+        place = re.sub("valid(ation)?|dev|test", "val", str(path.relative_to(root)).lower())
+        split = next((split for split in texts if split in re.split("[^a-z]+", place)), "other")
+        (texts[split] if is_text(path) else left_out).append(path)
+    if texts["train"] and texts["val"]:
+        left_out += texts["other"]
     else:
-        texts = {"train": sum(texts.values(), []), "val": []}
+        texts = {"train": sorted(sum(texts.values(), [])), "val": []}
     if not texts["train"]:
         raise UserError(f"{root} has no files of UTF-8 text")
     if left_out:
-        say(f"left out of {root}: {', '.join(path.name for path in left_out[:9])}"
-            + (", ..." if len(left_out) > 9 else ""))
+        names = [Path(path).name for path in left_out]
+        say(f"left out of {root}: {', '.join(names[:9])}" + (", ..." if len(names) > 9 else ""))
     return texts["train"], texts["val"]
 
 
 def is_text(path):
-    """Whether the first 64 kB are UTF-8, or gzipped."""
-    with open(path, "rb") as file:
-        start = file.read(1 << 16)
-    try:
-        start.decode()
-    except UnicodeDecodeError as error:  # at the end, it is a character cut in two
-        return start[:2] == GZIP or error.reason == "unexpected end of data"
-    return True
+    """Whether a file begins as one that can be read. A NUL is no text, and a pipe no file."""
+    with contextlib.suppress(UserError):
+        return path.is_file() and "\0" not in next(file_pieces(path))[0]
+    return False
 
 
 def tokenise(spec, tokenizer):
-    """`code`, `docs`, `math` or a path of text -> its folder in the cache: tokens.bin, and
-    meta.json, which says which of them are for training and for validation. Raises UserError."""
-    val, read = [], read_text
+    """`code`, `docs`, `math` or a path of text -> its folder in the cache, made once for the same
+    names and contents. Raises UserError."""
+    val, read = [], file_pieces
     if spec == "code":
         train = python_files()
     elif spec == "docs":
         train, read = python_files("torch", "numpy", "tiktoken", "matplotlib"), docstrings
     elif spec == "math":
-        train, val, read = ["train"], ["val"], problems
+        train, val, read = ["train"], ["val"], questions
     else:
         train, val = users_files(Path(spec))
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
-             for path in train + val if spec != "math"]
-    key = [4, spec, tokenizer.name, facts]  # 4: raise it where tokens are made otherwise
-    folder = cache_folder() / hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    key = hashlib.sha256(repr((VERSION, tokenizer.name, train, val)).encode())
+    for path in train + val if read != questions else []:
+        with reading(path), open(path, "rb") as file:
+            key.update(hashlib.file_digest(file, "sha256").digest())
+    folder = cache_folder() / key.hexdigest()[:24]
     with lock(cache_folder() / "lock", wait=True):
-        remove_scratch(cache_folder())
         if (folder / "meta.json").exists():
             return folder
         say(f"tokenising {spec} into {folder}, once")
-        random.Random(0).shuffle(train)
         scratch = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)  # what a kill left of the same
         scratch.mkdir()
-        with written_whole(scratch / "tokens.bin") as file:
-            ends = write_tokens(file, map(read, train), tokenizer)
-            cut = ends[-1]
-            if val:
-                ends += write_tokens(file, map(read, val), tokenizer)
-        if not val:  # the last tenth is held out, from where a document ends if that is near
-            cut -= cut // 10
-            near = min(ends, key=lambda end: abs(end - cut))
-            if abs(near - cut) <= ends[-1] // 100:
-                cut = near
-        for split, begin, end in (("training", 0, cut), ("validation", cut, ends[-1])):
-            n = sum(begin < place <= end for place in ends)
-            say(f"{split}: {end - begin:,} tokens in {n:,} documents")
-        write_json(scratch / "meta.json", meta_of(spec, tokenizer, {
-            "train": [["tokens.bin", 0, cut]], "val": [["tokens.bin", cut, ends[-1]]]}))
+        random.Random(0).shuffle(train)
+        for split, paths in (("train", train), ("val", val)):
+            with open(scratch / f"{split}.bin", "wb") as file:
+                pieces = itertools.chain.from_iterable(map(read, paths))
+                ends = write_tokens(file, pieces, tokenizer)
+            if split == "train" and not val:
+                hold_out(scratch, tokenizer, ends)
+                break
+        write_json(scratch / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
         scratch.rename(folder)
     return folder
 
 
-def encoded(pieces, tokenizer, threads):
-    """(text, ends) -> (tokens, ends), in their order; tiktoken lets threads work at once."""
-    def encode(text, ends):
-        return np.asarray(tokenizer.encode(text), tokenizer.dtype), ends
-
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = collections.deque()
-        for text, ends in pieces:
-            waiting.append(pool.submit(encode, text, ends))
-            if len(waiting) > 16:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
-
-
-def write_tokens(file, texts, tokenizer, threads=None):
-    """Streams of text -> tokens in a file. Returns the places in it where documents end."""
-    n = file.tell() // tokenizer.dtype.itemsize
-    ends, progress = [n], Progress("tokenised", "tokens")
-    for tokens, ends_here in encoded(itertools.chain.from_iterable(texts), tokenizer, threads):
-        if ends_here and n + len(tokens) > ends[-1]:  # else the document is empty
-            tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
-            ends.append(n + len(tokens))
-        file.write(tokens)
-        n += len(tokens)
-        progress.add(len(tokens))
-    return ends[1:] or [n]
+def write_tokens(file, pieces, tokenizer, threads=1):
+    """Pieces of text -> tokens in a file. Returns the places where documents end, and its end."""
+    n, ends, began, said = 0, [0], time.monotonic(), time.monotonic()
+    with ThreadPoolExecutor(threads) as pool:  # tiktoken lets threads work at once
+        while batch := list(itertools.islice(pieces, 16 * threads)):
+            texts, ended = zip(*batch)
+            for tokens, ends_here in zip(pool.map(tokenizer.encode, texts), ended):
+                tokens = np.asarray(tokens, tokenizer.dtype)
+                if tokens.max(initial=0) >= tokenizer.vocab_size:
+                    raise ValueError("it holds a letter that its alphabet lacks")
+                if ends_here and n + len(tokens) > ends[-1]:  # else the document is empty
+                    tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
+                    ends.append(n + len(tokens))
+                file.write(tokens)
+                n += len(tokens)
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                say(f"{n / 1e6:,.1f} M tokens, {n / (said - began) / 1e6:.2f} M/s")
+    return [*ends[1:], n]
 
 
-class Progress:
-    """Says every two seconds how far long work is."""
-
-    def __init__(self, label, unit, wanted=None):
-        self.label, self.unit, self.wanted = label, unit, wanted
-        self.done = 0
-        self.began = self.said = time.time()
-
-    def add(self, n):
-        self.done += n
-        if time.time() - self.said > 2:
-            self.said = time.time()
-            rate = self.done / (self.said - self.began)
-            share = f" of {self.wanted / 1e6:,.1f}" if self.wanted else ""
-            say(f"{self.label}: {self.done / 1e6:,.1f}{share} M {self.unit}, {rate / 1e6:.2f} M/s")
-
-
-def meta_of(source, tokenizer, splits):
-    """What meta.json says of a folder of tokens. splits: {"train": [[file, begin, end]], ...}"""
-    return {"source": source, "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size,
-            "dtype": str(tokenizer.dtype), **splits}
+def hold_out(folder, tokenizer, ends):
+    """Moves the last tenth of train.bin to val.bin, from where a document ends if that is near."""
+    n = ends[-1]
+    cut = n - n // 10
+    near = min(ends, key=lambda end: abs(end - cut))
+    if abs(near - cut) <= n // 100:
+        cut = near
+    with open(folder / "train.bin", "r+b") as train, open(folder / "val.bin", "wb") as val:
+        train.seek(cut * tokenizer.dtype.itemsize)
+        shutil.copyfileobj(train, val)
+        train.truncate(cut * tokenizer.dtype.itemsize)
+    say(f"{cut:,} tokens to train on, and the last {n - cut:,} held out")
 
 
 # --------------------------------------------------------------------------------------------------
-# Published corpora: each published file becomes a shard of tokens in the cache
+# Published corpora: each published file becomes a shard of tokens, and all shards one train.bin
+
+
+def read_lines(file, split, share):
+    return pieces_of(file, ".json")
+
+
+def read_wikitext(file, split, share):
+    with zipfile.ZipFile(file) as archive:
+        for name in fnmatch.filter(archive.namelist(), f"*/wiki.{split}*.raw"):
+            yield from pieces_of(archive.open(name), name)
+
+
+def read_problems(file, split, share):
+    """question<answer>answer<problem>: of each module as much, as published."""
+    pattern = {"train": "*/train-*/*.txt", "val": "*/*polate/*.txt"}[split]
+    with tarfile.open(fileobj=file) as archive:
+        modules = {each.name: each for each in archive if each.isfile()}
+        modules = [modules[name] for name in sorted(fnmatch.filter(modules, pattern))]
+        for module in modules:
+            start = archive.extractfile(module).read(share // len(modules)).decode("ascii")
+            lines = start.split("\n")[:-1]
+            yield "".join(question + AFTER_QUESTION + answer + AFTER_ANSWER
+                          for question, answer in zip(lines[::2], lines[1::2])), False
+
 
 PUBLISHED = {  # tokens: what the published run reads, and a bit
     "c4": dict(
-        what="English from the web (C4)", tokenizer="gpt2", tokens=700_000_000,
+        what="English from the web (C4)", tokenizer="gpt2", tokens=700_000_000, read=read_lines,
         url="https://huggingface.co/datasets/allenai/c4/resolve/main/en/",
         train=[f"c4-train.{i:05}-of-01024.json.gz" for i in range(1024)],
         val=[f"c4-validation.{i:05}-of-00008.json.gz" for i in range(8)]),
     "codeparrot": dict(
         what="Python from GitHub (CodeParrot, cleaned)", tokenizer="gpt2", tokens=1_000_000_000,
-        url="https://huggingface.co/datasets/codeparrot/",
+        url="https://huggingface.co/datasets/codeparrot/", read=read_lines,
         train=[f"codeparrot-clean-train/resolve/main/file-{i:012}.json.gz" for i in range(1, 54)],
         val=["codeparrot-clean-valid/resolve/main/file-000000000054.json.gz"]),
     "wikitext103": dict(
         what="Wikipedia's good articles (WikiText-103, raw)", tokenizer="gpt2", tokens=120_000_000,
-        url="https://wikitext.smerity.com/", archive="wikitext-103-raw-v1.zip",
-        train="*/wiki.train.raw", val="*/wiki.valid.raw"),
+        url="https://wikitext.smerity.com/", read=read_wikitext,
+        train=["wikitext-103-raw-v1.zip"], val=["wikitext-103-raw-v1.zip"]),
     "deepmind_math": dict(
         what="school mathematics (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
-        url="https://storage.googleapis.com/mathematics-dataset/",
-        archive="mathematics_dataset-v1.0.tar.gz",
-        train="*/train-*/*.txt", val="*/*polate/*.txt")}
-PAUSES = 0, 1, 2, 5, 10  # seconds before each try of a download
+        url="https://storage.googleapis.com/mathematics-dataset/", read=read_problems,
+        train=["mathematics_dataset-v1.0.tar.gz"], val=["mathematics_dataset-v1.0.tar.gz"])}
+PAUSES = 0, 2, 10  # seconds before each try of a download
 
 
-def fetch(url, path):
-    """Downloads a compressed file and reads it through, in five tries; one goes on where the last
-    was cut. Raises UserError."""
-    part = path.with_name(path.name + ".part")
+@functools.lru_cache(maxsize=1)  # both splits of an archive are in one file
+def fetch(url):
+    """A published file, as a temporary one, which is gone with the process. Raises UserError."""
     for pause in PAUSES:
         time.sleep(pause)
-        have = part.stat().st_size if part.exists() else 0
+        file = tempfile.TemporaryFile()
         try:
-            asked = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(asked, timeout=30) as answer:
-                progress = Progress(path.name, "bytes", int(answer.headers["Content-Length"] or 0))
-                resumed = answer.status == 206  # 200: from the start, whatever was asked for
-                with open(part, "ab" if resumed else "wb") as file:
-                    while block := answer.read(PIECE):
-                        file.write(block)
-                        progress.add(len(block))
-            if progress.done < progress.wanted:
-                raise ConnectionError("the connection was cut")
-            read_through(part)
-            return part.rename(path)
-        except (UserError, OSError, http.client.HTTPException, ValueError) as error:
-            reason, code = error, getattr(error, "code", None)
-            if isinstance(error, UserError) or code == 416:  # damaged; as long as the file, or more
-                part.unlink()
-            if code in (401, 403, 404):
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                wanted = answer.headers["Content-Length"]
+                say(f"fetching {url}, {int(wanted or 0) / 1e6:,.0f} MB")
+                shutil.copyfileobj(answer, file, 1 << 20)
+            if wanted and file.tell() != int(wanted):
+                raise ConnectionError(f"{file.tell():,} of {wanted} bytes came")
+            return file
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = reason_of(error)
+            if getattr(error, "code", None) in (401, 403, 404):
                 break
-    raise UserError(f"cannot fetch {url}: {reason}; what has come is kept, the same command goes "
-                    "on, and --source can name a mirror or a folder with the same files")
+    raise UserError(f"cannot fetch {url}: {reason}; the same command goes on from here, and "
+                    "--source can name a mirror or a folder with the same files")
 
 
-def read_through(path):
-    """Reads a compressed file to its end. Raises UserError if it is not whole, or empty."""
-    with reading(path):
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                whole = archive.testzip() is None
-        else:
-            with gzip.open(path) as file:
-                whole = file.seek(0, os.SEEK_END) > 0  # reads all of it
-    if not whole:
-        raise UserError(f"{path} is damaged, or empty")
-
-
-def published_file(url, source, downloads, file):
-    """A whole published file, from the user's folder or fetched -> its path. Raises UserError."""
-    path = downloads / Path(file).name
-    if source and "://" not in source:
-        path = next(Path(source).rglob(path.name), None)
-        if not path:
-            raise UserError(f"{Path(file).name} is not in {source}")
-        read_through(path)
-    elif not path.exists():
-        downloads.mkdir(parents=True, exist_ok=True)
-        base = f"{source.rstrip('/')}/" if source else url
-        fetch(base + file, path)
-    return path
-
-
-def articles(path):
-    """The articles of a file of WikiText."""
-    article = ""
-    with open(path, encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            if re.fullmatch(r" = [^=].* = \s*", line) and article.strip():  # the next title
-                yield article, True
-                article = ""
-            article += line
-    yield article, True
-
-
-def problem_tokens(path, most):
-    """The first problems of a module of DeepMind-Math, in at most `most` characters -> tokens:
-    <problem> question <answer> answer <problem> ... <problem>, which also ends an answer."""
-    with open(path, "rb") as file:
-        lines = file.read(most).split(b"\n")[:-1]
-    problem, answer = bytes([PROBLEM + 32]), bytes([ANSWER + 32])
-    raw = b"".join(q + answer + a + problem for q, a in zip(lines[::2], lines[1::2]))
-    tokens = np.frombuffer(problem + raw, np.uint8) - 32  # below 32 it wraps around
-    if tokens.max() >= len(CHARACTERS):
-        raise UserError(f"{path.name} holds more than plain ASCII: try another --source")
-    return tokens.astype(np.uint16)
-
-
-def unpack(packed, folder):
-    """Unpacks an archive into a folder of the downloads. Raises UserError."""
-    safe = {} if packed.suffix == ".zip" else {"filter": "data"}  # zip is safe without
-    try:
-        shutil.unpack_archive(packed, folder, **safe)
-    except (OSError, tarfile.TarError) as error:
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        raise UserError(f"cannot unpack {packed.name}: {reason_of(error)}") from None
-
-
-def write_shard(path, source, most, tokenizer, threads):
-    """A published file -> a file of tokens."""
-    with written_whole(path) as file:
-        if source.suffix == ".txt":
-            file.write(problem_tokens(source, most))
-        else:
-            read = articles if source.suffix == ".raw" else read_text
-            write_tokens(file, [read(source)], tokenizer, threads)
-
-
-def prepare(name, wanted, workers=1, source=None, tokenizer=None):
+def prepare(name, wanted, threads=1, source=None, tokenizer=None):
     """Fetches and tokenises a published corpus into the cache. Returns its folder.
 
-    wanted: {"train": tokens, "val": tokens}; whole shards are made until there are as many. source:
+    wanted: {"train": tokens, "val": tokens}; whole files are read until there are as many. source:
     a mirror's address or a folder. A shard is there whole or not at all, so the same command goes
     on from where it was stopped, and asking for more adds to what is there. Raises UserError."""
     corpus = PUBLISHED[name]
     tokenizer = load_tokenizer(tokenizer or corpus["tokenizer"])
     if (tokenizer.name == "characters") != (corpus["tokenizer"] == "characters"):
         raise UserError(f"--tokenizer {tokenizer.name} does not go with {name}")
+    base = source or corpus["url"]
+    if "://" not in base:
+        base = Path(base).resolve().as_uri()
     folder = cache_folder() / f"{name}-{tokenizer.name}"
-    made = {"val": [], "train": []}  # pieces, see Windows
     with lock(folder / "lock"):
-        remove_scratch(folder)
-        meta, downloads = folder / "meta.json", folder / "downloads"
-        fetched = functools.partial(published_file, corpus["url"], source, downloads)
-        if meta.exists() and read_json(meta).get("wanted") == wanted:
-            return folder  # an archive would be fetched again
-        if "archive" in corpus:
-            unpack(fetched(corpus["archive"]), downloads / "unpacked")
-        for split in made:
-            done, files = 0, corpus[split]
-            if "archive" in corpus:
-                files = sorted(downloads.glob(f"unpacked/{files}"))
-            share = wanted[split] // max(1, len(files))  # of each module as much, as published
-            for file in files:
-                shard = Path(file).name.split(".json")[0]
-                if tokenizer.name == "characters":
-                    shard = f"{file.parent.name}-{file.stem}-{share}"
-                path = folder / f"{split}-{shard}.bin"
-                if not path.exists():
-                    local = file if "archive" in corpus else fetched(file)
-                    write_shard(path, local, share, tokenizer, workers)
-                made[split].append([path.name, 0, None])
-                done += path.stat().st_size // tokenizer.dtype.itemsize
-                say(f"{path.name}: {done / 1e6:,.1f} of {wanted[split] / 1e6:,.1f} M tokens")
-                if done >= wanted[split] and "archive" not in corpus:
+        for split, share in wanted.items():
+            done, shards = 0, []
+            for file in corpus[split]:
+                label = f"{split}-{Path(file).name}"
+                if corpus["read"] == read_problems:
+                    label += f"-{share}"
+                shards.append(folder / f"{label}.tokens")
+                if not shards[-1].exists():
+                    url = f"{base.rstrip('/')}/{Path(file).name if 'file://' in base else file}"
+                    with reading(url), written_whole(shards[-1]) as shard:
+                        pieces = corpus["read"](fetch(url), split, share)
+                        write_tokens(shard, pieces, tokenizer, threads)
+                done += shards[-1].stat().st_size // tokenizer.dtype.itemsize
+                say(f"{label}: {done / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
+                if done >= share:
                     break
-            if not done:
-                shutil.rmtree(downloads, ignore_errors=True)
-                raise UserError(f"the files of {name} hold nothing for {split}: another --source?")
-        write_json(meta, meta_of(name, tokenizer, made | {"wanted": wanted}))
-        shutil.rmtree(downloads, ignore_errors=True)
+            with written_whole(folder / f"{split}.bin") as whole:
+                for path in shards:
+                    with open(path, "rb") as shard:
+                        shutil.copyfileobj(shard, whole)
+        write_json(folder / "meta.json", {"source": name, "tokenizer": tokenizer.name})
     return folder
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokens in files
-
-TYPES = "uint8", "uint16", "uint32", "int32", "int64"
+# Rows of text
 
 
 @functools.cache
 def open_tokens(path, dtype):
     """The tokens of a file, left on the disk. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"{path.name} is missing in {path.parent}")
-    size = path.stat().st_size
-    header = 1024 if 20240520 in np.fromfile(path, np.int32, 1) else 0  # llm.c, modded-nanogpt
-    if (size - header) % dtype.itemsize:
-        raise UserError(f"{path} has {size} bytes: no whole number of {dtype}")
-    return np.memmap(path, dtype, "r", header) if size > header else np.zeros(0, dtype)
-
-
-def check_tokens(path, dtype, vocab_size):
-    """Refuses a file that is not what its folder says. Raises UserError."""
-    tokens = open_tokens(path, dtype)
-    # Wider numbers read as uint16: every other one, or three of four, is nearly always 0.
-    words = tokens[:1 << 16] if dtype.itemsize == 2 else tokens[:0]
-    if len(words) > 64 and np.count_nonzero(words[1::2]) < len(words) / 200:
-        wide = "uint32" if np.count_nonzero(words[2::4]) > len(words) / 200 else "int64"
-        raise UserError(f"{path} looks like {wide}, not {dtype}: name its dtype in meta.json")
-    unsigned = tokens.view(f"u{dtype.itemsize}")  # in which a number below 0 is a large one
-    if unsigned.max(initial=0) >= vocab_size:
-        wrong = tokens[unsigned.argmax()]
-        raise UserError(f"{path} holds the token {wrong}; its vocabulary has {vocab_size}")
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """nanoGPT's meta.pkl holds dicts, strings and numbers, which need no import: all else may run
-    code, and is refused."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it holds {module}.{name}")
-
-
-def read_meta(folder):
-    """What a folder of tokens says of them -> (Tokenizer, dtype, {split: [[file, begin, end]]})."""
-    meta = {"vocab_size": 50257, "tokenizer": "gpt2"}  # nanoGPT's folders of GPT-2 tokens
-    try:
-        if (folder / "meta.json").exists():
-            meta = read_json(folder / "meta.json")
-        elif (folder / "meta.pkl").is_file():
-            with open(folder / "meta.pkl", "rb") as file:
-                meta = PlainUnpickler(file).load()
-        size, dtype = meta["vocab_size"], meta.get("dtype", "uint16")
-        if type(size) is not int or not 0 < size < 1 << 31 or dtype not in TYPES:
-            raise ValueError(f"vocab_size {size!r}, dtype {dtype!r}; known: {', '.join(TYPES)}")
-    except Exception as error:  # a damaged pickle raises anything
-        raise UserError(f"{folder}: its meta file is not accepted: {reason_of(error)}") from None
-    try:
-        if "itos" in meta:
-            tokenizer = letters(None, [str(meta["itos"][i]) for i in range(size)])
-        else:
-            tokenizer = load_tokenizer(meta["tokenizer"])
-            tokenizer.vocab_size = max(size, tokenizer.vocab_size)  # some pad their vocabulary
-    except (UserError, KeyError, IndexError, TypeError):  # without names, numbers are printed
-        numbers = lambda tokens: " ".join(map(str, tokens)).encode()
-        tokenizer = Tokenizer(None, size, None, numbers)
-    files = {split: meta.get(split, [[f"{split}.bin", 0, None]]) for split in ("train", "val")}
-    return tokenizer, np.dtype(dtype), files
+    with reading(path):
+        if path.stat().st_size % dtype.itemsize:
+            raise ValueError(f"its size is no whole number of {dtype}")
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
 
 class Windows(Dataset):
-    """Windows of block_size + 1 tokens, each once per epoch, in an order that the seed decides.
+    """Windows of block_size + 1 tokens of a file, each once per epoch, in an order that the seed
+    decides.
 
     Validation has one order for every seed. The split `warmup` reads the training windows from the
     other end: text that the run itself comes to last, if ever (`--warmup text`)."""
 
-    def __init__(self, name, pieces, dtype, block_size, seed, split):
-        """pieces: [(path, begin, end), ...], which windows do not cross. Raises UserError."""
-        self.pieces, self.dtype, self.block_size, self.split = pieces, dtype, block_size, split
+    def __init__(self, path, dtype, block_size, seed, split):
+        """Raises UserError."""
+        self.path, self.dtype, self.block_size, self.split = path, dtype, block_size, split
         self.seed = 0 if split == "val" else seed
-        lengths = [len(self.tokens(place)) for place in range(len(pieces))]
-        self.starts = np.cumsum([0] + [max(0, n - 1) // block_size for n in lengths])
         if not len(self):
-            part = "validation" if split == "val" else "training"
-            raise UserError(f"{name} is too short: its {part} part has {sum(lengths)} tokens, and "
-                            f"a row of {block_size} needs {block_size + 1}")
+            raise UserError(f"{path}: the text is too short: {len(self.tokens)} tokens, and a row "
+                            f"of {block_size} needs {block_size + 1}")
+
+    @property
+    def tokens(self):  # no attribute: a worker that is spawned would get a copy of them all
+        return open_tokens(self.path, self.dtype)
 
     def __len__(self):
-        return int(self.starts[-1])
-
-    def tokens(self, place):
-        path, begin, end = self.pieces[place]
-        return open_tokens(path, self.dtype)[begin:end]
+        return max(0, len(self.tokens) - 1) // self.block_size
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
         return np.random.default_rng((self.seed, epoch)).permutation(len(self))
 
-    def window(self, i):
-        """Where row i begins -> (the tokens of its piece, a place in them)."""
+    def start(self, i):
+        """Where row i begins."""
         epoch, i = divmod(i, len(self))
         if self.split == "warmup":
             epoch, i = 0, len(self) - 1 - i
-        window = self.order(epoch)[i]
-        place = int(np.searchsorted(self.starts, window, "right")) - 1
-        return self.tokens(place), int(window - self.starts[place]) * self.block_size
+        return int(self.order(epoch)[i]) * self.block_size
 
     def __getitems__(self, rows):
         """Row numbers -> x, y: int64 tensors (rows, block_size)."""
-        both = np.empty((len(rows), self.block_size + 1), np.int64)
-        for j, i in enumerate(rows):
-            tokens, start = self.window(i)
-            both[j] = tokens[start:start + self.block_size + 1]
-        both = torch.from_numpy(both)
+        both = np.stack([self.tokens[self.start(i):][:self.block_size + 1] for i in rows])
+        both = torch.from_numpy(both.astype(np.int64))
         return both[:, :-1], both[:, 1:]
 
     def __getitem__(self, i):
@@ -1163,39 +859,26 @@ class Windows(Dataset):
         return x[0], y[0]
 
     def fingerprint(self):
-        """Of the first 16 M tokens of each piece."""
-        return [zlib.crc32(self.tokens(place)[:1 << 24]) for place in range(len(self.pieces))]
+        """Of the first 16 M tokens."""
+        return [zlib.crc32(self.tokens[:1 << 24])]
 
 
 class Problems(Windows):
     """DeepMind-Math: rows of problem after problem, of which the loss counts the answers and the
-    token that ends each. A row begins with the first problem of its window."""
+    token that ends each. A row begins where the first problem of its window ends."""
 
     def __getitems__(self, rows):
         both = np.full((len(rows), self.block_size + 1), PROBLEM)
         for j, i in enumerate(rows):
-            tokens, start = self.window(i)
-            start += int(np.argmax(tokens[start:start + 256] == PROBLEM))  # none is longer
-            row = tokens[start:start + self.block_size + 1]
+            start = self.start(i)
+            start += int(np.argmax(self.tokens[start:start + 256] == PROBLEM))  # none is longer
+            row = self.tokens[start:start + self.block_size + 1]
             both[j, :len(row)] = row
         # A token counts if the last mark before it was <answer>.
         places = np.where(both >= PROBLEM, np.arange(both.shape[1]), 0)
         last_mark = np.take_along_axis(both, np.maximum.accumulate(places, axis=1), axis=1)
         y = np.where(last_mark[:, :-1] == ANSWER, both[:, 1:], -1)
         return torch.from_numpy(both[:, :-1]), torch.from_numpy(y)
-
-    def problems(self, n):
-        """The first n problems of each module -> {"interpolate-gcd": [(question, answer), ...]}:
-        tokens, <problem> to <answer>, and the answer with the <problem> that ends it."""
-        found = {}
-        for place, (path, _, _) in enumerate(self.pieces):
-            tokens = self.tokens(place)[:256 * n].astype(np.int64)
-            edges = np.flatnonzero(tokens == PROBLEM)[:n + 1]
-            module = found[path.stem.removeprefix("val-").rpartition("-")[0]] = []
-            for begin, end in zip(edges, edges[1:]):
-                middle = begin + int(np.argmax(tokens[begin:end] == ANSWER)) + 1
-                module.append((tokens[begin:middle], tokens[middle:end + 1]))
-        return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1230,20 +913,12 @@ class Data:
         tokens = [int(t) for t in tokens]
         if self.kind == "text":
             return [self.tokenizer.decode([t]).decode("utf-8", "replace") for t in tokens]
-        bars, members = self.train.bars, self.train.members
-        place = next((bars.index(t) for t in tokens if t in bars), 0)  # the member it is a row of
+        separators, members = self.train.separators, self.train.members
+        place = next((separators.index(t) for t in tokens if t in separators), 0)
         names = [f"|{name}|" if len(members) > 1 else "|" for _, name, _ in members]
-        others = dict(enumerate([*names, "_"], bars.start))
+        others = dict(enumerate([*names, "_"], separators.start))
         _, name, p = members[place]
         return [others.get(t) or word(t, name, p) for t in tokens]
-
-    def joined(self, words):
-        """Words of a row as one text; the rows of an automaton as lines."""
-        if self.spec.startswith("eca") and "+" not in self.spec:
-            width = self.train.members[0][2]["width"]
-            return "\n".join("".join(words[i:i + width]) for i in range(0, len(words), width))
-        digits = self.spec.partition(":")[0].endswith(("addition", "multiplication"))
-        return ("" if self.kind == "text" or digits else " ").join(words)
 
     def write(self, tokens, counted=None):
         """A row as a person would write it; what counts (bool) stands between « and »."""
@@ -1252,23 +927,13 @@ class Data:
         words = self.words(tokens)
         if counted is not None:
             words = [f"«{word}»" if counts else word for word, counts in zip(words, counted)]
-        return re.sub(r"»(\s*)«", r"\1", self.joined(words))
-
-    def read(self, text):
-        """What a person wrote, as `write` writes it -> tokens, a list. Raises UserError."""
-        if self.kind == "text" and self.tokenizer.encode and text:
-            return [int(t) for t in self.tokenizer.encode(text)]
-        if self.kind == "text":  # characters, which are known by their names alone
-            words, bars = list(text), []
-        else:
-            apart = " " in self.joined("ab")  # or side by side, as digits and cells are
-            words = text.split() if apart else list("".join(text.split()))
-            bars = self.train.bars
-        bars = [t for t in bars if self.words([t])[0] in words]  # these say which rule it follows
-        names = {self.words([t, *bars])[0]: t for t in reversed(range(self.vocab_size))}
-        if not words or not set(words) <= names.keys():
-            raise UserError(f"{text!r} is not written as {self.spec} is: see data.py show")
-        return [names[word] for word in words]
+        name = self.spec.partition(":")[0]
+        if name == "eca":  # a line for each of its rows
+            width = self.train.members[0][2]["width"]
+            words = ["\n" * (t > 0 and t % width == 0) + word for t, word in enumerate(words)]
+        side_by_side = self.kind == "text" or name in ("eca", "addition", "reversed_addition",
+                                                       "multiplication")
+        return re.sub(r"»(\s*)«", r"\1", ("" if side_by_side else " ").join(words))
 
 
 def kind_of(spec):
@@ -1287,6 +952,34 @@ def default_tokenizer(spec):
     return PUBLISHED[spec]["tokenizer"] if spec in PUBLISHED else "bytes"
 
 
+def text_folder(spec, tokenizer=None):
+    """The folder of tokens that a text is, or is made into -> (folder, Tokenizer)."""
+    folder = Path(spec)
+    if spec in CORPORA and folder.exists():
+        say(f"{spec} is the corpus of that name (data.py list); your own is ./{spec}")
+    name = tokenizer or default_tokenizer(spec)
+    if spec in PUBLISHED:
+        folder = cache_folder() / f"{spec}-{name}"
+        if not (folder / "meta.json").exists():
+            more = f" --tokenizer {name}" if tokenizer else ""
+            raise UserError(f"{spec} is not prepared here: python data.py prepare {spec}{more}")
+        return folder, load_tokenizer(name)
+    if spec in CORPORA or not (folder / "train.bin").exists():
+        tokenizer = load_tokenizer(name)
+        return tokenise(spec, tokenizer), tokenizer
+    # Somebody's folder of tokens.
+    if (folder / "meta.pkl").exists():
+        raise UserError(f"{folder} has a vocabulary of its own (meta.pkl): point at its text")
+    meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
+    tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))
+    for split in ("train", "val"):
+        largest = open_tokens(folder / f"{split}.bin", tokenizer.dtype).max(initial=0)
+        if largest >= tokenizer.vocab_size:
+            raise UserError(f"{folder}/{split}.bin holds the token {largest}: {tokenizer.name} has "
+                            f"{tokenizer.vocab_size}")
+    return folder, tokenizer
+
+
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     """The data that a spec names: a rule or mixture, a task, a corpus or a path. Raises UserError.
 
@@ -1296,31 +989,115 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     if kind != "text":
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
-    folder, name = Path(spec), tokenizer or default_tokenizer(spec)
-    if spec in CORPORA and folder.exists():
-        say(f"{spec} is the corpus of that name (data.py list); your own is ./{spec}")
-    if spec in PUBLISHED:
-        folder = cache_folder() / f"{spec}-{name}"
-        if not (folder / "meta.json").exists():
-            more = f" --tokenizer {name}" if tokenizer else ""
-            raise UserError(f"{spec} is not prepared here: python data.py prepare {spec}{more}")
-    elif spec in CORPORA or not (folder / "train.bin").exists():
-        folder = tokenise(spec, load_tokenizer(name))
-    tokenizer, dtype, files = read_meta(folder)
+    folder, tokenizer = text_folder(spec, tokenizer)
     windows = Problems if tokenizer.name == "characters" else Windows
-    datasets = []
-    for part, pieces in files.items():
-        pieces = [(folder / file, begin, end) for file, begin, end in pieces]
-        if folder == Path(spec):  # somebody else's
-            for path, _, _ in pieces:
-                check_tokens(path, dtype, tokenizer.vocab_size)
-        datasets.append(windows(spec, pieces, dtype, block_size or 256, seed,
-                                split if part == "train" else "val"))
-    return Data(spec, kind, *datasets, tokenizer.vocab_size, block_size or 256, tokenizer)
+    train, val = (windows(folder / f"{part}.bin", tokenizer.dtype, block_size or 256, seed, of)
+                  for part, of in (("train", split), ("val", "val")))
+    return Data(spec, kind, train, val, tokenizer.vocab_size, block_size or 256, tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line
+# What all scripts share: files, which are written whole and held by one process
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one.
+
+    Raises UserError where it cannot be written: a full disk, a folder that may not be."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it is written over
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is there and is not a file")
+    try:
+        with open(scratch, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
+        reason = reason_of(error.__context__ or error)
+        raise UserError(f"cannot write {path}: {reason}; what was there is unharmed") from None
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """numpy's numbers and arrays become Python's; nan, which is no JSON, becomes null."""
+    text = json.dumps(value, default=lambda array: array.tolist())
+    value = json.loads(text, parse_constant=lambda nan: None)
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong in this block, which reads a file and uses what is in it, becomes a
+    UserError: the file is damaged, or is not what it should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
+
+
+def reason_of(error):
+    """What an error says, in one line; an OSError without its number and path."""
+    said = " ".join(str(error).split())[:200]
+    if isinstance(error, (KeyError, TypeError, IndexError, AttributeError)):  # a file's odd content
+        said = f"it is not as it should be ({type(error).__name__}: {said})"
+    return getattr(error, "strerror", None) or said or type(error).__name__
+
+
+def read_json(path):
+    """The JSON object in a file. Raises UserError."""
+    with reading(path):
+        if not Path(path).is_file():
+            raise ValueError("there is no such file")  # a pipe would make us wait for ever
+        value = json.loads(Path(path).read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        return value
+
+
+def parsed(line):
+    """What a line of JSON says; None where it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(line)
+
+
+def json_lines(path):
+    """The values in a file of JSON lines, without what is none: a kill may leave half a line."""
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return [value for value in map(parsed, lines) if value is not None]
+
+
+def lock(path, wait=False):
+    """Holds a file until it is closed, or this process ends, however it ends.
+
+    Another process that has it is waited for, or refused: Busy. Windows locks nothing, and some
+    file systems cannot. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason_of(error)}") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise Busy(f"another process is at work in {path.parent}: let it end first") from None
+    except OSError as error:
+        say(f"warning: {path} cannot be locked ({reason_of(error)}): one process at a time, please")
+    return file
+
+
+# --------------------------------------------------------------------------------------------------
+# ... and the command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -1333,23 +1110,30 @@ class Parser(argparse.ArgumentParser):
 def number(low, below=math.inf, kind=int):
     """A type for argparse: a number from `low` to less than `below`; 4M and 1.6B are numbers."""
     def parse(text):
-        try:
-            unit = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:].upper())
-            value = round(float(text[:-1]) * unit) if unit else kind(text)
-        except (ValueError, OverflowError):
-            value = math.nan
-        if not low <= value < below:
+        found = re.fullmatch(r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)([KMBT]?)", text, re.IGNORECASE)
+        value = math.nan
+        with contextlib.suppress(ValueError, TypeError):
+            value = float(found[1]) * 1000 ** " KMBT".index(found[2].upper() or " ")
+        if not low <= value < below or kind is int and value != int(value):
             wanted = {int: "a whole number", float: "a number"}[kind] + f", at least {low}"
             if below < math.inf:
                 wanted += f", below {below:g}"
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not accepted: {wanted}")
-        return value
+        return kind(value)
     return parse
 
 
 def say(line):
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        print(line, flush=True)
+    """Prints a line, of several processes the first's. Work goes on where nobody reads it."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # python train.py ... | head
+            silence()
+
+
+def silence():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(spec, n, seed, split, tokenizer):
@@ -1391,7 +1175,7 @@ def main():
     preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
     preparer.add_argument("name", choices=PUBLISHED)
     preparer.add_argument("--tokens", type=number(1), help="such as 700M, rounded up to whole "
-                          "shards (default: what the published run reads)")
+                          "files (default: what the published run reads)")
     preparer.add_argument("--val_tokens", type=number(1), default=10_000_000, help="(default 10M)")
     preparer.add_argument("--workers", type=number(1, 1025), default=os.cpu_count(),
                           help="tokenising threads (default: all cores)")
@@ -1411,25 +1195,26 @@ def main():
 def run_main(main):
     """Runs a script's main: what the user can put right is one line on stderr and status 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console may not know every character
+        if hasattr(stream, "reconfigure"):  # a notebook's has not; none at all is None
+            stream.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
         return
-    except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
-        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
-            raise
-        status = 2
-        line = "not enough memory: less is needed with smaller batches or models, or --grad_accum"
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # python data.py list | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+        return silence()
     except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
         line, status = str(error), getattr(error, "status", 2)
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
+        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
+            raise
+        line, status = "not enough memory: smaller batches or models, or --grad_accum, need less", 2
     rank = os.environ.get("RANK", "0")
-    print(f"error: {line}" + (f" (process {rank})" if rank != "0" else ""), file=sys.stderr)
+    line = " ".join(line.split()) + (f" (process {rank})" if rank != "0" else "")
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(status)
 
 
