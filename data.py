@@ -285,9 +285,13 @@ def parse_spec(spec):
     for text in spec.removeprefix("shuffled:").split("+"):
         weight, star, rule = text.rpartition("*")
         name, _, given = rule.partition(":")
-        if star and not re.fullmatch(r"[0-9.]*[1-9][0-9.]*", weight.strip()):
+        try:
+            weight = float(weight) if star else 1.0
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight < math.inf:
             raise UserError(f"{text}: a weight is a number above 0")
-        members.append((float(weight or 1), name.strip(), parameters(name.strip(), given)))
+        members.append((weight, name.strip(), parameters(name.strip(), given)))
     shuffled = spec.startswith("shuffled:")
     if (shuffled or len(members) > 1) and any(name in TASKS for _, name, _ in members):
         raise UserError(f"{spec}: a task is neither mixed nor shuffled, only rules are")
@@ -480,14 +484,12 @@ def load_tokenizer(name):
         encode = lambda text: np.frombuffer(text.encode("latin-1"), np.uint8) - 32
         words = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
         return Tokenizer(name, 97, encode, lambda ts: "".join(words[t] for t in ts).encode())
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(tiktoken.list_encoding_names())
-        raise UserError(f"unknown tokenizer {name!r}: there are bytes, {known}")
     try:
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # requests' errors, a damaged download, an unwritable cache
-        raise UserError(f"the vocabulary of {name!r} could not be fetched "
-                        f"({type(error).__name__}): --tokenizer bytes needs no network") from None
+    except Exception as error:  # an unknown name, requests' errors, a damaged download
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise UserError(f"the vocabulary of {name!r} could not be had ({type(error).__name__}): "
+                        f"there are bytes, which needs no network, {known}") from None
 
     def encode(text):
         pieces = [text[start:start + PIECE] for start in range(0, len(text), PIECE)]
@@ -506,7 +508,8 @@ VERSION = 5  # to be raised where the same text becomes other tokens
 
 
 def cache_folder():
-    return Path(os.environ.get("NANOWARM_CACHE") or "~/.cache/nanowarm").expanduser()
+    with reading("the home folder"):  # there may be none
+        return Path(os.environ.get("NANOWARM_CACHE") or "~/.cache/nanowarm").expanduser()
 
 
 def pieces_of(file, name):
@@ -650,7 +653,7 @@ def tokenise(spec, tokenizer):
                 pieces = itertools.chain.from_iterable(map(read, paths))
                 ends = write_tokens(file, pieces, tokenizer)
             if split == "train" and not val:
-                hold_out(scratch, tokenizer, ends)
+                hold_out(scratch, ends, tokenizer.dtype.itemsize)
                 break
         write_json(scratch / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
         scratch.rename(folder)
@@ -678,7 +681,7 @@ def write_tokens(file, pieces, tokenizer, threads=1):
     return [*ends[1:], n]
 
 
-def hold_out(folder, tokenizer, ends):
+def hold_out(folder, ends, itemsize):
     """Moves the last tenth of train.bin to val.bin, from where a document ends if that is near."""
     n = ends[-1]
     cut = n - n // 10
@@ -686,10 +689,9 @@ def hold_out(folder, tokenizer, ends):
     if abs(near - cut) <= n // 100:
         cut = near
     with open(folder / "train.bin", "r+b") as train, open(folder / "val.bin", "wb") as val:
-        train.seek(cut * tokenizer.dtype.itemsize)
+        train.seek(cut * itemsize)
         shutil.copyfileobj(train, val)
-        train.truncate(cut * tokenizer.dtype.itemsize)
-    say(f"{cut:,} tokens to train on, and the last {n - cut:,} held out")
+        train.truncate(cut * itemsize)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -927,12 +929,13 @@ class Data:
         words = self.words(tokens)
         if counted is not None:
             words = [f"«{word}»" if counts else word for word, counts in zip(words, counted)]
-        name = self.spec.partition(":")[0]
-        if name == "eca":  # a line for each of its rows
-            width = self.train.members[0][2]["width"]
-            words = ["\n" * (t > 0 and t % width == 0) + word for t, word in enumerate(words)]
-        side_by_side = self.kind == "text" or name in ("eca", "addition", "reversed_addition",
-                                                       "multiplication")
+        side_by_side = self.kind == "text"
+        if not side_by_side and len(self.train.members) == 1:
+            _, name, p = self.train.members[0]
+            side_by_side = name in ("eca", "addition", "reversed_addition", "multiplication")
+            if name == "eca":  # a line for each of its rows
+                for start in range(p["width"], len(words), p["width"]):
+                    words[start] = f"\n{words[start]}"
         return re.sub(r"»(\s*)«", r"\1", ("" if side_by_side else " ").join(words))
 
 
@@ -952,30 +955,26 @@ def default_tokenizer(spec):
     return PUBLISHED[spec]["tokenizer"] if spec in PUBLISHED else "bytes"
 
 
-def text_folder(spec, tokenizer=None):
+def text_folder(spec, tokenizer):
     """The folder of tokens that a text is, or is made into -> (folder, Tokenizer)."""
     folder = Path(spec)
-    if spec in CORPORA and folder.exists():
-        say(f"{spec} is the corpus of that name (data.py list); your own is ./{spec}")
-    name = tokenizer or default_tokenizer(spec)
     if spec in PUBLISHED:
-        folder = cache_folder() / f"{spec}-{name}"
+        folder = cache_folder() / f"{spec}-{tokenizer}"
         if not (folder / "meta.json").exists():
-            more = f" --tokenizer {name}" if tokenizer else ""
-            raise UserError(f"{spec} is not prepared here: python data.py prepare {spec}{more}")
-        return folder, load_tokenizer(name)
+            raise UserError(f"{spec} is not prepared here: python data.py prepare {spec} "
+                            f"--tokenizer {tokenizer}")
+        return folder, load_tokenizer(tokenizer)
     if spec in CORPORA or not (folder / "train.bin").exists():
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(tokenizer)
         return tokenise(spec, tokenizer), tokenizer
-    # Somebody's folder of tokens.
     if (folder / "meta.pkl").exists():
         raise UserError(f"{folder} has a vocabulary of its own (meta.pkl): point at its text")
     meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
     tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))
-    for split in ("train", "val"):
-        largest = open_tokens(folder / f"{split}.bin", tokenizer.dtype).max(initial=0)
+    for path in (folder / "train.bin", folder / "val.bin"):
+        largest = open_tokens(path, tokenizer.dtype).max(initial=0)
         if largest >= tokenizer.vocab_size:
-            raise UserError(f"{folder}/{split}.bin holds the token {largest}: {tokenizer.name} has "
+            raise UserError(f"{path} holds the token {largest}, and {tokenizer.name} has "
                             f"{tokenizer.vocab_size}")
     return folder, tokenizer
 
@@ -989,7 +988,7 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     if kind != "text":
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
-    folder, tokenizer = text_folder(spec, tokenizer)
+    folder, tokenizer = text_folder(spec, tokenizer or default_tokenizer(spec))
     windows = Problems if tokenizer.name == "characters" else Windows
     train, val = (windows(folder / f"{part}.bin", tokenizer.dtype, block_size or 256, seed, of)
                   for part, of in (("train", split), ("val", "val")))
