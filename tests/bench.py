@@ -1,17 +1,14 @@
 """How fast it is beside other people's code: ratios, measured by turns on one machine.
 
-    python tests/bench.py                              all parts but nanogpt; takes minutes
-    python tests/bench.py trainer                      a step beside transformers' Trainer
-    python tests/bench.py nanogpt --nanogpt FOLDER     a step beside nanoGPT's model.py, in FOLDER
-    python tests/bench.py data                         the rows that a core makes, of each kind
-    python tests/bench.py jobs                         eight runs side by side
+    python tests/bench.py                      both parts; takes minutes
+    python tests/bench.py trainer              a step beside transformers' Trainer
+    python tests/bench.py data                 the rows that a core makes, of each kind
+    python tests/bench.py --nanogpt FOLDER     a step beside nanoGPT's model.py, in FOLDER, too
 """
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import train
 from data import RULES, TASKS, make_data, micro_batches
-from model import GPT, GPTConfig, as_hugging_face, parse_size
+from model import GPT, GPTConfig, as_hugging_face, find_device, parse_size
 
 import numpy as np
 import torch
@@ -38,13 +35,12 @@ def now(device):
 
 
 def compare(title, ours, theirs):
-    """Runs both by turns; each returns (seconds a step, mean loss). Returns the medians."""
+    """Runs both by turns; each returns (seconds a step, mean loss)."""
     turns = [(ours(), theirs()) for _ in range(TURNS)]
     ratios = [their[0] / our[0] for our, their in turns]
     apart = max(abs(our[1] - their[1]) for our, their in turns)
     print(f"{title}: {np.median(ratios):.2f} times as fast ({min(ratios):.2f} to "
           f"{max(ratios):.2f}), losses within {apart:.0e}", flush=True)
-    return np.median(turns, axis=0)[:, 0]
 
 
 def a_run(flags, name="train"):
@@ -129,7 +125,7 @@ def beside_trainer():
                 lambda: trainer(flags, batches))
 
 
-def bare(model, batch, settings):
+def plain_steps(model, batch, settings):
     """Forward, backward and AdamW, on one batch, of a model of ours or of nanoGPT's."""
     net = torch.compile(model) if settings.compile else model
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), []
@@ -146,7 +142,7 @@ def bare(model, batch, settings):
     return (now(settings.device) - began) / STEPS, torch.stack(losses).mean().item()
 
 
-def beside_nanogpt(folder, batch_size, peak):
+def beside_nanogpt(folder, batch_size):
     spec = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
     nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(nanogpt)
@@ -161,7 +157,7 @@ def beside_nanogpt(folder, batch_size, peak):
         def ours():
             model = GPT(first.config).to(settings.device)
             model.load_state_dict(first.state_dict())
-            return bare(model, batch, settings)
+            return plain_steps(model, batch, settings)
 
         def theirs():
             with contextlib.redirect_stdout(open(os.devnull, "w")):
@@ -169,13 +165,9 @@ def beside_nanogpt(folder, batch_size, peak):
             weights = {f"transformer.{name}": p for name, p in first.state_dict().items()}
             weights["lm_head.weight"] = weights.pop("transformer.lm_head.weight")
             model.load_state_dict(weights, strict=False)  # it may hold masks as well
-            return bare(model.to(settings.device), batch, settings)
+            return plain_steps(model.to(settings.device), batch, settings)
 
-        seconds = compare(f"a step of {size} with context {T}, beside nanoGPT", ours, theirs)
-        N = sum(p.numel() for p in first.parameters()) - T * d  # but for positions
-        for name, each in zip(("nanowarm", "nanoGPT") if cuda else (), seconds):
-            share = B * T / each * (6 * N + 12 * n_layer * d * T) / peak / 1e12
-            print(f"  {name}: {B * T / each:,.0f} tokens/s, {share:.1%} of {peak:g} TFLOP/s")
+        compare(f"a step of {size} with context {T}, beside nanoGPT", ours, theirs)
 
 
 def data_of_each_kind():
@@ -196,46 +188,20 @@ def data_of_each_kind():
         print(f"{spec:20}{rate:22.2f}{min(making) / min(steps):20.2f}", flush=True)
 
 
-def side_by_side(n, steps=150):
-    """Seconds that the steps of haystack take in n runs at the same time, without their start."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), "--data", "haystack", "--warmup", "none",
-                   "--steps", str(steps), "--eval_every", str(steps), "--out"]
-        runs = [subprocess.Popen([*command, f"{folder}/{i}"], stdout=subprocess.DEVNULL)
-                for i in range(n)]
-        seconds = []
-        for i, run in enumerate(runs):
-            run.wait()
-            log = map(json.loads, open(f"{folder}/{i}/log.jsonl"))
-            ends = [e["tokens"] / e["tokens_per_second"] for e in log if "tokens_per_second" in e]
-            seconds.append(ends[-1] - ends[0])
-        return np.mean(seconds)
-
-
-def eight_at_once():
-    one, eight, again = side_by_side(1), side_by_side(8), side_by_side(1)
-    print(f"eight runs of haystack side by side: {2 * eight / (one + again):.2f} times as long as "
-          "one alone")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["trainer", "data", "jobs"],
-                        help="some of trainer, nanogpt, data, jobs")
+    parser.add_argument("parts", nargs="*", default=["trainer", "data"],
+                        help="trainer, data or both")
     parser.add_argument("--nanogpt", metavar="FOLDER", help="where nanoGPT's model.py is")
     parser.add_argument("--batch", type=int, default=16, help="rows of gpt2 on a GPU (default 16)")
-    parser.add_argument("--peak", type=float, default=989.0,
-                        help="TFLOP/s of the GPU in bfloat16 (default 989, an H100's)")
     args = parser.parse_args()
-    print(f"{train.find_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{find_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if "trainer" in args.parts:
         beside_trainer()
     if args.nanogpt:
-        beside_nanogpt(args.nanogpt, args.batch, args.peak)
+        beside_nanogpt(args.nanogpt, args.batch)
     if "data" in args.parts:
         data_of_each_kind()
-    if "jobs" in args.parts:
-        eight_at_once()
 
 
 if __name__ == "__main__":
