@@ -12,7 +12,6 @@ to there. Texts come next, and last what all five scripts share: files and the c
 """
 import argparse
 import ast
-import codecs
 import contextlib
 import fnmatch
 import functools
@@ -36,7 +35,6 @@ import time
 import urllib.request
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -174,9 +172,7 @@ def dyck_shuffle(r, k=16, length=128, p=0.5, depth=16):
 
 
 def eca(r, rule=110, width=16, length=128):
-    """a cellular automaton on a ring of `width` cells, row after row; the first row is random
-
-    rule=random: each example has a rule of its own, which has to be found out (ours)."""
+    """a cellular automaton on a ring, row after row; rule=random (ours): one for each example"""
     if rule == RANDOM:
         rule = r.randrange(256)
     cells = r.choices((0, 1), k=width)
@@ -660,24 +656,21 @@ def tokenise(spec, tokenizer):
     return folder
 
 
-def write_tokens(file, pieces, tokenizer, threads=1):
+def write_tokens(file, pieces, tokenizer):
     """Pieces of text -> tokens in a file. Returns the places where documents end, and its end."""
     n, ends, began, said = 0, [0], time.monotonic(), time.monotonic()
-    with ThreadPoolExecutor(threads) as pool:  # tiktoken lets threads work at once
-        while batch := list(itertools.islice(pieces, 16 * threads)):
-            texts, ended = zip(*batch)
-            for tokens, ends_here in zip(pool.map(tokenizer.encode, texts), ended):
-                tokens = np.asarray(tokens, tokenizer.dtype)
-                if tokens.max(initial=0) >= tokenizer.vocab_size:
-                    raise ValueError("it holds a letter that its alphabet lacks")
-                if ends_here and n + len(tokens) > ends[-1]:  # else the document is empty
-                    tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
-                    ends.append(n + len(tokens))
-                file.write(tokens)
-                n += len(tokens)
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                say(f"{n / 1e6:,.1f} M tokens, {n / (said - began) / 1e6:.2f} M/s")
+    for text, ends_here in pieces:
+        tokens = np.asarray(tokenizer.encode(text), tokenizer.dtype)
+        if tokens.max(initial=0) >= tokenizer.vocab_size:
+            raise ValueError("it holds a letter that its alphabet lacks")
+        if ends_here and n + len(tokens) > ends[-1]:  # else the document is empty
+            tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
+            ends.append(n + len(tokens))
+        file.write(tokens)
+        n += len(tokens)
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            say(f"{n / 1e6:,.1f} M tokens, {n / (said - began) / 1e6:.2f} M/s")
     return [*ends[1:], n]
 
 
@@ -765,12 +758,12 @@ def fetch(url):
                     "--source can name a mirror or a folder with the same files")
 
 
-def prepare(name, wanted, threads=1, source=None, tokenizer=None):
+def prepare(name, tokens, source=None, tokenizer=None):
     """Fetches and tokenises a published corpus into the cache. Returns its folder.
 
-    wanted: {"train": tokens, "val": tokens}; whole files are read until there are as many. source:
-    a mirror's address or a folder. A shard is there whole or not at all, so the same command goes
-    on from where it was stopped, and asking for more adds to what is there. Raises UserError."""
+    tokens: to train on; whole files are read until there are as many, and 10 M held-out ones.
+    source: a mirror's address or a folder. A shard is there whole or not at all: the same command
+    goes on from where it was stopped, and asking for more adds to it. Raises UserError."""
     corpus = PUBLISHED[name]
     tokenizer = load_tokenizer(tokenizer or corpus["tokenizer"])
     if (tokenizer.name == "characters") != (corpus["tokenizer"] == "characters"):
@@ -780,7 +773,7 @@ def prepare(name, wanted, threads=1, source=None, tokenizer=None):
         base = Path(base).resolve().as_uri()
     folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
-        for split, share in wanted.items():
+        for split, share in (("val", 10_000_000), ("train", tokens)):
             done, shards = 0, []
             for file in corpus[split]:
                 label = f"{split}-{Path(file).name}"
@@ -790,8 +783,7 @@ def prepare(name, wanted, threads=1, source=None, tokenizer=None):
                 if not shards[-1].exists():
                     url = f"{base.rstrip('/')}/{Path(file).name if 'file://' in base else file}"
                     with reading(url), written_whole(shards[-1]) as shard:
-                        pieces = corpus["read"](fetch(url), split, share)
-                        write_tokens(shard, pieces, tokenizer, threads)
+                        write_tokens(shard, corpus["read"](fetch(url), split, share), tokenizer)
                 done += shards[-1].stat().st_size // tokenizer.dtype.itemsize
                 say(f"{label}: {done / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
                 if done >= share:
@@ -1135,30 +1127,28 @@ def silence():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def show(spec, n, seed, split, tokenizer):
+def show(spec, n, seed, tokenizer):
     data = make_data(spec, seed, tokenizer=tokenizer)
     print(f"{spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; what the loss "
           "counts is between « and », or all of a row that has none")
     for i in range(n):
-        x, y = (data.train if split == "train" else data.val)[i]
+        x, y = data.train[i]
         counted = None if (y != -1).all() else [False, *(y[:-1] != -1).tolist()]
         print("\n" + data.write(x, counted))
 
 
 def list_everything():
-    for title, rules in (("procedural rules", RULES), ("algorithmic tasks", TASKS)):
+    for title, rules in (("rules (--warmup)", RULES), ("tasks (--data)", TASKS)):
         print(title)
         for name, rule in rules.items():
             takes = str(inspect.signature(rule.make)).removeprefix("(r, ").removesuffix(")")
-            about = filter(None, inspect.getdoc(rule.make).splitlines())
-            print(f"  {name:18} " + f"\n{'':21}".join([*about, takes]))
-    print("what rules make\n  mixtures           set+union, 0.7*set:length=32+0.3*union:length=32\n"
+            print(f"  {name:18} {inspect.getdoc(rule.make)}\n{'':21}{takes}")
+    print("  mixtures           set+union, 0.7*set:length=32+0.3*union:length=32\n"
           "  shuffled control   shuffled:dyck:k=16\n"
-          "  varying lengths    set:length=2-20\ncorpora")
+          "  varying lengths    set:length=2-20\ntexts (--data)")
     for name, line in CORPORA.items():
         print(f"  {name:18} {line}")
-    print("  PATH               a file of text or of lines of JSON, a folder of them, or a folder "
-          "with train.bin and val.bin")
+    print("  PATH               a file or folder of text or of lines of JSON, or nanoGPT's folder")
 
 
 def main():
@@ -1169,25 +1159,21 @@ def main():
     shower.add_argument("spec", help="such as dyck:k=3,length=32, haystack:pairs=4, code, a path")
     shower.add_argument("-n", type=number(1, 10_001), default=3, help="how many (default 3)")
     shower.add_argument("--seed", type=number(0, 2 ** 32), default=0)
-    shower.add_argument("--split", choices=("train", "val"), default="train")
     shower.add_argument("--tokenizer", help="of text (default bytes, or the published one)")
     preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
     preparer.add_argument("name", choices=PUBLISHED)
     preparer.add_argument("--tokens", type=number(1), help="such as 700M, rounded up to whole "
                           "files (default: what the published run reads)")
-    preparer.add_argument("--val_tokens", type=number(1), default=10_000_000, help="(default 10M)")
-    preparer.add_argument("--workers", type=number(1, 1025), default=os.cpu_count(),
-                          help="tokenising threads (default: all cores)")
     preparer.add_argument("--source", help="a mirror's address, or a folder with the same files")
     preparer.add_argument("--tokenizer", help="bytes, or one that tiktoken knows")
     args = parser.parse_args()
     if args.command == "list":
         list_everything()
     elif args.command == "show":
-        show(args.spec, args.n, args.seed, args.split, args.tokenizer)
+        show(args.spec, args.n, args.seed, args.tokenizer)
     else:
-        wanted = {"train": args.tokens or PUBLISHED[args.name]["tokens"], "val": args.val_tokens}
-        folder = prepare(args.name, wanted, args.workers, args.source, args.tokenizer)
+        tokens = args.tokens or PUBLISHED[args.name]["tokens"]
+        folder = prepare(args.name, tokens, args.source, args.tokenizer)
         print(f"{args.name} is in {folder}; next: python train.py --preset {args.name}")
 
 
