@@ -1,7 +1,6 @@
 """GPT-2: the model, its parts, which can move between models, and checkpoints in and out.
 
-    python model.py export out/code-dyck-s0/ckpt.pt DIR    a Hugging Face GPT-2 folder
-    python model.py import DIR ckpt.pt                     such a folder, or nanoGPT's ckpt.pt
+    python model.py export out/code-dyck-s0 DIR    a run's model as a Hugging Face GPT-2 folder
 
 Every parameter belongs to one of the parts attn, mlp, norm and embed. What the paper calls transfer
 and weight mixtures is "copy these parts".
@@ -10,17 +9,18 @@ import contextlib
 import math
 import pickle
 import re
+import tempfile
 import warnings
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+# Before torch, whose threads read GOMP_SPINCOUNT as they start: data sets it.
+from data import Parser, UserError, read_json, reading, reason_of, run_main, written_whole
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from data import Parser, UserError, fits, read_json, reason_of, run_main, written_whole
 
 SIZES = {  # name: (n_layer, n_head, n_embd)
     "tiny": (2, 4, 128),  # for laptops (ours)
@@ -30,7 +30,6 @@ SIZES = {  # name: (n_layer, n_head, n_embd)
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. It comes from flags and files alike, so it is checked: UserError."""
     vocab_size: int
     block_size: int  # the longest context, in tokens
     n_layer: int
@@ -40,38 +39,17 @@ class GPTConfig:
     tied: bool = True  # the output head shares its weight with the token embeddings
 
     def __post_init__(self):
-        for name, most in (("vocab_size", 2 ** 22), ("block_size", 2 ** 20), ("n_layer", 1000),
-                           ("n_head", 1000), ("n_embd", 2 ** 16)):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 < value <= most:
-                raise UserError(f"{name} is {value!r}, and not a whole number from 1 to {most:,}")
-        if self.n_embd % self.n_head:
-            raise UserError(f"the width {self.n_embd} is no multiple of the {self.n_head} heads")
-        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout!r}, and not a number from 0 to less than 1")
+        if self.n_head < 1 or self.n_embd % self.n_head:
+            raise UserError(f"a width of {self.n_embd} is no multiple of {self.n_head} heads")
 
 
 def parse_size(size):
     """"gpt2" or "2_4_16" -> (n_layer, n_head, n_embd). Raises UserError."""
     if size in SIZES:
         return SIZES[size]
-    if not re.fullmatch(r"\d{1,9}_\d{1,9}_\d{1,9}", size):
+    if not re.fullmatch(r"[1-9]\d*_[1-9]\d*_[1-9]\d*", size, re.ASCII):
         raise UserError(f"unknown size {size!r}: {', '.join(SIZES)}, or layers_heads_width: 2_4_16")
     return tuple(map(int, size.split("_")))
-
-
-def find_device(name=None, elsewhere=False):
-    """The accelerator that is here: CUDA, Apple's MPS, or the CPU. elsewhere: a named one need not
-    be here. Raises UserError."""
-    here = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    if name is None:
-        return next(kind for kind in here if here[kind])
-    kind, _, place = name.partition(":")
-    if not re.fullmatch(r"(cuda(:\d{1,3})?|mps|cpu)", name):
-        raise UserError(f"unknown --device {name}: cuda, mps or cpu")
-    if int(place or 0) >= here[kind] and not elsewhere:
-        raise UserError(f"--device {name} is not here: without the flag it is {find_device()}")
-    return name
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,19 +61,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, start=0):
-        """(B, T, n_embd) -> (B, T - start, n_embd): tokens from `start` on, see GPT.states."""
+    def forward(self, x):
         q, k, v = split_heads(self.c_attn(x), self.n_head)
-        T = x.shape[1]
-        mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[start:] if start else None
-        y = F.scaled_dot_product_attention(q[:, :, start:], k, v, mask, is_causal=mask is None,
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                            dropout_p=self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
 
 def split_heads(qkv, n_head):
     """(B, T, 3 * n_embd) -> q, k, v, each (B, n_head, T, n_embd / n_head)"""
-    return qkv.unflatten(2, (3, n_head, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return [each.unflatten(2, (n_head, -1)).transpose(1, 2) for each in qkv.chunk(3, dim=2)]
 
 
 class MLP(nn.Module):
@@ -117,8 +92,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, start=0):
-        x = x[:, start:] + self.attn(self.ln_1(x), start)
+    def forward(self, x, counts=None):
+        """(B, T, n_embd) -> the same; with a mask `counts` (B, T), (n, n_embd) of those alone."""
+        x = x + self.attn(self.ln_1(x))
+        if counts is not None:
+            x = x[counts]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -157,33 +135,29 @@ class GPT(nn.Module):
             x, targets = self.states(idx).flatten(0, 1), targets.flatten()
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
 
-    def states(self, idx, start=0):
-        """What the output head reads of the tokens from `start` on: (B, T - start, n_embd).
+    def states(self, idx, counts=None):
+        """What the output head reads: (B, T, n_embd); with a mask `counts` (B, T), (n, n_embd).
 
-        The last block alone can leave out those before: in the others, later tokens look at them.
-        Where the loss counts only answers, that is a third of a step on a CPU (measured on
-        haystack)."""
+        After the last attention no token looks at another, so those that do not count end there:
+        a sixth of a step on a CPU where only answers count (measured on haystack)."""
         x = self.drop(self.wte(idx) + self.wpe.weight[:idx.shape[1]])
         for block in self.h:
-            begin = start if block is self.h[-1] else 0
+            wanted = counts if block is self.h[-1] else None
             if self.recompute and self.training:
-                x = checkpoint(block, x, begin, use_reentrant=False)
+                x = checkpoint(block, x, wanted, use_reentrant=False)
             else:
-                x = block(x, begin)
+                x = block(x, wanted)
         return self.ln_f(x)
 
     def counted_states(self, idx, targets):
         """What the head reads, (n, n_embd), where a target is not -1, and those targets, (n,)."""
         counts = targets != -1
-        start = int(counts.any(0).int().argmax())  # the first place that counts in any row
-        return self.states(idx, start)[counts[:, start:]], targets[counts]
+        return self.states(idx, counts), targets[counts]
 
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=0, generator=None, stop=-1):
-        """Continues idx (B, T) by n tokens, or until every row has made the token `stop`.
-
-        Temperature 0 takes the likeliest token; top_k 0 chooses among all. Call it in eval mode."""
-        stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    def generate(self, idx, n, temperature=1.0, top_k=0, generator=None):
+        """Continues idx (B, T) by n tokens -> (B, T + n). Temperature 0 takes the likeliest token;
+        top_k 0 chooses among all. Call it in eval mode."""
         for _ in range(n):
             logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
             if top_k:
@@ -195,9 +169,6 @@ class GPT(nn.Module):
             else:
                 token = logits.argmax(-1, keepdim=True)
             idx = torch.cat([idx, token], dim=1)
-            stopped |= token[:, 0] == stop
-            if stopped.all():
-                break
         return idx
 
 
@@ -276,7 +247,20 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints: ours, nanoGPT's, Hugging Face's
+# Devices, and checkpoints: ours, nanoGPT's, Hugging Face's
+
+
+def find_device(name=None):
+    """The accelerator that is here: CUDA, Apple's MPS, or the CPU. Raises UserError."""
+    here = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    if name is None:
+        return next(kind for kind in here if here[kind])
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name, re.ASCII):
+        raise UserError(f"unknown --device {name}: cuda, mps or cpu")
+    kind, _, place = name.partition(":")
+    if int(place or 0) >= here[kind]:
+        raise UserError(f"--device {name} is not here: without the flag it is {find_device()}")
+    return name
 
 
 def save(path, model, **more):
@@ -294,65 +278,42 @@ def load(path, device="cpu"):
     """A checkpoint of ours, nanoGPT's, or the folder of a run or of a Hugging Face GPT-2 -> (GPT,
     what else our file holds). Nothing in a file is ever run. Raises UserError."""
     path = Path(path)
-    try:
-        if (path / "ckpt.pt").exists():
-            path = path / "ckpt.pt"
+    if (path / "ckpt.pt").exists():
+        path = path / "ckpt.pt"
+    with reading(path):
         config, weights, state = read_folder(path) if path.is_dir() else read_file(path)
-        ours = {field.name for field in fields(GPTConfig)}  # nanoGPT has others, too
-        config = GPTConfig(**{key: config[key] for key in ours & config.keys()})
         weights = our_names(weights)
-        config.tied = config.tied and torch.equal(weights["wte.weight"], weights["lm_head.weight"])
-        model = GPT(config)
-        biases = {name: p for name, p in model.state_dict().items() if name.endswith("bias")}
-        model.load_state_dict(biases | weights)  # biases are zeros; nanoGPT's bias=False has none
-    except UserError as error:
-        raise UserError(f"{path}: {reason_of(error)}") from None
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {reason_of(error)}") from None
-    except Exception as error:  # what reads a damaged file may raise any
-        raise UserError(f"{path} is not a whole checkpoint: {reason_of(error)}") from None
+        ours = [field for field in fields(GPTConfig) if field.name in config]  # others have more
+        config = GPTConfig(**{field.name: field.type(config[field.name]) for field in ours})
+        config.tied &= torch.equal(weights["wte.weight"], weights["lm_head.weight"])
+        if f"h.{config.n_layer - 1}.ln_1.weight" not in weights:
+            raise ValueError(f"it does not have the {config.n_layer} layers of its config")
+        with torch.device("meta"):  # shapes without memory: a config may claim any
+            model = GPT(config)
+        model.load_state_dict(weights, assign=True)
+        if config.tied:
+            model.lm_head.weight = model.wte.weight
     return model.to(device), state
 
 
 def read_file(path):
     """A file with nothing but tensors, numbers and strings -> (config, weights, the rest)."""
     if path.exists() and not path.is_file():
-        raise UserError("it is not a file")  # a pipe would make us wait for ever
-    if path.open("rb").read(2) == b"PK" and not zipfile.is_zipfile(path):
-        raise ValueError("it was cut short")
+        raise ValueError("it is not a file")  # a pipe would make us wait for ever
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd pickles, which are refused
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError as error:  # it has a page of advice
         found = re.search(r"GLOBAL (\S+)", str(error))
-        if not found:
-            raise ValueError("torch did not write it, or it was cut short") from None
-        raise UserError(f"it holds {found[1]}, which is no tensor, number or string; nothing in it "
-                        "was run") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"it holds a {type(state).__name__}")
-    defaults = {"tokens": 0, "source": {}, "warmed": {"tokens": 0}}  # other people's have none
-    if not fits(defaults | state, {"tokens": float, "source": dict, "warmed": {"tokens": float}}):
-        raise ValueError("its tokens, source or warmed are not as nanowarm writes them")
+        what = found[1] if found else "something"
+        raise ValueError(f"{what} in it is no tensor, number or string: nothing in it was run")
     if "model_args" in state:
         return state["model_args"], state["model"], {}  # nanoGPT's
     if not {"config", "model"} <= state.keys():
-        raise UserError("it holds weights without a model's config: checkpoints of nanowarm and "
-                        "nanoGPT have one, and so have Hugging Face's folders")
+        raise ValueError("it holds weights without a model's config: checkpoints of nanowarm and "
+                         "nanoGPT have one, and so have Hugging Face's folders")
     return state.pop("config"), state.pop("model"), state
-
-
-def our_names(weights):
-    """Weights under our names, without the prefixes that others put before them, in float32."""
-    ours = {}
-    for name, tensor in weights.items():
-        name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
-        if not re.search(r"\.attn\.(masked_)?bias$", name):  # the causal mask in old checkpoints
-            ours[name] = tensor.float()
-    for name, other in (("wte.weight", "lm_head.weight"), ("lm_head.weight", "wte.weight")):
-        ours.setdefault(name, ours.get(other))  # of a tied pair, one is enough
-    return ours
 
 
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Hugging Face keeps these as (in, out)
@@ -360,49 +321,54 @@ GPT2 = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_at
         "scale_attn_by_inverse_layer_idx": False}
 
 
-def hugging_face():
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("Hugging Face's folders need: pip install transformers") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
 def read_folder(path):
     """A Hugging Face GPT-2 folder -> (config, weights, {})."""
-    if not (path / "config.json").exists():
-        raise UserError("it holds neither a run's ckpt.pt nor Hugging Face's config.json")
-    # Looked at before transformers makes a model of it.
-    c = {"n_inner": None, "resid_pdrop": 0.1, "tie_word_embeddings": True} | GPT2
-    c |= {"vocab_size": 50257, "n_positions": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    c |= read_json(path / "config.json")
-    config = GPTConfig(c["vocab_size"], c["n_positions"], c["n_layer"], c["n_head"], c["n_embd"],
-                       c["resid_pdrop"], c["tie_word_embeddings"])
-    for key, value in (GPT2 | {"n_inner": c["n_inner"] and 4 * config.n_embd}).items():
-        if c[key] != value:
-            raise UserError(f"its {key} is {c[key]!r}; only {value!r} is known here")
-    transformers = hugging_face()
-    try:
-        theirs, told = transformers.GPT2LMHeadModel.from_pretrained(
-            path, local_files_only=True, output_loading_info=True)
-    except Exception as error:  # transformers and safetensors raise many kinds
-        raise UserError(f"transformers cannot read it: {reason_of(error)}") from None
-    odd = [*set(told["missing_keys"]) - {"lm_head.weight"}, *told["unexpected_keys"]]
-    if odd:
-        raise UserError(f"it is no whole GPT-2: its config and weights differ in {odd[:3]}")
-    weights = theirs.state_dict()
+    whole = path / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(path.glob("model-*.safetensors"))
+    if not files:
+        raise ValueError("it holds neither a run's ckpt.pt nor Hugging Face's model.safetensors")
+    from safetensors.torch import load_file  # comes with transformers
+    weights = {}
+    for file in files:
+        weights |= load_file(file)
     for name in filter(TRANSPOSED.search, weights):
-        weights[name] = weights[name].t()
-    return vars(config), weights, {}
+        weights[name] = weights[name].t().contiguous()
+    config = read_json(path / "config.json")
+    for key, value in (GPT2 | {"n_inner": 4 * config["n_embd"]}).items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"its {key} is {config[key]!r}; only {value!r} is known here")
+    config |= {"block_size": config["n_positions"], "dropout": config["resid_pdrop"],
+               "tied": config.get("tie_word_embeddings", True)}
+    return config, weights, {}
+
+
+def our_names(weights):
+    """Weights under our names, without the prefixes that others put before them, in float32."""
+    ours = {}
+    for name, tensor in weights.items():
+        name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
+        if re.search(r"\.attn\.(masked_)?bias$", name):  # the causal mask in old checkpoints
+            continue
+        # Contiguous: a file of one number can claim that it is repeated for gigabytes.
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not plain or not tensor.is_floating_point() or not tensor.is_contiguous():
+            raise ValueError(f"its {name} is no plain tensor of floating-point numbers")
+        ours[name] = tensor.float()
+    ours.setdefault("lm_head.weight", ours["wte.weight"])  # of a tied pair, one is enough
+    for name in list(ours):
+        if name.startswith(("h.", "ln_f.")):  # nanoGPT's bias=False has none: they are zeros
+            ours.setdefault(name.replace("weight", "bias"), torch.zeros(len(ours[name])))
+    return ours
 
 
 def as_hugging_face(model):
-    """The same model as one of transformers'."""
+    """The same model as one of transformers'. Raises UserError without that library."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("Hugging Face's models need: pip install transformers") from None
     c = model.config
     end = 50256 if c.vocab_size == 50257 else None  # GPT-2's <|endoftext|>
-    transformers = hugging_face()
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
@@ -416,28 +382,23 @@ def as_hugging_face(model):
 
 
 def main():
-    parser = Parser(description="Checkpoints to and from Hugging Face's GPT-2 folders.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    exporter = commands.add_parser("export", help="write a folder that transformers loads")
-    exporter.add_argument("checkpoint")
-    exporter.add_argument("folder")
-    importer = commands.add_parser("import", help="read such a folder, or nanoGPT's ckpt.pt")
-    importer.add_argument("source")
-    importer.add_argument("checkpoint", help="the file to write, which --init and eval.py take")
+    parser = Parser(description="Writes a checkpoint as a Hugging Face GPT-2 folder.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("checkpoint", help="a run's folder, or a file of weights")
+    parser.add_argument("folder", type=Path, help="the folder to make")
     args = parser.parse_args()
-    if args.command == "import":
-        model, _ = load(args.source)
-        save(args.checkpoint, model, stage="imported", step=0)
-        print(f"{args.checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters")
-        return
+    folder = args.folder
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there, and is no empty folder: choose another")
     theirs = as_hugging_face(load(args.checkpoint)[0])
     try:
-        if Path(args.folder).exists() and any(Path(args.folder).iterdir()):
-            raise UserError(f"{args.folder} is not empty: choose another folder")
-        theirs.save_pretrained(args.folder)
-    except OSError as error:
-        raise UserError(f"cannot write {args.folder}: {reason_of(error)}") from None
-    print(f"{args.folder}: config.json and model.safetensors; it has no tokenizer of its own")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+            theirs.save_pretrained(f"{scratch}/whole")
+            Path(scratch, "whole").replace(folder)
+    except Exception as error:  # of a full disk, safetensors has kinds of its own
+        raise UserError(f"cannot write {folder}: {reason_of(error)}") from None
+    print(f"{folder}: config.json and model.safetensors; it has no tokenizer of its own")
 
 
 if __name__ == "__main__":
