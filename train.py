@@ -6,10 +6,9 @@
     python train.py --preset c4 --warmup union     a published run (first: data.py prepare c4)
     torchrun --nproc_per_node=8 train.py ...       on eight GPUs: the same batches
 
-It goes from the whole to its parts: `run`, which has two stages; `train`, which is one stage, and
-the pieces of its step; processes and signals; the settings; and what is said before and after. `s`
-are all settings, `stage` the same as one stage sees them: `stage.lr` of the warm-up is
-`s.warmup_lr`.
+Read from `run`, which has two stages, through `train`, which is one, to the end of `Log`; the rest
+is there to be looked up. Settings, such as the learning rate, are in `DEFAULTS`. `s` are all of
+them, `stage` the same as a stage sees them: `stage.lr` of the warm-up is `s.warmup_lr`.
 """
 import contextlib
 import datetime
@@ -28,18 +27,19 @@ import zlib
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from pathlib import Path
 
-import numpy as np
+# Before torch, since data.py sets how its threads wait, which torch reads when it is imported.
+from data import (Parser, UserError, can_grow, default_tokenizer, json_lines, kind_of, lock,
+                  make_data, micro_batches, number, read_json, reading, run_main, say,
+                  write_json, written_whole)
+from eval import evaluate, held_out_rows, perplexity
+from model import (GPT, GPTConfig, attention_maps, find_device, load, parse_parts, parse_size, save,
+                   transfer)
+
+import numpy
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-
-from data import (CORPORA, PUBLISHED, Parser, UserError, can_grow, default_tokenizer, fits,
-                  json_lines, kind_of, lock, make_data, micro_batches, number, parse_spec,
-                  read_json, reason_of, remove_scratch, run_main, say, write_json, written_whole)
-from eval import evaluate, held_out_rows, perplexity
-from model import (GPT, GPTConfig, attention_maps, find_device, load, parse_parts, parse_size, save,
-                   transfer)
 
 # --------------------------------------------------------------------------------------------------
 # A run: two stages, and what moves between them
@@ -50,38 +50,39 @@ def run(s):
     out = Path(s.out)
     join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
-    data, warmup_data = open_data(s)
-    # Before open_run: these turn the tokens of a stage into steps, in `s`, too.
-    train_stage = stage_of(s, "train", data.block_size)
-    warmup_stage = stage_of(s, "warmup", warmup_data.block_size) if warmup_data else None
-    fingerprint = check_data(data, warmup_data, s)
+    data, rule = open_data(s)
+    fingerprint = check_data(data, rule, s)
+    stage = stage_of(s, "train", data)
     model = new_model(data, s.size, s.tied, s.dropout, s.seed)
     warmed = start_from_checkpoints(model, s)
-    if warmup_data:
-        seed = s.seed + 2 ** 32  # other weights
-        warmup_model = new_model(warmup_data, s.size, True, s.warmup_dropout, seed)
-        # What does not fit is refused now, not after hours of warm-up.
-        transfer(warmup_model, model, parse_parts(s.transfer), s.embeddings, s.positions)
+    if rule:
+        warm_stage = stage_of(s, "warmup", rule)
+        other_seed = s.seed + 2 ** 32
+        warm_model = new_model(rule, s.size, True, s.warmup_dropout, other_seed)
+        # A trial: what does not fit is refused now, not after hours of warm-up.
+        transfer(warm_model, model, parse_parts(s.transfer), s.embeddings, s.positions)
 
-    with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
+    with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext() as held:
+        if held and hasattr(os, "register_at_fork"):
+            # DataLoader's workers, which outlive a kill by seconds, would hold it as well.
+            os.register_at_fork(after_in_child=held.close)
         with first_process_first():
             finished = open_run(out, s, fingerprint, warmed["spec"])
-        if finished:
+        if finished is not None:
             say(f"{out}: finished in an earlier run")
             return finished
+        listen()
         n = sum(p.numel() for p in model.parameters())
         say(f"{out}: {s.size} GPT, {n:,} parameters, context {data.block_size}; {s.device}, "
             f"{s.dtype}, {world_size()} process{'es' if world_size() > 1 else ''}")
-
-        if warmup_data:
+        if rule:
             # 1. Warm up.
-            warmed |= train(warmup_model, warmup_data, warmup_stage, out / "warmup.pt", fingerprint,
-                            warmed)
+            warmed |= train(warm_model, rule, warm_stage, out / "warmup.pt", fingerprint, warmed)
             # 2. Move what was learned.
-            move(warmup_model, model, parse_parts(s.transfer), s)
-            del warmup_model  # its memory is wanted now
+            move(warm_model, model, parse_parts(s.transfer), s)
+            del warm_model  # its memory is wanted now
         # 3. Continue.
-        trained = train(model, data, train_stage, out / "ckpt.pt", fingerprint, warmed)
+        trained = train(model, data, stage, out / "ckpt.pt", fingerprint, warmed)
         # 4. Say what came of it.
         return write_result(out, s, fingerprint, warmed, trained)
 
@@ -89,13 +90,29 @@ def run(s):
 def open_data(s):
     """The data of both stages; the second is None where nothing is warmed up. Raises UserError."""
     with first_process_first():  # it may have a corpus to tokenise, which the others then find
-        data = make_data(s.data, s.seed, s.block_size, s.tokenizer)
-        if s.warmup == "none":
-            return data, None
+        data, rule = make_data(s.data, s.seed, s.block_size, s.tokenizer), None
         if s.warmup == "text":
-            size = s.warmup_block_size or s.block_size
-            return data, make_data(s.data, s.seed, size, s.tokenizer, split="warmup")
-        return data, make_data(s.warmup, s.seed, s.warmup_block_size)
+            block_size = s.warmup_block_size or s.block_size
+            rule = make_data(s.data, s.seed, block_size, s.tokenizer, split="warmup")
+        elif s.warmup != "none":
+            rule = make_data(s.warmup, s.seed, s.warmup_block_size)
+        return data, rule
+
+
+def check_data(data, rule, s):
+    """Refuses data that cannot be trained on. Returns their fingerprint. Raises UserError."""
+    both = [data, rule] if rule else [data]
+    for each, batch_size in zip(both, (s.batch_size, s.warmup_batch_size)):
+        if not (each.train.__getitems__(range(64))[1] != -1).any():
+            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}: longer "
+                            "ones are needed")
+        if batch_size < world_size():
+            raise UserError(f"a batch of {batch_size} is too small for {world_size()} processes")
+    fingerprint = [each.fingerprint() for each in both]
+    if total(*fingerprint) != [number * world_size() for number in fingerprint]:
+        raise UserError("processes see different data: corpora have to be on a disk that all "
+                        "machines share, or be copied to each")
+    return fingerprint
 
 
 def new_model(data, size, tied, dropout, seed):
@@ -106,12 +123,10 @@ def new_model(data, size, tied, dropout, seed):
 
 def move(source, model, parts, s):
     """Moves these parts, and embeddings and positions as the settings say, and says what moved."""
-    positions = transfer(source, model, parts, s.embeddings, s.positions)
-    line = f"[transfer] {', '.join(parts)}; embeddings {s.embeddings}, positions "
-    line += "moved" if positions else "random"
-    if s.positions == "fit" and not positions:
-        line += f": the warm-up has {source.config.block_size} of {model.config.block_size}"
-    say(line)
+    moved = transfer(source, model, parts, s.embeddings, s.positions)
+    say(f"[transfer] {', '.join(parts)}; embeddings {s.embeddings}, positions "
+        f"{'moved' if moved else 'random'} (there are {source.config.block_size} for "
+        f"{model.config.block_size})")
 
 
 def start_from_checkpoints(model, s):
@@ -123,70 +138,39 @@ def start_from_checkpoints(model, s):
         if path:
             source, state = load(path)
             move(source, model, parts, s)
-            warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
-            warmed["tokens"] += warm.get("tokens", 0)
-            specs.append(state.get("source", {}).get("spec") or Path(path).stem)
+            with reading(path):  # other people's files hold none of this
+                warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
+                warmed["tokens"] += warm.get("tokens", 0)
+                specs.append(str(state.get("source", {}).get("spec", Path(path).stem)))
     return warmed | {"spec": " + ".join(specs) or s.warmup}
-
-
-def check_data(data, warmup_data, s):
-    """Refuses data that cannot be trained on. Returns their fingerprint. Raises UserError."""
-    both = [data, warmup_data] if warmup_data else [data]
-    fingerprint = [each.fingerprint() for each in both]
-    for each in both:
-        if not (each.train.__getitems__(range(64))[1] != -1).any():
-            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}: longer "
-                            "ones are needed")
-    if s.embeddings == "keep" and both[-1].vocab_size != data.vocab_size:
-        raise UserError(f"--embeddings keep needs one vocabulary: {warmup_data.spec} has "
-                        f"{warmup_data.vocab_size} tokens, {data.spec} {data.vocab_size}")
-    smallest = min(s.batch_size, s.warmup_batch_size if warmup_data else math.inf)
-    if smallest < world_size():
-        raise UserError(f"a batch of {smallest} is too small for {world_size()} processes")
-    if world_size() > 1:
-        theirs = [None] * world_size()
-        dist.all_gather_object(theirs, fingerprint)
-        if any(other != fingerprint for other in theirs):
-            raise UserError("processes see different data: corpora have to be on a disk that all "
-                            "machines share, or be copied to each")
-    return fingerprint
-
-
-RESULT = {  # what of result.json a finished run prints again
-    "settings": {"data": str}, "warmup": str, "val_loss": float, "val_accuracy": float,
-    "val_exact": float, "val_bits_per_byte": (float, None), "warmup_loss": (float, None),
-    "warmup_accuracy": (float, None), "warmup_first_loss": (float, None),
-    "warmup_first_accuracy": (float, None), "seconds": float,
-    "tokens": {"procedural": float, "semantic": float}}
 
 
 def open_run(out, s, fingerprint, warmup):
     """Makes the run's folder, or checks that it holds this very run. Returns its result if that is
     there, else None. Raises UserError."""
-    if rank() == 0:
-        remove_scratch(out)
-    config = {"settings": vars(s), "warmup": warmup, "fingerprint": fingerprint,
-              "environment": environment(s.device)}
-    if not (out / "config.json").exists():
+    path = out / "config.json"
+    if not path.exists():
         if any(out.glob("[!.]*")):
             raise UserError(f"{out} is there and is not a run: choose another --out")
-        write_json(out / "config.json", config)
+        write_json(path, {"settings": vars(s), "warmup": warmup, "fingerprint": fingerprint,
+                          "environment": environment(s.device)})
         return None
-    there = read_json(out / "config.json")
-    if not fits(there, {"settings": dict}):
-        raise UserError(f"{out / 'config.json'} is not of a run: choose another --out")
-    for key, value in vars(s).items():
-        if key not in OPERATIONAL and there["settings"].get(key) != value:
-            line = (f"{out} holds a run with other settings ({key} {there['settings'].get(key)}, "
-                    f"here {value}): choose another --out")
-            if key == "steps":
-                line += f", or --init {out}/ckpt.pt --transfer all to train on"
-            raise UserError(line)
-    if there.get("fingerprint") != fingerprint:
-        raise UserError(f"{s.data} is not what it was when the run in {out} began: put it "
-                        "back, or choose another --out")
+    fixed = vars(s).keys() - OPERATIONAL
+    if s.dropout or s.warmup_dropout:
+        fixed.add("grad_accum")  # which changes what is dropped
+    with reading(path):
+        there = read_json(path)
+        for key in sorted(fixed):
+            theirs, ours = there["settings"].get(key), getattr(s, key)
+            if theirs != ours:
+                raise UserError(f"{out} holds a run with other settings ({key} {theirs}, here "
+                                f"{ours}): choose another --out; --init {out}/ckpt.pt --transfer "
+                                "all would train on from it")
+        if there["fingerprint"] != fingerprint:
+            raise UserError(f"{s.data} is not what it was when the run in {out} began: put it "
+                            "back, or choose another --out")
     if (out / "result.json").exists():
-        return read_json(out / "result.json", RESULT)
+        return read_json(out / "result.json")
     if not s.resume and rank() == 0:
         raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
     return None
@@ -196,12 +180,11 @@ def environment(device):
     commit = None
     with contextlib.suppress(OSError):  # there may be no git
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
-                                capture_output=True, text=True).stdout.strip()
+                                capture_output=True, text=True).stdout.strip() or None
     cuda = device.startswith("cuda")
     name = torch.cuda.get_device_name(device) if cuda else platform.machine()
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "device_name": name, "processes": world_size(),
-            "commit": commit or None}
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit,
+            "numpy": numpy.__version__, "device_name": name, "processes": world_size()}
 
 
 def write_result(out, s, fingerprint, warmed, trained):
@@ -226,90 +209,163 @@ def write_result(out, s, fingerprint, warmed, trained):
 
 def train(model, data, stage, file, fingerprint, warmed):
     """Trains a model for one stage. `file` is its checkpoint: gone on from if it is there, and
-    written with the data's fingerprint and what is known of a warm-up before. Returns {"before",
-    "result": evaluations, "step", "tokens", "seconds", ...}. Raises UserError, and Stopped after a
-    signal."""
-    say(f"[{stage.label}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
-        f"{stage.block_size} tokens")
+    written with the data's fingerprint and what is known of a warm-up before. Returns how far it
+    is, see `resume`. Raises UserError, and Stopped after a signal."""
+    introduce(stage, data)
     model.recompute = stage.recompute
     model.to(stage.device)
     optimizer = make_optimizer(model, stage)
     scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
-    progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
-                "length": 2 if stage.curriculum else None}
-    if file.exists():
-        progress = resume(file, model, optimizer, scaler, stage, fingerprint)
-    first = progress["step"]
+    progress = resume(file, model, optimizer, scaler, stage, fingerprint)
+    began = time.monotonic() - progress["seconds"]
     log = Log(file.with_name("log.jsonl"), stage, progress)
-    if first and (first == stage.steps or progress["passed"] == 2):
-        return progress  # it was complete
-    if first:
-        say(f"[{stage.label}] going on after step {first:,}")
-    save_every = stage.save_every or stage.steps // 10 or 1
-    eval_every = stage.eval_every or stage.steps // 5 or 1
+    held_out = held_out_rows(data, stage.eval_rows)
+    if not progress["before"]:
+        progress["before"] = progress["result"] = evaluation(model, held_out, data, stage)
+        log.add_evaluation(0, progress["before"])
+    if is_complete(progress, stage):
+        return progress
+    n_micro = stage.grad_accum or enough_micro_batches(data, stage)
+    net = wrapped(model, data, stage, n_micro)
+    if stage.curriculum:
+        data.train.longest = data.val.longest = progress["length"]
+    rows = rows_from(data, stage, progress["step"])
 
-    def due(every, done):
-        return done % every == 0 or done == stage.steps
-
-    def save_progress(step):
-        progress.update(step=step, tokens=step * log.step_tokens, seconds=time.time() - log.began)
+    def save_progress():
         if rank() == 0:
-            source = {"spec": data.spec, "tokenizer": stage.tokenizer, "seed": stage.seed}
+            source = {"spec": data.spec, "tokenizer": stage.tokenizer, "seed": stage.seed,
+                      "eval_rows": stage.eval_rows}
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                  stage=stage.name, source=source, fingerprint=fingerprint, warmed=warmed,
                  **progress)
 
-    held_out = held_out_rows(data, stage.eval_rows)
-    if not progress["before"]:
-        progress["before"] = progress["result"] = measure(model, held_out, data, stage)
-        log.add(0, result=progress["before"])
-    n_micro = stage.grad_accum or enough_micro_batches(data, stage)
-    net = wrapped(model, data, stage, n_micro) if stage.steps else model
-    if progress["length"]:
-        whole_length = data.train.longest
-        data.train.longest = data.val.longest = progress["length"]
-    rows = rows_from(data, stage, first)
     model.train()
-    for step in range(first, stage.steps):
+    for step in range(progress["step"], stage.steps):
+        lr = lr_at(stage, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(stage, step)
+            group["lr"] = lr
         if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
             torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
+
         x, y = next(rows)
-        # One process may have got the signal: all hear of it with the sum, and stop together.
-        n_counted, asked_to_stop = total(int((y != -1).sum()), len(SIGNALS))
-        if asked_to_stop:
-            save_progress(step)
+        # One process may have got a signal: all hear of it with the sum, and stop together.
+        n_counted, n_signals = total(int((y != -1).sum()), len(SIGNALS))
+        if n_signals:
+            save_progress()
             raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
+        loss = 0.0
         micros = micro_batches(x, y, n_micro, trim=stage.device == "cpu")
-        loss = gradients(net, model, micros, n_counted, stage, scaler)
+        for i, (x, y) in enumerate(micros):
+            x, y = x.to(stage.device, non_blocking=True), y.to(stage.device, non_blocking=True)
+            if world_size() > 1:  # processes share their gradients once a step
+                net.require_backward_grad_sync = i == len(micros) - 1
+            watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
+            with autocast(stage), watched as maps:
+                # A sum over tokens that count, by their number in the step, in all processes.
+                micro_loss = net(x, y) / max(n_counted, 1)
+            loss += micro_loss.detach()
+            if stage.sharpen:
+                blur = attention_entropy(maps, y).sum() / stage.batch_size
+                micro_loss = micro_loss + stage.sharpen * blur
+            # DDP takes the mean over processes; wanted is the sum.
+            scaler.scale(micro_loss * world_size()).backward()
+
         done = step + 1
-        logging = due(stage.log_every, done) or done == 1
-        saving = due(save_every, done)
-        look = logging or saving or stage.device == "cpu"
-        take_step(model, optimizer, scaler, stage, look)
+        last = done == stage.steps
+        logging = last or done == 1 or done % stage.log_every == 0
+        saving = last or done % stage.save_every == 0
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip or math.inf)
+        # To look at it a GPU has to be waited for: what is not seen now is by the next look.
+        if (logging or saving or stage.device == "cpu") and not scaler.is_enabled():
+            if not norm.isfinite():
+                raise UserError("the loss or its gradient is not finite: a lower learning rate may "
+                                "help; --resume goes on from the last checkpoint")
+        scaler.step(optimizer)  # leaves out a step whose gradient float16 could not hold
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        progress |= {"step": done, "tokens": done * stage.step_tokens,
+                     "seconds": time.monotonic() - began}
         if logging:
-            log.add(done, loss=total(float(loss))[0], lr=lr_at(stage, step))
-        if due(eval_every, done):
-            progress["result"] = measure(model, held_out, data, stage)
-            log.add(done, result=progress["result"])
+            log.add_step(done, total(float(loss))[0], lr)
+        if last or done % stage.eval_every == 0:
+            progress["result"] = evaluation(model, held_out, data, stage)
+            log.add_evaluation(done, progress["result"])
             good = stage.stop_at and progress["result"]["accuracy"] >= stage.stop_at
             progress["passed"] = progress["passed"] + 1 if good else 0
-        growing = progress["length"] and progress["length"] < whole_length
-        if growing and done % 20 == 0:  # the curriculum: every 20 steps, by 2 (ours)
-            if measure(model, held_out_rows(data, 256), data, stage)["accuracy"] > 0.99:
-                progress["length"] += 2
-                data.train.longest = data.val.longest = progress["length"]
-                rows = rows_from(data, stage, done)
-        if saving or progress["passed"] == 2:
-            save_progress(done)
-        if progress["passed"] == 2:
+        if grow(progress, model, data, stage):
+            rows = rows_from(data, stage, done)
+        if saving or is_complete(progress, stage):
+            save_progress()
+        if is_complete(progress, stage):
             break
     return progress
 
 
-def measure(model, rows, data, stage):
-    """An evaluation, see eval.py. Raises UserError if its loss is not finite."""
+def introduce(stage, data):
+    """Says what a stage is about to do."""
+    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
+    say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
+        f"{stage.block_size} tokens; weight decay {stage.weight_decay:g}, dropout "
+        f"{stage.dropout:g}\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
+        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
+
+
+def is_complete(progress, stage):
+    """At its last step, or stopped early: --stop_at was reached twice in a row."""
+    return progress["step"] == stage.steps or progress["passed"] == 2
+
+
+def resume(file, model, optimizer, scaler, stage, fingerprint):
+    """Puts a checkpoint, if there is one, into model, optimiser and scaler -> how far the stage is:
+    step, tokens, seconds; before and result, the first and the last evaluation; passed, how many in
+    a row reached --stop_at; length, of a curriculum. Raises UserError."""
+    progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
+                "length": 2 if stage.curriculum else None}
+    if not file.exists():
+        return progress
+    saved_model, state = load(file)
+    with reading(file):
+        if saved_model.config != model.config or state["fingerprint"] != fingerprint:
+            raise ValueError("it is of another model, or of other data")
+        progress = {key: state[key] for key in progress}
+        if progress["step"] not in range(stage.steps + 1):
+            raise ValueError(f"it is at step {progress['step']} of {stage.steps}")
+        say(f"[{stage.name}] taken up at step {progress['step']:,}, held-out loss "
+            f"{progress['result']['loss']:.3f}, after {clock(progress['seconds'])}")
+        saved = state["optimizer"]["state"]  # empty before the first step
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(parameters if saved else []):
+            saved[i]["step"] = torch.tensor(float(saved[i]["step"]))
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = saved[i][name]
+                if moment.shape != p.shape or moment.dtype != p.dtype:
+                    raise ValueError("its optimiser is of another model")
+                # Strides and layouts that a file may have would crash the fused step.
+                saved[i][name] = torch.empty(p.shape).copy_(moment)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved, "param_groups": groups})
+        scaler.load_state_dict(state["scaler"])
+    model.load_state_dict(saved_model.state_dict())
+    return progress
+
+
+def grow(progress, model, data, stage):
+    """The curriculum: every 20 steps (ours) inputs become longer by 2 if accuracy passes 0.99
+    (paper, "Procedural data"). Returns whether they did."""
+    if not stage.curriculum or progress["step"] % 20 or progress["length"] >= stage.curriculum:
+        return False
+    rows = held_out_rows(data, 256)
+    if evaluation(model, rows, data, stage)["accuracy"] <= 0.99:
+        return False
+    progress["length"] += 2
+    data.train.longest = data.val.longest = progress["length"]
+    return True
+
+
+def evaluation(model, rows, data, stage):
+    """Loss, accuracy and more, see eval.py. Raises UserError if the loss is not finite."""
     result = evaluate(model, rows, stage.device, autocast(stage), data.tokenizer)
     if not math.isfinite(result["loss"]):
         raise UserError("the held-out loss is not finite: a lower learning rate may help")
@@ -321,10 +377,9 @@ def lr_at(stage, step):
     schedule down to min_lr."""
     if step < stage.lr_ramp:
         return stage.lr * (step + 1) / stage.lr_ramp
-    end = stage.lr / 10 if stage.min_lr is None else stage.min_lr
     done = (step - stage.lr_ramp) / max(1, stage.steps - stage.lr_ramp)
     share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1}
-    return end + (stage.lr - end) * share[stage.lr_schedule]
+    return stage.min_lr + (stage.lr - stage.min_lr) * share[stage.lr_schedule]
 
 
 def make_optimizer(model, stage):
@@ -357,7 +412,7 @@ def ignore_ctrl_c(worker):
 def enough_micro_batches(data, stage):
     """So many that a micro-batch's logits stay below 4 GB; of tasks on a CPU, 8 of 2,000 tokens or
     more, so that rows of like length go together (measured)."""
-    tokens = stage.batch_size / world_size() * stage.block_size
+    tokens = stage.step_tokens / world_size()
     if stage.device == "cpu" and data.kind != "text":
         return max(1, min(8, int(tokens / 2000)))
     return math.ceil(tokens * data.vocab_size / 2 ** 30)
@@ -385,40 +440,6 @@ def wrapped(model, data, stage, n_micro):
     return net
 
 
-def gradients(net, model, micros, n_counted, stage, scaler):
-    """Backward through the micro-batches of a step -> this process's share of the step's loss.
-
-    n_counted: the tokens that count in the whole step, in whichever process they are."""
-    loss = 0.0
-    for i, (x, y) in enumerate(micros):
-        x, y = (each.to(stage.device, non_blocking=True) for each in (x, y))
-        waits = world_size() > 1 and i < len(micros) - 1  # processes share gradients once a step
-        watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
-        with net.no_sync() if waits else contextlib.nullcontext():
-            with autocast(stage), watched as maps:
-                micro_loss = net(x, y) / max(n_counted, 1)
-            loss += micro_loss.detach()
-            if stage.sharpen:
-                blur = attention_entropy(maps, y).sum() / stage.batch_size
-                micro_loss = micro_loss + stage.sharpen * blur
-            # DDP takes the mean over processes; wanted is the sum.
-            scaler.scale(micro_loss * world_size()).backward()
-    return loss
-
-
-def take_step(model, optimizer, scaler, stage, look):
-    """Clips the gradient and takes a step. look: refuses a gradient that is not finite, for which
-    a GPU has to be waited for; what is not looked at now is found by the next look."""
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip or math.inf)
-    if look and not scaler.is_enabled() and not math.isfinite(norm.item()):
-        raise UserError("the loss or its gradient is not finite: a lower learning rate may help; "
-                        "--resume goes on from the last checkpoint")
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def autocast(stage):
     return torch.autocast(stage.device.partition(":")[0], getattr(torch, stage.dtype),
                           enabled=stage.dtype != "float32")
@@ -434,74 +455,40 @@ def attention_entropy(maps, y):
     return (torch.stack(entropy).mean(0) * share).sum(1)
 
 
-EVALUATION = {"loss": float, "accuracy": float, "exact": float}
-PROGRESS = {"step": int, "tokens": int, "seconds": float, "before": EVALUATION,
-            "result": EVALUATION, "passed": int, "length": (int, None)}
-
-
-def resume(file, model, optimizer, scaler, stage, fingerprint):
-    """Puts a checkpoint into model, optimiser and scaler -> how far it is. Raises UserError."""
-    saved_model, state = load(file)
-    try:
-        if saved_model.config != model.config or state["fingerprint"] != fingerprint:
-            raise ValueError("it is of another model, or of other data")
-        if not fits(state, PROGRESS) or not 0 <= state["step"] <= stage.steps:
-            raise ValueError("it does not say how far it is")
-        progress = {key: state[key] for key in PROGRESS}
-        saved, plain = state["optimizer"]["state"], optimizer.state_dict()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(parameters if saved else []):  # none before the first step
-            for moment in (saved[i]["exp_avg"], saved[i]["exp_avg_sq"]):
-                if moment.shape != p.shape or moment.dtype != p.dtype:
-                    raise ValueError("its optimiser is of another model")
-        optimizer.load_state_dict({"state": saved, "param_groups": plain["param_groups"]})
-        scaler.load_state_dict(state["scaler"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{file} is no checkpoint to go on from: {reason_of(error)}") from None
-    model.load_state_dict(saved_model.state_dict())
-    return progress
-
-
 class Log:
     """log.jsonl, an object a line, and the same printed. On resuming, the lines of a stage
     after its checkpoint are dropped."""
 
     def __init__(self, path, stage, progress):
         self.path, self.stage = path, stage
-        self.first = progress["step"]
-        self.step_tokens = stage.batch_size * stage.block_size
-        self.here = time.time()
-        self.began = self.here - progress["seconds"]
-        last = self.first if progress["before"] else -1  # step 0 is the evaluation before it
+        self.time, self.step = time.monotonic(), progress["step"]  # of the last line
+        last = progress["step"] if progress["before"] else -1  # step 0 is the evaluation before it
         if rank() == 0:
-            with written_whole(self.path) as log:
-                for entry in json_lines(self.path):
-                    with contextlib.suppress(KeyError, TypeError):  # no entry of ours
-                        if entry["stage"] != stage.name or entry["step"] <= last:
-                            log.write(f"{json.dumps(entry)}\n".encode())
+            with reading(path), written_whole(path) as file:
+                for entry in json_lines(path):
+                    if entry["stage"] != stage.name or entry["step"] <= last:
+                        file.write(f"{json.dumps(entry)}\n".encode())
 
-    def add(self, step, loss=None, lr=None, result=None):
-        """After a step: its loss and learning rate, or an evaluation."""
-        entry = {"stage": self.stage.name, "step": step, "tokens": step * self.step_tokens}
-        label, steps = self.stage.label, self.stage.steps
-        if loss is not None:
-            each = (time.time() - self.here) / (step - self.first)
-            entry |= {"loss": loss, "lr": lr, "tokens_per_second": round(self.step_tokens / each)}
-            line = f"[{label}] step {step:,}/{steps:,} | loss {loss:.3f}"
-            if step == 1:  # it is slow, where it compiles, and says nothing of the others
-                self.here, self.first = time.time(), 1
-            else:
-                left = clock(each * (steps - step))
-                line += f" | {self.step_tokens / each:,.0f} tokens/s | {left} left"
-            say(line)
-        if result:
-            entry |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
-            say(f"[{label}] {f'step {step:,}' if step else 'before'}: held-out loss "
-                f"{result['loss']:.3f}, accuracy {result['accuracy']:.1%}")
+    def add_step(self, step, loss, lr):
+        seconds = max(time.monotonic() - self.time, 1e-3)  # a clock may be coarse
+        speed = (step - self.step) * self.stage.step_tokens / seconds
+        left = clock((self.stage.steps - step) * self.stage.step_tokens / speed)
+        self.time, self.step = time.monotonic(), step
+        self.add(step, f"step {step:,}/{self.stage.steps:,} | loss {loss:.3f} | {speed:,.0f} "
+                 f"tokens/s | {left} left", loss=loss, lr=lr, tokens_per_second=round(speed))
+
+    def add_evaluation(self, step, result):
+        loss, accuracy = result["loss"], result["accuracy"]
+        self.add(step, f"step {step:,}: held-out loss {loss:.3f}, accuracy {accuracy:.1%}",
+                 val_loss=loss, val_accuracy=accuracy)
+
+    def add(self, step, line, **values):
+        say(f"[{self.stage.name}] {line}")
+        entry = {"stage": self.stage.name, "step": step, "tokens": step * self.stage.step_tokens}
         if rank() == 0:
             try:
                 with open(self.path, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
+                    file.write(json.dumps(entry | values) + "\n")
             except OSError as error:
                 raise UserError(f"cannot write {self.path}: {error.strerror}; --resume goes on "
                                 "from the last checkpoint") from None
@@ -515,7 +502,7 @@ def clock(seconds):
 # --------------------------------------------------------------------------------------------------
 # Processes and signals
 
-SIGNALS = []  # those that came: after SIGINT and SIGTERM a step is finished and saved
+SIGNALS = []  # those that came: a step is finished and saved, then the run stops
 
 
 class Stopped(Exception):
@@ -530,27 +517,28 @@ def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_environment():
-    """Refuses what torchrun did not set, or not whole. Raises UserError."""
-    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"
-    there = {name: os.environ[name] for name in names if name in os.environ}
-    numbers = [value for name, value in there.items() if name != "MASTER_ADDR"]
-    whole = len(there) == len(names) and all(map(str.isdecimal, numbers)) and rank() < world_size()
-    if {"RANK", "WORLD_SIZE"} & there.keys() and not whole:
-        raise UserError(f"{there} is not as torchrun sets it: several processes need torchrun")
-
-
 def join_processes(s):
-    """Listens for signals, and joins the run's other processes, if torchrun started several."""
-    for wanted in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(wanted, lambda received, frame: SIGNALS.append(received))
-    if world_size() > 1:
-        cuda = s.device.startswith("cuda")
-        if cuda:
-            s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(s.device)
-        patience = datetime.timedelta(hours=6)  # process 0 may have a corpus to tokenise
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
+    """Joins the run's other processes, if torchrun started several. Raises UserError."""
+    try:
+        if rank() >= world_size():
+            raise ValueError(f"there is no process {rank()} of {world_size()}")
+        if world_size() > 1:
+            cuda = s.device.startswith("cuda")
+            if cuda:
+                s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+                torch.cuda.set_device(s.device)
+            patience = datetime.timedelta(hours=6)  # process 0 may have a corpus to tokenise
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"several processes have to be started by torchrun: {error}") from None
+
+
+def listen():
+    """Listens for Ctrl-C, and for what a cluster or a closed terminal sends."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has the first two
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup
+            signal.signal(number, lambda received, frame: SIGNALS.append(received))
 
 
 @contextlib.contextmanager
@@ -566,7 +554,7 @@ def first_process_first():
 def total(*values):
     """Sums over all processes; they meet on the CPU, so that no GPU is waited for."""
     if world_size() == 1:
-        return values
+        return list(values)
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
@@ -574,56 +562,65 @@ def total(*values):
 
 # --------------------------------------------------------------------------------------------------
 # Settings
+#
+# What is used is what a flag says; else the shape of the checkpoint that a run starts from; else
+# its row of DEFAULTS: that of its preset, or of its task, or "laptop", for text without a preset.
 
-# What is not given comes from one of these rows. Tasks: as published; the warm-up is ours, since
-# models this small learn no rule in less.
-TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, lr_schedule="cosine",
-            lr_ramp=500, min_lr=0.0, weight_decay=1e-3, dropout=0.0, dtype="float32",
-            eval_rows=4000,
+# A rule's name alone, as in --warmup dyck, stands for these parameters and settings (paper,
+# "Procedural data"), with models of GPT-2's size. Elsewhere it has data.py's own, or as rows say.
+LONG = dict(warmup_steps=500, warmup_batch_size=32)
+WARMUPS = dict.fromkeys(("identity", "reverse", "sort", "set", "union", "delete", "stack"),
+                        ("length=64", {}))
+WARMUPS |= {"dyck": ("k=64,length=2048", LONG), "dyck_shuffle": ("k=64,length=2048", LONG),
+            "eca": ("length=2048", LONG),
+            "text": ("", dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32))}
+
+# Tasks, as published (paper, "Algorithmic tasks"). The warm-up is ours: models this small learn no
+# rule with the published one.
+TASK = dict(size="2_4_16", tied=False, dtype="float32", eval_rows=4000,
+            steps=10_000, batch_size=1000, lr=1e-3, lr_schedule="cosine", lr_ramp=500, min_lr=0.0,
+            weight_decay=1e-3, dropout=0.0,
             warmup_steps=10_000, warmup_batch_size=128, warmup_lr=5e-3, warmup_lr_schedule="cosine",
             warmup_lr_ramp=200, warmup_min_lr=0.0, warmup_weight_decay=0.1, warmup_dropout=0.0)
-# On two CPU cores, in less than three minutes (ours): a task, a quarter of its rows at twice the
-# rate until it is learned; and text, the lowest loss of what was tried.
-LAPTOP_TASK = dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
-                   warmup_steps=4000)
-LAPTOP = dict(data="code", size="tiny", steps=3000, batch_size=8, block_size=128, lr=2e-3,
-              lr_schedule="cosine", lr_ramp=100, weight_decay=0.1, dropout=0.0, dtype="float32",
-              eval_rows=320,
-              warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
-              warmup_lr_ramp=200, warmup_min_lr=0.0, warmup_weight_decay=0.1, warmup_dropout=0.0)
-# Text at GPT-2's size: paper, "Semantic pretraining"; no positions move. Its warm-ups are below.
-C4 = dict(data="c4", size="gpt2", steps=10_000, batch_size=32, block_size=2048, lr=5e-4,
-          lr_schedule="cosine", lr_ramp=0, weight_decay=0.0, dropout=0.1, eval_rows=640,
-          positions="random", warmup_steps=2500, warmup_batch_size=64, warmup_lr=5e-4,
-          warmup_lr_schedule="constant", warmup_lr_ramp=0, warmup_weight_decay=0.1,
-          warmup_dropout=0.1)
+# Text, with GPT-2's size (paper, "Semantic pretraining"); no positions move.
+C4 = dict(data="c4", size="gpt2", positions="random", eval_rows=640, warmups=WARMUPS,
+          steps=10_000, batch_size=32, block_size=2048, lr=5e-4, lr_schedule="cosine", lr_ramp=0,
+          weight_decay=0.0, dropout=0.1,
+          warmup_steps=2500, warmup_batch_size=64, warmup_lr=5e-4, warmup_lr_schedule="constant",
+          warmup_lr_ramp=0, warmup_weight_decay=0.1, warmup_dropout=0.1)
 PARROT = C4 | dict(data="codeparrot", steps=20_000, batch_size=48, block_size=1024, lr=5e-5,
                    min_lr=0.0, weight_decay=0.01)
 MATH = PARROT | dict(data="deepmind_math", steps=50_000, batch_size=64, block_size=512)
 WIKI = C4 | dict(data="wikitext103", block_size=1024)  # ours, after C4's
 MEDIUM, LARGE = dict(size="24_16_1024"), dict(size="1.3b", recompute=True)
-PRESETS = {
-    "laptop": LAPTOP, "c4": C4, "c4-350m": C4 | MEDIUM,
+
+DEFAULTS = {
+    # Ours: on two CPU cores in less than three minutes; the lowest loss of what was tried. It
+    # learns no more than eight types of brackets in the time.
+    "laptop": dict(
+        data="code", size="tiny", dtype="float32", eval_rows=320, warmups={"dyck": ("k=8", {})},
+        steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine", lr_ramp=100,
+        weight_decay=0.1, dropout=0.0,
+        warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
+        warmup_lr_ramp=200, warmup_min_lr=0.0, warmup_weight_decay=0.1, warmup_dropout=0.0),
+    # Ours: corpora of some 10 MB, on a GPU.
+    "gpu": C4 | dict(data="code", steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1,
+                     dropout=0.0, warmup_dropout=0.0),
+    "c4": C4, "c4-350m": C4 | MEDIUM,
     "c4-1.3b": C4 | LARGE | dict(steps=160_000),  # 10.5 billion tokens, the largest published run
     "codeparrot": PARROT, "codeparrot-350m": PARROT | MEDIUM, "codeparrot-1.3b": PARROT | LARGE,
     "deepmind_math": MATH, "deepmind_math-350m": MATH | MEDIUM, "deepmind_math-1.3b": MATH | LARGE,
     "wikitext103": WIKI, "wikitext103-350m": WIKI | MEDIUM, "wikitext103-1.3b": WIKI | LARGE}
-ROWS = PRESETS | {
-    "gpu": C4 | dict(steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1, dropout=0.0,
-                     warmup_dropout=0.0),  # for corpora of some 10 MB (ours)
+PRESETS = dict(DEFAULTS)  # the names that --preset takes; the other rows are of tasks
+DEFAULTS |= {
+    "task": TASK,
     "haystack": TASK | dict(transfer="attn"),
     "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64, warmup_steps=2500,
-                                  warmup_batch_size=64, warmup_lr=5e-4)}
-# What a bare name stands for, on a laptop, and at GPT-2's size (paper, "Procedural data").
-LAPTOP_WARMUPS = {"dyck": dict(warmup="dyck:k=8")}  # it learns no more types in the time
-LAPTOP_TASK_WARMUPS = {"dyck": dict(warmup="dyck:length=36")}  # as long as 15 pairs are
-LONG = dict(warmup_steps=500, warmup_batch_size=32)
-WARMUPS = {name: dict(warmup=f"{name}:length=64") for name in
-           ("identity", "reverse", "sort", "set", "union", "delete", "stack")}
-WARMUPS |= {"dyck": dict(warmup="dyck:k=64,length=2048") | LONG,
-            "dyck_shuffle": dict(warmup="dyck_shuffle:k=64,length=2048") | LONG,
-            "eca": dict(warmup="eca:length=2048") | LONG,
-            "text": dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32)}
+                                  warmup_batch_size=64, warmup_lr=5e-4),
+    # Ours, with --preset laptop, before a task's own: a quarter of its rows at twice the rate,
+    # until it is learned; brackets as long as 15 pairs are.
+    "laptop task": dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
+                        warmup_steps=4000, warmups={"dyck": ("length=36", {})})}
 
 # Flags: name: (type or choices, default, what it is). Both stages have those of STAGE: --steps is
 # the training's, --warmup_steps the warm-up's.
@@ -640,9 +637,8 @@ STAGE = {
     "dropout": (number(0, 1, float), None, "dropout"),
 }
 FLAGS = {
-    "warmup": (str, "dyck",
-               "a rule or mixture (data.py list), none, or text: other text of the corpus"),
-    "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it is learned"),
+    "warmup": (str, "dyck", "a rule or mixture (data.py list); none; text: other text of --data"),
+    "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it learns"),
     "init": (str, None, "take up this checkpoint of a warm-up instead of making one"),
     "attn_from": (str, None, "a mixture of weights: the attention of this checkpoint,"),
     "mlp_from": (str, None, "and the MLPs of this one"),
@@ -650,11 +646,9 @@ FLAGS = {
                  "from a whole --init, embeddings too"),
     "embeddings": (("random", "mean", "keep"), "random", "how token embeddings and output head "
                    "begin: mean of the warm-up's rows, or keep (the same vocabulary)"),
-    "positions": (("fit", "moved", "random"), "fit", "how positions begin; fit: moved where the "
-                  "warm-up has as many"),
-    "preset": (tuple(PRESETS), None, "a published run; or laptop: text or a task in minutes "
-               "without a GPU"),
-    "data": (str, None, "a task, a corpus or a path (data.py list) to train on; code if not given"),
+    "positions": (("fit", "moved", "random"), "fit", "fit: moved where the warm-up has as many"),
+    "preset": (tuple(PRESETS), None, "a row of DEFAULTS: a published run, or laptop, or gpu"),
+    "data": (str, None, "a task, a corpus or a path (data.py list); code if not given"),
     "tokenizer": (str, None, "of text: bytes, or one that tiktoken knows, such as gpt2"),
     "size": (str, None, "tiny, gpt2, gpt2-medium, -large, -xl, 1.3b, or layers_heads_width"),
     "tied": (bool, True, "the output head shares its weight with the token embeddings"),
@@ -671,123 +665,110 @@ FLAGS = {
     "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
     "eval_rows": (number(1, 1e9), None, "held-out rows of an evaluation"),
     "save_every": (number(1, 1e9), None, "steps between checkpoints; a tenth of the stage"),
-    "stop_at": (number(0, 1.001, float), None,
-                "stop at this accuracy (at most 1), seen twice in a row; the warm-up does not"),
+    "stop_at": (number(0, 1.001, float), None, "stop training at this accuracy, twice in a row"),
     "log_every": (number(1, 1e9), 50, "steps between log lines"),
     "out": (str, None, "the run's folder; out/DATA-WARMUP-sSEED"),
     "resume": (bool, False, "go on with the run in --out"),
-    "plan": (bool, False, "train nothing: print parameters, tokens, operations, memory and hours"),
-    "tflops": (number(1e-9, kind=float), None, "for --plan: what a GPU really does, 1e12 a second"),
     **STAGE,
     **{f"warmup_{name}": (kind, None, f"of the warm-up: {text}")
        for name, (kind, _, text) in STAGE.items()},
 }
 # What may differ between a run and its resumption; everything else defines the run.
 OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_every", "log_every",
-               "grad_accum", "out", "resume", "plan", "tflops"}
+               "grad_accum", "out", "resume"}
 
 
 def parse(argv):
-    """The command line -> (settings, a namespace; those that were given). Raises UserError."""
+    """The command line -> (settings, a namespace; those that were given, here or by a checkpoint).
+    Raises UserError."""
     parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
-        if default and kind is not bool:
-            text += f" (default {default})"
+        takes = {"type": kind, "metavar": "X"}
         if kind is bool:
-            parser.add_argument(f"--{name}", action=BooleanOptionalAction, help=text)
+            takes = {"action": BooleanOptionalAction}
         elif isinstance(kind, tuple):
-            parser.add_argument(f"--{name}", choices=kind, help=text)
-        else:
-            parser.add_argument(f"--{name}", type=kind, metavar="X", help=text)
+            takes = {"choices": kind}
+        if default:
+            text += f" (default {default})"
+        parser.add_argument(f"--{name}", help=text, **takes)
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if value == "":
-            raise UserError(f"--{name} is empty")
-    check_environment()
-    return settle(given), given
+    if "" in given.values():
+        raise UserError("a flag has an empty value")
+    return settle(given)
 
 
 def settle(given):
-    """Every setting: as it is given, else as the checkpoint has it that the run starts from, else
-    as the row of ROWS says, else the default of its flag. Raises UserError."""
+    """The flags that were given -> what `parse` returns. Raises UserError."""
     preset = given.get("preset")
-    data = given.get("data") or (PRESETS[preset]["data"] if preset else "code")
-    kind = kind_of(data)
-    device = find_device(given.get("device"), elsewhere=given.get("plan", False))
-    cuda = device.startswith("cuda")
-    checkpoint = named_checkpoint(given)
-
-    s = {name: default for name, (_, default, _) in FLAGS.items()}
-    s |= dict(dtype="float32", compile=cuda and not given.get("sharpen"))
-    if cuda:  # old GPUs have no bfloat16
-        s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    data = given.get("data") or DEFAULTS[preset or "laptop"]["data"]
+    kind, name = kind_of(data), data.partition(":")[0]
+    checkpoint = given.get("init") or given.get("attn_from") or given.get("mlp_from")
     warmup = given.get("warmup", "none" if checkpoint else "dyck")
-    s["out"] = f"out/{run_name(given | {'warmup': warmup})}"
-    bare = {}  # what the name of a rule alone stands for
+    s = {flag: default for flag, (_, default, _) in FLAGS.items()}
+    s |= {"out": default_folder(given), "device": find_device(given.get("device")),
+          "dtype": "float32", "compile": False}
+    if s["device"].startswith("cuda"):  # old GPUs have no bfloat16
+        s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+        s["compile"] = not given.get("sharpen")
+
     if kind == "task":
-        s |= ROWS.get(data.partition(":")[0], TASK)
+        s |= DEFAULTS[name if name in DEFAULTS else "task"]
         if preset:
-            s |= LAPTOP_TASK
-            bare = LAPTOP_TASK_WARMUPS
+            s |= DEFAULTS["laptop task"]
     else:
-        row = preset or ("gpu" if cuda else "laptop")
-        s |= ROWS[row] | dict(tokenizer=default_tokenizer(data))
-        bare = LAPTOP_WARMUPS if row == "laptop" else WARMUPS
-    name = warmup.removeprefix("shuffled:")
-    if name in bare:  # a control has all that its rule has, in another order
-        s |= bare[name]
-        warmup = warmup.replace(name, bare[name].get("warmup", name))
+        s |= DEFAULTS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
+    # A control has all that its rule has, in another order.
+    parameters, own = s.pop("warmups", {}).get(warmup.removeprefix("shuffled:"), ("", {}))
+    s |= own
     if warmup == "text":
         s["embeddings"] = "keep"
     if checkpoint:
-        s |= settings_of(checkpoint, whole=given.get("transfer") == "all")
-    s |= given | dict(data=data, device=device, warmup=warmup)
-    if "warmup_steps" in given:
-        s["warmup_tokens"] = None
+        given = shape_of(checkpoint, kind, given.get("transfer") == "all") | given
+    s |= given | {"data": data, "warmup": f"{warmup}:{parameters}" if parameters else warmup}
     if warmup == "none":
         s["warmup_steps"] = 0
-    check(s, given, kind)
-    return Namespace(**s)
+    if "warmup_steps" in given:
+        s["warmup_tokens"] = None
+    check(s, given, kind, checkpoint)
+    return Namespace(**s), given
 
 
-def named_checkpoint(s):
-    """The checkpoint that a run starts from, if its settings name one."""
-    return s.get("init") or s.get("attn_from") or s.get("mlp_from")
-
-
-def settings_of(path, whole):
+def shape_of(path, kind, whole):
     """What a run takes from a checkpoint: the model's shape, or all that it has to keep."""
     model, state = load(path)
     c = model.config
-    settings = {"size": f"{c.n_layer}_{c.n_head}_{c.n_embd}"}
+    shape = {"size": f"{c.n_layer}_{c.n_head}_{c.n_embd}"}
     if whole:
-        settings |= dict(tied=c.tied, block_size=c.block_size, embeddings="keep", positions="moved")
-        tokenizer = state.get("source", {}).get("tokenizer")
-        settings["tokenizer"] = tokenizer or ("gpt2" if c.vocab_size >= 50257 else "bytes")
-    return settings
+        shape |= dict(tied=c.tied, block_size=c.block_size, embeddings="keep", positions="moved")
+        with reading(path):
+            tokenizer = state.get("source", {}).get("tokenizer")
+        if tokenizer and kind == "text":
+            shape["tokenizer"] = tokenizer
+    return shape
 
 
-def check(s, given, kind):
-    """Refuses settings that do not go together. Raises UserError."""
-    warmup, data = s["warmup"], s["data"]
-    parse_parts(s["transfer"])  # these refuse what they do not know
-    GPTConfig(1, 1, *parse_size(s["size"]))
-    rule = warmup not in ("none", "text")
-    if rule:
-        parse_spec(warmup)
+def check(s, given, kind, checkpoint):
+    """Refuses flags that do not go together, or would do nothing. Raises UserError."""
+    rule = s["warmup"] not in ("none", "text")
+    idle = ["steps"] if "tokens" in given else []
+    idle += ["warmup_steps"] if "warmup_tokens" in given else []
+    idle += ["tokenizer"] if kind != "text" else []
+    if s["warmup"] == "none":
+        idle += [name for name in FLAGS if name.startswith("warmup_")]
+        idle += ["transfer"] if not s["init"] else []
+    idle = [f"--{name}" for name in idle if name in given]
     for wrong, line in (
-            (kind == "rule", f"--data {data} is a rule: --warmup takes rules"),
+            (idle, f"{', '.join(idle)} would do nothing here"),
+            (kind == "rule", f"--data {s['data']} is a rule: --warmup takes rules"),
             (kind == "task" and s["preset"] not in (None, "laptop"),
              f"--preset {s['preset']} is for text: tasks take laptop, or are as published"),
-            (rule and kind_of(warmup) != "rule", f"--warmup {warmup} is no rule"),
-            (warmup == "text" and kind == "task", "--warmup text needs --data that is text"),
-            (warmup != "none" and named_checkpoint(s),
-             "--warmup makes a warm-up, --init, --attn_from and --mlp_from name one: choose"),
+            (rule and kind_of(s["warmup"]) != "rule", f"--warmup {s['warmup']} is no rule"),
+            (s["warmup"] == "text" and kind == "task", "--warmup text needs --data that is text"),
+            (s["warmup"] != "none" and checkpoint, "--warmup makes a warm-up, --init, --attn_from "
+             "and --mlp_from name one: choose"),
             (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),
-            ({"steps", "tokens"} <= given.keys(), "--steps and --tokens say the same: choose"),
-            ({"warmup_steps", "warmup_tokens"} <= given.keys(),
-             "--warmup_steps and --warmup_tokens say the same: choose"),
-            (s["warmup_curriculum"] and not (rule and can_grow(warmup)),
+            (rule and s["embeddings"] == "keep", "--embeddings keep: a rule has other tokens"),
+            (s["warmup_curriculum"] and not (rule and can_grow(s["warmup"])),
              "--warmup_curriculum needs a rule whose input can grow from length 2"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
              "--sharpen looks at the attention: it excludes --compile and --recompute")):
@@ -795,152 +776,81 @@ def check(s, given, kind):
             raise UserError(line)
 
 
-def run_name(given):
-    """"code-dyck-s0", and whatever else was given: "code-dyck-s0-transfer=attn"."""
-    what = [given["preset"]] if "preset" in given else []
-    if "data" in given or not what:
-        what.append(Path(given.get("data", "code")).name)
-    name = f"{'-'.join(what)}-{given['warmup']}-s{given.get('seed', 0)}"
-    for key, value in given.items():
-        if key not in OPERATIONAL | {"data", "warmup", "seed", "preset"}:
-            name += f"-{key}={value}"
-    name = re.sub(r"[^\w.=+*-]+", "_", name, flags=re.ASCII)
-    return name if len(name) < 120 else f"{name[:110]}-{zlib.crc32(name.encode()):08x}"
+def default_folder(given):
+    """Where a run with these flags is: "out/code-dyck-s0", and before code the preset, if any."""
+    data = given.get("data", "" if "preset" in given else "code")
+    start = "init" if {"init", "attn_from", "mlp_from"} & given.keys() else "dyck"
+    what = given.get("preset"), Path(data).name, given.get("warmup", start)
+    name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, what)), flags=re.ASCII)
+    return f"out/{name[:100]}-s{given.get('seed', 0)}"
 
 
-def stage_of(s, name, block_size):
+def stage_of(s, name, data):
     """The settings as one stage has them, "warmup" or "train". Tokens become steps, in `s`, too:
     steps define a run."""
     prefix = "warmup_" if name == "warmup" else ""
-    own = vars(s) | {key: getattr(s, prefix + key) for key in STAGE}
-    label = "train" if s.warmup == "none" else "2/2 train"
-    stage = Namespace(**own | dict(name=name, label=label, block_size=block_size, curriculum=False))
-    if prefix:
-        vars(stage).update(label="1/2 warm-up", curriculum=s.warmup_curriculum, stop_at=None,
-                           sharpen=0.0)
+    own = {key: getattr(s, prefix + key) for key in STAGE}
+    stage = Namespace(**vars(s) | own | {"name": name, "block_size": data.block_size})
+    stage.step_tokens = stage.batch_size * data.block_size
     if stage.tokens:
-        stage.steps = max(1, round(stage.tokens / stage.batch_size / block_size))
+        stage.steps = max(1, round(stage.tokens / stage.step_tokens))
         vars(s).update({f"{prefix}steps": stage.steps, f"{prefix}tokens": None})
+    if stage.min_lr is None:
+        stage.min_lr = stage.lr / 10
+    stage.eval_every = s.eval_every or stage.steps // 5 or 1
+    stage.save_every = s.save_every or stage.steps // 10 or 1
+    stage.curriculum = None  # the length that inputs grow to
+    if name == "warmup":
+        stage.stop_at, stage.sharpen = None, 0.0
+        stage.curriculum = data.train.longest if s.warmup_curriculum else None
     return stage
 
 
 # --------------------------------------------------------------------------------------------------
-# What is said before and after
+# What is said at the end
 
 
 def summarise(found, s, given):
-    """What a newcomer wants to know at the end."""
-    spent, out = found["tokens"], shlex.quote(s.out)
-    say("\n" + "-" * 100)
-    if found["warmup"] == "none":
-        say("warm-up    none")
-    elif found["warmup_loss"] is None:
-        say(f"warm-up    {found['warmup']}, from a checkpoint")
-    else:
-        say(f"warm-up    {s.warmup}: held-out loss {found['warmup_first_loss']:.2f} -> "
-            f"{found['warmup_loss']:.2f} nats per token, accuracy "
-            f"{found['warmup_first_accuracy']:.0%} -> {found['warmup_accuracy']:.0%}")
-    checkpoints = [file for file in ("warmup.pt", "ckpt.pt") if Path(s.out, file).exists()]
-    if not s.steps:
-        preset = f"--preset {s.preset} " if s.preset else ""
-        if checkpoints:
-            say(f"next       python train.py {preset}--data {shlex.quote(s.data)} "
-                f"--init {out}/warmup.pt")
-        return
-    share = spent["procedural"] / spent["semantic"]
-    line = f"tokens     {spent['procedural']:,} of warm-up, {spent['semantic']:,} of {s.data}"
-    if share:
-        line += f": {share:.3g} to 1 (paper: 0.001 to 0.003, in far longer runs)"
+    """What a newcomer wants to know."""
+    tokens, line = found["tokens"], f"\nwarm-up    {found['warmup']}"
+    if found["warmup_loss"] is not None:
+        line += (f": held-out loss {found['warmup_first_loss']:.2f} -> {found['warmup_loss']:.2f} "
+                 f"nats per token, accuracy {found['warmup_first_accuracy']:.0%} -> "
+                 f"{found['warmup_accuracy']:.0%}")
     say(line)
+    say(f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}")
     line = f"result     held-out loss {found['val_loss']:.4f} nats per counted token"
     if found["val_bits_per_byte"] is not None:
-        line += f" = {found['val_bits_per_byte']:.4f} bits per byte"
-    if kind_of(s.data) == "text":
-        say(f"{line}, perplexity {perplexity(found['val_loss']):.2f}")
+        line += (f" = {found['val_bits_per_byte']:.4f} bits per byte, perplexity "
+                 f"{perplexity(found['val_loss']):.2f}")
     else:
-        say(f"{line}, {found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of "
-            "answers right")
-    files = ", ".join(["config.json", "log.jsonl", *checkpoints, "result.json"])
-    say(f"files      {out}: {files} ({clock(found['seconds'])})")
-    other = next_command(s, given, "none" if spent["procedural"] else "dyck")
-    flags = []
+        line += (f", {found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of "
+                 "answers right")
+    say(line)
+    files = sorted(path.name for path in Path(s.out).glob("[!.]*"))
+    say(f"files      {s.out}: {', '.join(files)} ({clock(found['seconds'])})")
+    # The same run without its warm-up, or with one if it had none.
+    other = {key: value for key, value in given.items()
+             if key not in ("init", "attn_from", "mlp_from", "transfer", "embeddings", "positions",
+                            "out", "resume") and not key.startswith("warmup")}
+    other["warmup"] = "none" if tokens["procedural"] else "dyck"
+    folder, flags = default_folder(other), []
     for key, value in other.items():
         if isinstance(value, bool):
             flags.append(f"--{key}" if value else f"--no-{key}")
         else:
             flags += [f"--{key}", str(value)]
-    say(f"next       python train.py {shlex.join(flags)}\n           the same "
-        f"{'without the' if spent['procedural'] else 'with a'} warm-up; then: python analyze.py "
-        f"curves {out} {shlex.quote('out/' + run_name(other))}")
-
-
-def next_command(s, given, warmup):
-    """The flags of the same run with another warm-up."""
-    moves = "init", "attn_from", "mlp_from", "transfer", "embeddings", "positions"
-    other = {key: value for key, value in given.items()
-             if key not in (*moves, "out", "resume") and not key.startswith("warmup")}
-    other["warmup"] = warmup
-    plain = settle(other)
-    for key in ("size", "tied", "block_size", "tokenizer"):  # these may come from a checkpoint
-        if getattr(s, key) != getattr(plain, key):
-            other[key] = getattr(s, key)
-    return other
-
-
-def print_plan(s):
-    """Parameters, tokens, operations, memory and hours, without published data and training.
-
-    A token takes 6 operations for each parameter in a matrix product, and 12 * n_layer * n_embd *
-    context for attention (PaLM's way to count, arXiv 2204.02311, appendix B)."""
-    n_layer, _, width = parse_size(s.size)
-    vocab = {"gpt2": 50257, "bytes": 257, "characters": 97}.get(s.tokenizer)
-    if s.data in CORPORA and vocab and s.block_size:  # it need not be here
-        data = Namespace(vocab_size=vocab, block_size=s.block_size, kind="text")
-    else:
-        data = make_data(s.data, 0, s.block_size, s.tokenizer)
-    stages = {"train": data}
-    if s.warmup == "text":
-        size = s.warmup_block_size or data.block_size
-        stages = {"warmup": Namespace(vocab_size=data.vocab_size, block_size=size), **stages}
-    elif s.warmup != "none":
-        stages = {"warmup": make_data(s.warmup, 0, s.warmup_block_size), **stages}
-    operations = 0
-    for name, each in stages.items():
-        stage = stage_of(s, name, each.block_size)
-        with torch.device("meta"):  # shapes without numbers
-            model = new_model(each, s.size, s.tied or name == "warmup", 0.0, 0)
-        parameters = sum(p.numel() for p in model.parameters())
-        matrices = sum(layer.weight.numel() for layer in model.modules()
-                       if isinstance(layer, torch.nn.Linear))
-        tokens = stage.steps * stage.batch_size * stage.block_size
-        operations += tokens * (6 * matrices + 12 * n_layer * width * stage.block_size)
-        say(f"{name:10} {parameters:,} parameters, vocabulary {each.vocab_size:,}; {stage.steps:,} "
-            f"steps of {stage.batch_size} x {stage.block_size:,} = {tokens:,} tokens")
-    say(f"compute    {operations:.3g} operations")
-    if s.tflops:
-        hours = operations * (4 / 3 if s.recompute else 1) / s.tflops / 1e12 / 3600 / world_size()
-        say(f"time       {hours:,.1f} hours at {s.tflops:g} TFLOP/s a GPU; GPUs: {world_size()}")
-    else:
-        say("time       add --tflops: what one GPU really does, often 0.3 to 0.5 of its peak")
-    # The training stage, which came last, is the largest. A micro-batch of it, in tokens:
-    micro = stage.batch_size / world_size() * stage.block_size
-    micro /= s.grad_accum or enough_micro_batches(data, stage)
-    # Bytes that the backward pass keeps of each token, layer and unit of width (by reading).
-    kept = 4 if s.recompute else 60 if s.dtype == "float32" else 34
-    activations = micro * (kept * width * n_layer + 8 * data.vocab_size) / 2 ** 30
-    say(f"memory     a GPU: {16 * parameters / 2 ** 30:.2f} GiB of weights, "
-        f"gradients and AdamW's state; about {activations:.2f} GiB of activations of micro-batches "
-        f"of {micro:,.0f} tokens")
-    if s.data in PUBLISHED:
-        say(f"data       python data.py prepare {s.data} --tokens {math.ceil(tokens / 1e6)}M")
+    if not Path(folder).exists():
+        say(f"next       python train.py {shlex.join(flags)}")
+    say(f"next       python analyze.py curves {shlex.join([s.out, folder])}")
 
 
 def main():
     settings, given = parse(sys.argv[1:])
-    if settings.plan:
-        return print_plan(settings)
     try:
-        summarise(run(settings), settings, given)
+        found = run(settings)
+        with reading(Path(settings.out, "result.json")):
+            summarise(found, settings, given)
     except Stopped as stopped:
         say(f"{stopped}; saved. To go on: the same command with --resume")
         sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it

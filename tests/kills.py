@@ -80,9 +80,9 @@ def main():
         for i in range(args.runs):
             kind, here = list(KINDS)[i % len(KINDS)], Path(folder, str(i))
             if kind not in whole:
-                began, unharmed = time.time(), Path(folder, kind)
+                began, unharmed = time.monotonic(), Path(folder, kind)
                 assert start(kind, unharmed).wait() == 0, (unharmed / "stderr").read_text()
-                whole[kind] = what_came_of(unharmed), time.time() - began
+                whole[kind] = what_came_of(unharmed), time.monotonic() - began
             wanted, seconds = whole[kind]
             times = kill_and_resume(kind, here, seconds, r)
             found = what_came_of(here)

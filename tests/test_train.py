@@ -29,6 +29,8 @@ SMALL = dict(data="haystack:pairs=3", warmup="set:length=2-4,vocab=9", size="1_2
 def words(out="run", *more, **flags):
     """The command line of a small run; None leaves a flag out."""
     flags = {**SMALL, **flags, "out": out}
+    if flags["warmup"] in (None, "none"):  # its settings would do nothing
+        flags |= {key: None for key in flags if key.startswith("warmup_")}
     return [f"--{key}={value}" for key, value in flags.items() if value is not None] + list(more)
 
 
@@ -51,7 +53,8 @@ def printed(monkeypatch, capfd):
 def folder_of_its_own(tmp_path, monkeypatch):
     """And the signals that a run takes for itself are given back."""
     monkeypatch.chdir(tmp_path)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    taken = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    before = {number: signal.getsignal(number) for number in taken}
     yield
     train.SIGNALS.clear()
     for number, handler in before.items():
@@ -134,19 +137,13 @@ def test_a_run_writes_its_files_and_the_result_last(monkeypatch):
         assert len(log("run", "loss", stage) + log("run", "val_loss", stage)) == len(steps)
     assert result["tokens"] == {"procedural": 12 * 8 * 9, "semantic": 14 * 8 * 9}
     assert result["val_loss"] == log("run", "val_loss")[-1]
+    assert state["source"] == {"spec": SMALL["data"], "tokenizer": None, "seed": 0, "eval_rows": 32}
 
 
 def test_the_same_settings_give_the_same_bits_and_another_seed_gives_others():
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         go(out, seed=seed)
     assert outcome("a") == outcome("b") and outcome("a")[1] != outcome("c")[1]
-
-
-def test_training_learns_a_task():
-    result = go(data="sorting:numbers=2,below=20", warmup="none", size="1_2_32", steps=300,
-                batch_size=64, eval_rows=500, eval_every=None)
-    assert result["val_loss"] < log("run", "val_loss")[0] / 3
-    assert 0.5 < result["val_exact"] <= result["val_accuracy"]
 
 
 @pytest.mark.parametrize("schedule,min_lr,rates", [
@@ -227,10 +224,25 @@ def test_processes_that_cannot_share_a_step_say_so(monkeypatch):
     with pytest.raises(UserError, match="a batch of 8 is too small for 9 processes"):
         train.check_data(data, None, settings)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "all_gather_object",
-                        lambda found, mine: found.__setitem__(slice(2), [mine, [7]]))
+    monkeypatch.setattr(train, "total", lambda mine: [mine + 7.0])
     with pytest.raises(UserError, match="see different data"):
         train.check_data(data, None, settings)
+
+
+def test_an_environment_of_one_process_is_one(monkeypatch, printed):
+    for name, value in dict(RANK="0", WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)
+    assert "1 process\n" in printed(*words())
+
+
+@pytest.mark.parametrize("environment", [
+    dict(WORLD_SIZE="abc"), dict(WORLD_SIZE="0"), dict(RANK="5"), dict(RANK="x"),
+    dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"), dict(RANK="0", WORLD_SIZE="2"),
+    dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")], ids=str)
+def test_an_environment_that_torchrun_did_not_make_is_refused(environment, refused, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert "torchrun" in refused(train, *words()) and not os.listdir()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -242,6 +254,17 @@ def test_half_precision_learns_and_resumes_with_the_same_bits(dtype):
     kill(3, train, "save", "cut", **flags)
     go("cut", "--resume", **flags)
     assert outcome("cut") == outcome("whole")
+
+
+def test_a_gradient_is_clipped_in_its_own_size_whatever_float16_scales_it_by(monkeypatch):
+    norms, clip = {}, torch.nn.utils.clip_grad_norm_
+    for dtype in ("float32", "float16"):
+        norms[dtype] = []
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: (
+            norms[dtype].append(clip(*args)), norms[dtype][-1])[1])
+        go(dtype, dtype=dtype, warmup="none")
+    usual = [float(norm) for norm in norms["float16"] if norm.isfinite()]
+    assert len(usual) > 9 and usual[-1] == pytest.approx(float(norms["float32"][-1]), rel=0.5)
 
 
 @pytest.mark.parametrize("compiler,warnings", [("works", 0), ("is missing", 1), ("fails", 1)])
@@ -291,7 +314,7 @@ def test_weight_mixtures_take_attention_and_mlps_from_two_checkpoints():
         assert torch.equal(p, {"attn": a, "mlp": b}.get(part_of(name), c)[name]), name
 
 
-def test_embeddings_and_positions_begin_as_asked():
+def test_embeddings_and_positions_begin_as_asked(capsys):
     fresh, mean = start_of("none", warmup="none"), start_of("mean", embeddings="mean")
     warm = state_of("mean", "warmup.pt")["model"]
     for name in ("wte.weight", "lm_head.weight"):
@@ -299,6 +322,7 @@ def test_embeddings_and_positions_begin_as_asked():
     assert torch.equal(mean["wpe.weight"], warm["wpe.weight"]), "9 positions for 9"
     few = start_of("few", warmup="set:length=2,vocab=9")
     assert torch.equal(few["wpe.weight"], fresh["wpe.weight"]), "5 are too few"
+    assert "positions random (there are 5 for 9)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("theirs", [False, True])
@@ -398,15 +422,14 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("owner,name,calls", [
-    (os, "replace", (1, 2, 3, 5, 7, 10, 12)), (os, "fsync", (3, 11)), (train, "save", (1, 4, 5, 8)),
-    (train.Log, "add", (1, 2, 5, 9, 10, 14)), (torch.optim.AdamW, "step", (16, 60, 61, 93))])
+    (os, "replace", (1, 2, 5, 7, 12)), (os, "fsync", (3, 11)), (train, "save", (1, 4, 5, 8)),
+    (train.Log, "add", (1, 2, 9, 10, 14)), (torch.optim.AdamW, "step", (16, 60, 61, 93))])
 def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(owner, name, calls, whole):
     for n in calls:
         kill(n, owner, name, f"{n}", "--warmup_curriculum", **ALL)
         if Path(f"{n}/log.jsonl").exists():
             with open(f"{n}/log.jsonl", "ab") as file:
-                file.write(b'[1]\n{"stage": "train"}\n\xff\n7\n' + b'[' * 100_000)
-                file.write(b'\n{"stage": "train", "st')
+                file.write(b'\xff\n{"stage": "train", "st')
         go(f"{n}", "--warmup_curriculum", "--resume", "--save_every=7", **ALL)
         assert outcome(f"{n}") == whole, n
 
@@ -414,7 +437,8 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(owner, name, 
 LONG = dict(warmup_steps=20, steps=400, save_every=20, eval_every=300, log_every=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT,
+                                    signal.SIGHUP, signal.SIGUSR1])
 def test_a_run_goes_on_after_a_signal(number):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pipesize=4096)
     command = [sys.executable, ROOT / "train.py", *words(**LONG)]
@@ -460,8 +484,7 @@ def test_a_full_disk_is_one_line_and_harms_no_checkpoint(owner, name, n, file, r
     assert outcome("run") == outcome("whole")
 
 
-@pytest.mark.parametrize("lr", ["1e37", "1e38"])
-@pytest.mark.parametrize("steps,eval_every", [(1, 1), (3, 1), (3, 100)])
+@pytest.mark.parametrize("lr,steps,eval_every", [("1e37", 1, 1), ("1e37", 3, 100), ("1e38", 3, 1)])
 def test_a_run_that_is_not_finite_is_refused_and_saves_no_such_weights(
         lr, steps, eval_every, refused):
     for more in ([], ["--resume"]):
@@ -474,14 +497,38 @@ def test_a_run_that_is_not_finite_is_refused_and_saves_no_such_weights(
 
 def test_a_gradient_that_is_not_finite_once_is_refused_and_resuming_goes_on(refused):
     go("whole")
+    calls, clip = itertools.count(1), torch.nn.utils.clip_grad_norm_
     with pytest.MonkeyPatch.context() as patch:
-        clip = torch.nn.utils.clip_grad_norm_
-        spoil = lambda: patch.setattr(torch.nn.utils, "clip_grad_norm_",
-                                      lambda *args: clip(*args) * math.nan)
-        at_call(patch, 20, train, "gradients", spoil)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * (
+            math.nan if next(calls) == 20 else 1))
         assert "not finite" in refused(train, *words())
     go("run", "--resume")
     assert outcome("run") == outcome("whole")
+
+
+def test_a_killed_runs_workers_do_not_keep_its_folder():
+    command = [sys.executable, ROOT / "train.py", *words("run", "--workers=2", **LONG)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while "train] step 33/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.kill()
+    go("run", "--resume", **LONG)
+
+
+def test_a_closed_pipe_does_not_stop_a_run():
+    line = shlex.join([sys.executable, str(ROOT / "train.py"), *words(log_every=1)])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | head -2"],
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 2
+    assert result_of("run")["tokens"]["semantic"] == 14 * 8 * 9
+
+
+def test_a_clock_may_be_coarse_and_be_set_back(monkeypatch):
+    times = itertools.count(1e9, -3600)
+    monkeypatch.setattr(train.time, "time", lambda: next(times))
+    monkeypatch.setattr(train.time, "monotonic", lambda: 5.0)
+    assert go(log_every=1)["seconds"] == 0
+    assert min(log("run", "tokens_per_second")) > 0
 
 
 def test_a_second_process_is_refused_and_the_first_goes_on_unharmed(monkeypatch):
@@ -493,12 +540,6 @@ def test_a_second_process_is_refused_and_the_first_goes_on_unharmed(monkeypatch)
     at_call(monkeypatch, 10, train.Log, "add", second)
     go("run")
     assert outcome("run") == outcome("whole")
-
-
-def test_a_machine_without_git_trains_as_well(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    go()
-    assert json.loads(Path("run/config.json").read_text())["environment"]["commit"] is None
 
 
 # What it refuses
@@ -540,13 +581,23 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(more, refu
     assert files_of(cut) == before
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("precious")
+    Path("mine/.own.tmp").mkdir()
     for out in ("mine", "mine/thesis.txt", "mine/thesis.txt/run", "x" * 300):
         assert out in refused(train, *words(out, *more))
+        assert {path.name for path in Path("mine").iterdir()} >= {"thesis.txt", ".own.tmp"}
     assert files_of("mine") == {"thesis.txt": b"precious"}
 
 
+def test_micro_batches_may_change_on_resuming_unless_dropout_depends_on_them(refused):
+    for dropout in (0, 0.1):
+        kill(6, train, "save", f"{dropout}", dropout=dropout)
+    more = "--resume", "--grad_accum=3"
+    go("0", *more, dropout=0)
+    assert "grad_accum" in refused(train, *words("0.1", *more, dropout=0.1))
+
+
 @pytest.mark.parametrize("name", ["config.json", "result.json", "ckpt.pt", "warmup.pt"])
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[", b"[" * 100_000, b'{"settings": 3}', "cut"])
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[", "cut"])
 def test_a_damaged_file_is_named_and_kept(name, damage, refused, cut):
     shutil.copytree(cut, "run")
     damage = (cut / "ckpt.pt").read_bytes()[:9000] if damage == "cut" else damage
@@ -557,9 +608,11 @@ def test_a_damaged_file_is_named_and_kept(name, damage, refused, cut):
 
 @pytest.mark.parametrize("wrong", [
     dict(step="3"), dict(step=-1), dict(step=None), dict(step=15), dict(seconds="long"),
-    dict(seconds=None), dict(seconds=[]), dict(fingerprint=[1]), dict(optimizer={}),
+    dict(result=None), dict(result={"loss": "low"}), dict(fingerprint=[1]), dict(optimizer={}),
     dict(optimizer={"state": []}), dict(exp_avg=torch.zeros(1)), dict(exp_avg=None),
-    dict(exp_avg=torch.zeros(256, 8).half()), dict(exp_avg_sq=torch.zeros(3, 3))], ids=str)
+    dict(exp_avg=torch.zeros(256, 8).half()), dict(exp_avg_sq=torch.zeros(3, 3)),
+    dict(exp_avg=torch.zeros(256, 8).to_sparse()), dict(optimizer={"state": {0: {"step": []}}})],
+    ids=str)
 def test_a_checkpoint_with_something_else_in_it_is_refused(wrong, refused, cut):
     shutil.copytree(cut, "run")
     state = state_of(cut)
@@ -569,43 +622,44 @@ def test_a_checkpoint_with_something_else_in_it_is_refused(wrong, refused, cut):
     assert "ckpt.pt" in refused(train, *words("run", "--resume"))
 
 
+def test_moments_that_repeat_one_number_in_a_file_are_a_tensor_when_they_are_used(cut):
+    shutil.copytree(cut, "run")
+    state = state_of(cut)
+    for moments in state["optimizer"]["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):  # fused AdamW crashed on these
+            moments[name] = torch.zeros(1).expand(moments[name].shape)
+    torch.save(state, "run/ckpt.pt")
+    go("run", "--resume")
+    assert state_of("run")["step"] == 14
+
+
 BAD = """
     --data=haystak | --data=set | --data= | --data=c4 | --data=haystack:pairs=99 | --data=none.txt |
-    --data=haystack+addition | --warmup=dyke | --warmup=haystack | --warmup=dyck:k=0 | --warmup= |
-    --warmup=eca:rule=256 | --warmup=eca --warmup_curriculum | --warmup=none --warmup_curriculum |
-    --warmup=text | --warmup=0*set | --warmup=1e308*set+1e308*union | --warmup=dyck:length=1 |
-    --warmup=none --init=none.pt | --warmup=none --init= | --init=none.pt | --transfer=all |
-    --transfer=heads | --transfer= | --embeddings=none | --positions=keep | --preset=c5 |
-    --preset= | --preset=c4 | --size=huge | --size= | --size=0_1_8 | --size=1_3_8 |
-    --size=1_1_99999999 | --steps=-1 | --steps=1.5 | --tokens=99 | --warmup_tokens=9 |
-    --batch_size=0 | --block_size=4 | --warmup_block_size=4 | --lr=-1 | --lr=nan | --lr=inf |
-    --lr=fast | --lr_schedule=step | --dropout=1 | --dropout=nan | --seed=-1 | --seed=4294967296 |
-    --device=tpu | --device= | --device=cuda: | --dtype=int8 | --stop_at=1.5 | --log_every=0 |
-    --grad_accum=0 | --workers=-1 | --sharpen=1 --recompute | --sharpen=1 --compile | --unknown=1 |
-    stray | --plan --tflops=0 | --plan --transfer=heads | --plan --size=0_1_8 | --plan --size=1_3_8
+    --warmup=dyke | --warmup=haystack | --warmup=eca --warmup_curriculum | --warmup=text |
+    --warmup=dyck:length=1 | --init=none.pt | --transfer=all | --transfer=heads | --preset=c4 |
+    --embeddings=keep | --size=huge | --size=1_3_8 | --steps=1.5 | --block_size=4 | --lr=nan |
+    --warmup_block_size=4 | --dropout=1 | --seed=4294967296 | --device=tpu | --stop_at=1.5 |
+    --log_every=0 | --sharpen=1 --recompute | --unknown=1 | stray | --warmup=none --init=none.pt
 """
-HUGE = [f"--{name}={digits}" for name in ("steps", "lr", "seed", "size", "eval_rows", "tokens")
-        for digits in ("9" * 400, "9" * 5000, "1e400", "9" * 400 + "M")]
 
 
-@pytest.mark.parametrize("bad", re.split(r"\s*\|\s*", BAD.strip()) + HUGE, ids=lambda s: s[:40])
+@pytest.mark.parametrize("bad", re.split(r"\s*\|\s*", BAD.strip()))
 def test_a_bad_command_line_is_one_line_and_writes_nothing(bad, refused):
     refused(train, *words(), *bad.split())
     assert not os.listdir()
 
 
-@pytest.mark.parametrize("more", [[], ["--plan"]])
-@pytest.mark.parametrize("environment", [
-    dict(WORLD_SIZE="abc"), dict(WORLD_SIZE=""), dict(WORLD_SIZE="0"), dict(RANK="5"),
-    dict(RANK="x"), dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")], ids=str)
-def test_an_environment_that_torchrun_did_not_make_is_refused(
-        environment, more, refused, monkeypatch):
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-    assert "torchrun" in refused(train, *words("run", *more)) and not os.listdir()
+@pytest.mark.parametrize("argv,idle", [
+    ("--warmup none --warmup_lr 1 --transfer attn", "--warmup_lr, --transfer"),
+    ("--data sorting --tokenizer bytes", "--tokenizer"), ("--tokens 1M --steps 9", "--steps"),
+    ("--init CUT --warmup_steps 5 --data haystack", "--warmup_steps"),
+    ("--attn_from CUT --transfer attn --data haystack", "--transfer")])
+def test_a_flag_that_would_do_nothing_is_refused(argv, idle, refused, cut):
+    line = refused(train, *argv.replace("CUT", str(cut)).split())
+    assert f"{idle} would do nothing" in line
 
 
-# Settings, names and plans
+# Settings and names
 
 C4 = dict(data="c4", tokenizer="gpt2", size="gpt2", block_size=2048, batch_size=32, steps=10_000,
           lr=5e-4, lr_schedule="cosine", lr_ramp=0, min_lr=None, weight_decay=0.0, dropout=0.1,
@@ -613,18 +667,24 @@ C4 = dict(data="c4", tokenizer="gpt2", size="gpt2", block_size=2048, batch_size=
           warmup_weight_decay=0.1, warmup_lr_schedule="constant")
 PARROT = dict(C4, data="codeparrot", block_size=1024, batch_size=48, steps=20_000, lr=5e-5,
               min_lr=0.0, weight_decay=0.01)
+LAPTOP = dict(data="code", tokenizer="bytes", size="tiny", steps=3000, batch_size=8, block_size=128,
+              lr=2e-3, lr_schedule="cosine", lr_ramp=100, warmup="dyck:k=8", warmup_steps=2000,
+              warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_ramp=200, warmup_min_lr=0.0)
 DYCK = dict(warmup="dyck:k=64,length=2048", warmup_steps=500, warmup_batch_size=32)
 TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, lr_ramp=500,
             lr_schedule="cosine", weight_decay=1e-3, dropout=0.0, dtype="float32", eval_rows=4000)
 
 
 @pytest.mark.parametrize("given,expected", [
-    ("", dict(data="code", tokenizer="bytes", size="tiny", warmup="dyck:k=8")),
+    ("", LAPTOP), ("--preset laptop", LAPTOP),
+    ("--preset gpu", dict(C4, data="code", tokenizer="bytes", block_size=1024, steps=2000,
+                          lr_ramp=100, weight_decay=0.1, dropout=0.0, warmup_dropout=0.0)),
     ("--warmup none", dict(warmup="none", warmup_steps=0)),
-    ("--data haystack", dict(TASK, warmup="dyck", transfer="attn")),
+    ("--data haystack", dict(TASK, warmup="dyck", transfer="attn", warmup_lr=5e-3)),
     ("--data sorting", dict(TASK, transfer="full")),
     ("--preset laptop --data haystack", dict(TASK, steps=1500, batch_size=250, lr=2e-3, stop_at=0.9,
-                                             warmup="dyck:length=36", warmup_steps=4000)),
+                                             warmup="dyck:length=36", warmup_steps=4000,
+                                             warmup_lr=5e-3, warmup_lr_ramp=200)),
     ("--data multiplication", dict(TASK, size="4_8_512", steps=156_250, batch_size=64)),
     ("--preset c4", C4 | DYCK),
     ("--preset c4 --warmup union", dict(C4, warmup="union:length=64", warmup_steps=2500,
@@ -655,99 +715,45 @@ def test_a_budget_in_tokens_is_one_in_steps():
     assert result["tokens"] == {"procedural": 4 * 8 * 9, "semantic": 11 * 8 * 9}
 
 
-@pytest.mark.parametrize("argv,stages", [
-    ("--preset c4 --warmup union", [(102, 130, 12, 12, 768, True, 2500 * 64),
-                                    (50257, 2048, 12, 12, 768, True, 10_000 * 32)]),
-    ("--preset c4 --warmup text", [(50257, 2048, 12, 12, 768, True, 500 * 32),
-                                   (50257, 2048, 12, 12, 768, True, 10_000 * 32)]),
-    ("--data haystack --warmup set", [(102, 41, 2, 4, 16, True, 10_000 * 128),
-                                      (256, 63, 2, 4, 16, False, 10_000 * 1000)]),
-    ("--size 3_2_64 --no-tied --block_size 32 --tokens 10M --warmup none --batch_size 4",
-     [(257, 32, 3, 2, 64, False, 78_125 * 4)])])
-def test_a_plan_counts_as_the_models_themselves_and_needs_no_data(
-        argv, stages, printed, monkeypatch):
-    monkeypatch.setenv("NANOWARM_CACHE", "none")
-    plan, operations = printed(*argv.split(), "--plan", "--tflops=100", "--device=cpu"), 0
-    for vocab, block, layers, heads, width, tied, rows in stages:
-        with torch.device("meta"):
-            model = GPT(GPTConfig(vocab, block, layers, heads, width, tied=tied))
-        assert f" {sum(p.numel() for p in model.parameters()):,} parameters" in plan
-        assert f" = {rows * block:,} tokens" in plan
-        linear = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        operations += rows * block * (6 * sum(linear) + 12 * layers * width * block)
-    assert float(re.search(r"compute +(\S+)", plan)[1]) == pytest.approx(operations, rel=0.01)
-    hours = float(re.search(r"time +([\d,.]+) hours", plan)[1].replace(",", ""))
-    assert hours == pytest.approx(operations / 1e14 / 3600, abs=0.06)
-    assert not os.listdir()
+def test_what_a_stage_uses_is_said_as_it_starts(printed):
+    text = printed(*words(warmup_lr=3e-3, warmup_lr_schedule="constant", warmup_lr_ramp=0))
+    assert "[warmup] learning rate 0.003: a ramp of 0 steps, then constant\n" in text
+    assert "[train] haystack:pairs=3: 14 steps of 8 x 9 tokens" in text
+    assert "[train] learning rate 0.01: a ramp of 4 steps, then cosine to 0\n" in text
 
 
-def test_a_plan_for_a_folder_of_tokens_has_its_vocabulary(printed):
-    for name in ("train.bin", "val.bin"):
-        Path(name).write_bytes(b"\1\0" * 500)
-    Path("meta.json").write_text('{"vocab_size": 65}')
-    assert "vocabulary 65;" in printed("--data=.", "--warmup=none", "--plan")
-
-
-def test_runs_with_other_settings_get_names_of_their_own_that_are_never_too_long():
-    given = [[], ["--warmup=none"], ["--seed=1"], ["--transfer=attn"], ["--tokens=9M"],
-             ["--data=haystack:pairs=3"], ["--data=haystack:pairs=4"], ["--preset=c4"],
-             ["--data=docs", "--preset=c4"],
-             ["--preset=c4-350m"], ["--data=c4", "--preset=c4-350m", "--no-tied"],
-             ["--warmup=set+union"], ["--warmup=0.7*set+0.3*union"], ["--warmup=shuffled:set"],
-             [f"--warmup={'+'.join(['set'] * 99)}"], [f"--warmup={'+'.join(['set'] * 98)}"]]
-    for name in ("字" * 80, "字" * 70 + "a", "字" * 70 + "b"):
-        Path(name).mkdir()
-        given += [[f"--data={name}", "--tokenizer=bytes"]]
-    names = [train.parse(["--device=cpu", *argv])[0].out for argv in given]
-    assert names[0] == "out/code-dyck-s0" and len(set(names)) == len(names)
-    assert max(len(os.fsencode(name)) for name in names) < 255
-    assert train.parse(["--log_every=3", "--resume", "--device=cpu"])[0].out == names[0]
-
-
-def test_help_names_every_flag(printed, capfd):
-    with pytest.raises(SystemExit) as stop:
-        printed("--help")
-    text = capfd.readouterr().out
-    assert stop.value.code == 0
-    for name in vars(train.parse(["--device=cpu"])[0]):
-        assert re.search(rf"--{name}[ ,\n]", text), name
-
-
-def test_what_moves_is_said_and_whether_positions_do(printed):
-    say = "[transfer] attn, norm; embeddings mean, positions"
-    flags = dict(transfer="attn,norm", embeddings="mean")
-    assert f"{say} moved\n" in printed(*words("a", **flags))
-    longer = printed(*words("b", data="haystack:pairs=4", **flags))
-    assert f"{say} random: the warm-up has 9 of 11\n" in longer
-
-
-def test_after_a_warm_up_alone_the_next_command_takes_it_up_if_there_is_one(printed):
-    text = printed(*words("my run", steps=0))
-    init = train.parse(shlex.split(re.search(r"next +python train.py (.*)", text)[1]))[0].init
-    assert Path(init) == Path("my run/warmup.pt") and Path(init).exists()
-    assert "next" not in printed(*words("none", steps=0, warmup="none"))
+def test_folders_are_named_by_data_warm_up_and_seed():
+    for argv, name in (
+            ("", "code-dyck-s0"), ("--preset c4 --seed 3 --lr 1", "c4-dyck-s3"),
+            ("--data docs --preset c4 --warmup none", "c4-docs-none-s0"),
+            ("--warmup 0.7*set+0.3*union", "code-0.7_set+0.3_union-s0"),
+            ("--data haystack:pairs=3 --warmup shuffled:set", "haystack_pairs=3-shuffled_set-s0"),
+            (f"--warmup {'+'.join(['set'] * 99)}", f"code{('-' + 'set+' * 99)[:96]}-s0")):
+        assert train.parse(["--device=cpu", *argv.split()])[0].out == f"out/{name}"
 
 
 @pytest.mark.parametrize("flags", [
-    {}, dict(warmup="none"), dict(sharpen=0.1), dict(transfer="mlp", min_lr="1e-3"),
-    dict(warmup=None, init="CUT"), dict(warmup=None, init="CUT", size=None),
-    dict(warmup=None, attn_from="CUT"), dict(warmup=None, mlp_from="none"),
-    dict(data="my text", block_size=16)], ids=str)
+    {}, dict(warmup="none"), dict(min_lr="1e-3"), dict(warmup=None, init="CUT", size=None)],
+    ids=str)
 def test_the_next_command_is_accepted_and_differs_in_its_warm_up_alone(flags, printed, cut):
-    start_of("none", warmup="none")
-    Path("my text").write_text("Where the bee sucks, there suck I. " * 99)
-    argv = words("my run", "--no-tied", **flags)
-    argv = [word.replace("CUT", str(cut)) for word in argv]
+    argv = [word.replace("CUT", str(cut)) for word in words("my run", "--no-tied", **flags)]
     text = printed(*argv)
-    assert "held-out loss" in text and "log.jsonl" in text
     here = train.parse(argv)[0]
     there = train.parse(shlex.split(re.search(r"next +python train.py (.*)", text)[1]))[0]
-    curves = re.search(r"python analyze.py curves (.*)", text)[1]
+    curves = re.search(r"next +python analyze.py curves (.*)", text)[1]
     assert shlex.split(curves) == [here.out, there.out]
     assert (there.warmup == "none") == (result_of("my run")["tokens"]["procedural"] > 0)
-    files = re.search(r"files +.my run.: (.*) \(", text)[1].split(", ")
-    assert sorted(files) == sorted(name for name in os.listdir("my run") if name[0] != ".")
-    moves = ("init", "attn_from", "mlp_from", "transfer", "embeddings", "positions", "out")
     for key, value in vars(here).items():
-        if key not in moves and not key.startswith("warmup"):
+        if key not in ("init", "transfer", "out") and not key.startswith("warmup"):
             assert getattr(there, key) == value, key
+    Path(there.out).mkdir(parents=True)
+    assert "next       python train.py" not in printed(*argv), "it is there"
+
+
+@pytest.mark.skipif("NANOWARM_SLOW" not in os.environ, reason="two minutes: NANOWARM_SLOW=1")
+def test_brackets_find_the_needle_by_step_1000_and_without_them_it_is_not_found():
+    recall = dict(dict.fromkeys(SMALL), data="haystack:pairs=15", preset="laptop", steps=None)
+    go("none", **dict(recall, warmup="none", steps=1000))
+    go("dyck", **dict(recall, warmup="dyck"))
+    assert max(log("none", "val_accuracy")) < 0.5
+    assert max(log("dyck", "val_accuracy")) > 0.9 and state_of("dyck")["step"] <= 1000

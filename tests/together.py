@@ -1,4 +1,4 @@
-"""Many small runs at once: rows of experiments on tasks, with all their seeds.
+"""Many small runs at once: settings of experiments on tasks, with all their seeds.
 
     python tests/together.py warmups --results results --only "recall of 15 | dyck"
     python tests/together.py runs --results results --only "recall of 15 | dyck"
@@ -12,7 +12,6 @@ saves little: --device cpu --workers 0.
 import argparse
 import contextlib
 import copy
-import functools
 import json
 import math
 import shlex
@@ -23,16 +22,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import train  # before torch, see there
+from analyze import (EXPERIMENTS, TASK_COLUMNS, folder_of, make_warmup, missing, settings_in,
+                     with_checkpoints)
+from eval import first_rows, held_out_rows
+from model import save
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-
-import train
-from analyze import (EXPERIMENTS, TASK_COLUMNS, folder_of, make_warmup, missing, rows_of,
-                     with_checkpoints)
-from data import make_data
-from eval import first_rows, held_out_rows
-from model import save
 
 
 class Member:
@@ -52,53 +50,45 @@ class Member:
         if warm:
             self.target = self.model
             self.model = train.new_model(rule, self.s.size, True, 0.0, seed + 2 ** 32)
-        self.stage = train.stage_of(self.s, "warmup" if warm else "train", self.data.block_size)
+        self.stage = train.stage_of(self.s, "warmup" if warm else "train", self.data)
         assert not self.stage.dropout and self.s.dtype == "float32"
-        self.log, self.passed, self.ended, self.began = [], 0, None, time.time()
+        self.log, self.passed, self.ended, self.before = [], 0, None, None
+        self.began = time.monotonic()
 
-    def evaluation(self, step, loss, accuracy):
-        """Notes it, and returns whether the run ends here, see --stop_at."""
+    def note(self, step, loss, accuracy):
+        """Notes an evaluation, and returns whether the run ends here, see --stop_at."""
         self.log.append({"stage": self.stage.name, "step": step, "val_loss": loss,
-                         "tokens": step * self.stage.batch_size * self.stage.block_size,
-                         "val_accuracy": accuracy})
+                         "tokens": step * self.stage.step_tokens, "val_accuracy": accuracy})
         good = step and self.s.stop_at and accuracy >= self.s.stop_at
         self.passed = self.passed + 1 if good else 0
         return self.passed == 2 or step == self.stage.steps
 
-    def measure(self, model, data):
-        rows = rows_once(data.spec, self.s.seed, self.s.eval_rows)
-        return train.measure(model.to(self.s.device), rows, data, self.s)
+    def evaluation(self, model, data):
+        rows = held_out_rows(data, self.s.eval_rows)
+        return train.evaluation(model.to(self.s.device), rows, data, self.s)
 
     def finish(self, step, weights):
         """Writes what train.py would have in the run's folder."""
         s, self.ended = self.s, step
-        state = self.model.state_dict()
-        state |= weights | ({"lm_head.weight": weights["wte.weight"]}
-                            if self.model.config.tied else {})
-        self.model.load_state_dict(state)
-        seconds, data = time.time() - self.began, self.task
-        tokens = step * self.stage.batch_size * self.stage.block_size
-        done = {"step": step, "tokens": tokens, "seconds": seconds, "before": self.before,
-                "result": self.measure(self.model, self.data)}
-        source = {"spec": self.data.spec, "tokenizer": None, "seed": s.seed}
+        self.model.load_state_dict(weights, strict=False)  # a tied head is no parameter of its own
+        done = {"step": step, "tokens": step * self.stage.step_tokens, "before": self.before,
+                "seconds": time.monotonic() - self.began,
+                "result": self.evaluation(self.model, self.data)}
+        source = {"spec": self.data.spec, "tokenizer": None, "seed": s.seed,
+                  "eval_rows": s.eval_rows}
         save(self.out / ("warmup.pt" if self.warm else "ckpt.pt"), self.model.cpu(), source=source,
              stage=self.stage.name, **done)
         if self.warm:
             train.move(self.model, self.target, train.parse_parts(s.transfer), s)
-            warmed, first = done | {"spec": s.warmup}, self.measure(self.target, data)
+            warmed, first = done | {"spec": s.warmup}, self.evaluation(self.target, self.task)
             done = {"result": first, "tokens": 0, "seconds": 0.0}
-            self.log += [{"stage": "train", "step": 0, "tokens": 0, "val_loss": first["loss"],
-                          "val_accuracy": first["accuracy"]}]
+            self.log = [{"stage": "train", "step": 0, "tokens": 0, "val_loss": first["loss"],
+                         "val_accuracy": first["accuracy"]}]
         else:
             warmed = self.warmed
         with open(self.out / "log.jsonl", "w") as file:
             file.writelines(f"{json.dumps(entry)}\n" for entry in self.log)
         train.write_result(self.out, s, self.fingerprint, warmed, done)
-
-
-@functools.cache
-def rows_once(spec, seed, n):
-    return held_out_rows(make_data(spec, seed), n)
 
 
 class Steps(Dataset):
@@ -240,22 +230,21 @@ def train_together(members, device, workers, compiled):
         for i, member in enumerate(members):
             if member.ended is None and step <= member.stage.steps:
                 last = member.stage.steps == step if member.warm else \
-                    member.evaluation(step, *(each[i] for each in result))
+                    member.note(step, *(each[i] for each in result))
                 if last:
                     weights = {name: p[i].clone() for name, p in stack.parts(flat.data).items()}
                     member.finish(step, weights)
 
     for member in members:
-        member.before = None
         if member.warm:
-            member.before = member.measure(copy.deepcopy(member.model), member.data)
+            member.before = member.evaluation(copy.deepcopy(member.model), member.data)
     loader = iter(DataLoader(Steps(datas, B), batch_size=None, sampler=range(steps),
                              num_workers=workers, pin_memory=device == "cuda",
                              prefetch_factor=4 if workers else None))
     if held_out:
         result = evaluate()
         ends(0)
-    began = time.time()
+    began = time.monotonic()
     for step in range(steps):
         x, y = (each.to(device, non_blocking=True)[which] for each in next(loader))
         loss, _ = losses(flat, x, y, sharpen, one)
@@ -278,20 +267,21 @@ def train_together(members, device, workers, compiled):
         if done % 500 == 0 or done == 20:
             assert norm.isfinite().all()
             print(f"{members[0].data.spec} x {len(members)}: step {done:,}/{steps:,}, loss "
-                  f"{loss.mean().item():.3f}, {done / (time.time() - began):.1f} steps/s",
+                  f"{loss.mean().item():.3f}, {done / (time.monotonic() - began):.1f} steps/s",
                   flush=True)
 
 
 def together(stage, runs, results, device, workers, compiled):
-    """Makes the warm-ups of runs (row, seed), or these, where they are not there yet; those of one
-    shape at a time. The current folder is `results`."""
+    """Makes the warm-ups of runs (setting, seed), or these, where they are not there yet; those of
+    one shape at a time. The current folder is `results`."""
     members, warmups = [], {}
-    for row, seed in runs:
-        warmups |= {folder_of(of, flags): (flags, of) for flags, of in row.warmups(seed)}
+    for setting, seed in runs:
+        warmups |= {folder_of(of, flags): (flags, of) for flags, of in setting.warmups(seed)}
         if stage == "runs":
-            flags = with_checkpoints(row, seed, results) + f" --device {device}"
-            members.append(Member(flags, seed, row.folder(seed), False))
-            Path(f"{row.folder(seed)}.changed.pt").unlink(missing_ok=True)
+            folder = setting.folder(seed)
+            flags = with_checkpoints(setting, seed, results) + f" --device {device}"
+            members.append(Member(flags, seed, folder, False))
+            Path(f"{folder}.changed.pt").unlink(missing_ok=True)
     for folder, (flags, seed) in warmups.items():
         if not Path(folder, "result.json").exists():
             members.append(Member(f"{flags} --device {device}", seed, folder, True))
@@ -309,20 +299,19 @@ def together(stage, runs, results, device, workers, compiled):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("stage", choices=("warmups", "runs"))
-    parser.add_argument("--only", required=True, help="rows with this in \"column | row\"")
+    parser.add_argument("--only", required=True, help="settings with this in \"column | name\"")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     args.results.mkdir(exist_ok=True)
     results = args.results.resolve()
-    rows = [row for name in EXPERIMENTS for row in rows_of(name, "quick")
-            if row.column in TASK_COLUMNS and args.only in f"{row.column} | {row.name}"]
-    runs = missing(rows, args.seeds, results).values()
+    settings = [each for name in EXPERIMENTS for each in settings_in(name, "quick")
+                if each.column in TASK_COLUMNS and args.only in f"{each.column} | {each.name}"]
+    runs = missing(settings, args.seeds, results).values()
     with contextlib.chdir(results):
-        together(args.stage, runs, results, args.device, args.workers, not args.no_compile)
+        together(args.stage, runs, results, args.device, args.workers, args.device != "cpu")
 
 
 if __name__ == "__main__":
