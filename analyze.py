@@ -5,10 +5,11 @@
     python analyze.py table --show                                its table and figure; runs nothing
     python analyze.py claims                                      what the paper says, what is found
 
-An experiment is a list of rows, and a row is a command line of train.py, which is run once for each
-seed in a folder of its own below --results. The rows of a column, a task or a text, are compared
-with its first; what of a run is compared, `measure` says.
+An experiment is a list of settings, and a setting is a command line of train.py, which is run once
+for each seed in a folder of its own below --results. The settings of a column, a task or a text,
+are compared with its first, which has no warm-up.
 """
+import contextlib
 import functools
 import gzip
 import itertools
@@ -20,18 +21,19 @@ import subprocess
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
+# data.py prepares torch's threads, so it comes before torch.
+from data import (RULES, TASKS, Busy, Parser, UserError, json_lines, lock, number, read_json,
+                  reading, run_main, write_json, written_whole)
+from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
+from model import GPT, load, part_of, save
 import numpy as np
 import torch
-
-from data import (RULES, TASKS, Busy, Parser, UserError, checked, fits, json_lines, lock, number,
-                  read_json, reading, run_main, write_json, written_whole)
-from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
-from model import GPT, part_of, save
-from train import OPERATIONAL, PRESETS, Stopped, clock
+from train import (OPERATIONAL, PRESETS, Stopped, clock, new_model, open_data, parse,
+                   start_from_checkpoints)
 
 # --------------------------------------------------------------------------------------------------
 # Settings are command lines
@@ -63,7 +65,6 @@ def folder_of(seed, train, warmup="", change="", mlp_from="", warmup_seeds=()):
 
 
 class Setting(NamedTuple):
-    """What is run with each of so many seeds, and compared with the others of its column."""
     column: str
     name: str
     train: str          # flags of train.py, but for --seed and --out
@@ -71,15 +72,15 @@ class Setting(NamedTuple):
     change: str = ""    # what is done to the weights of the warm-up first, see change_weights
     mlp_from: str = ""  # flags of a second warm-up, whose MLPs are taken with the first's attention
     warmup_seeds: tuple = ()  # of these warm-ups, where they are not the run's own
-    seeds: int = 10
+    seeds: int = 10     # how many runs it wants
+
+    def folder(self, seed):
+        return folder_of(seed, *self[2:7])
 
     def warmups(self, seed):
         """The flags and seeds of the warm-ups that it takes up."""
         flags = [each for each in (self.warmup, self.mlp_from) if each]
         return list(zip(flags, self.warmup_seeds or (seed, seed)))
-
-    def folder(self, seed):
-        return folder_of(seed, *self[2:7])
 
 
 # The quick budget (ours) is for two CPU cores: minutes a run. Its tasks have the published model
@@ -88,7 +89,7 @@ class Setting(NamedTuple):
 # brackets as long as recall's rows; those before text have the published batch and rate, and as
 # many tokens as are best in the paper.
 TASK = "--batch_size 250 --lr 2e-3"
-RECALL = f"{TASK} --eval_every 100 --stop_at 0.9"
+STOPPED = f"{TASK} --eval_every 100 --stop_at 0.9"
 FIXED = f"{TASK} --eval_every 500 --steps 6000"
 TEXT = ("--preset laptop --size 4_4_128 --block_size 256 --batch_size 16 --steps 2500 "
         "--lr 3e-3 --lr_ramp 200")
@@ -96,251 +97,208 @@ BEFORE_TASK = "--data haystack --warmup_steps 6000"  # of brackets 49.2 M tokens
 BEFORE_TEXT = ("--data haystack --warmup_batch_size 64 --warmup_lr 5e-4 --warmup_lr_ramp 0 "
                "--warmup_lr_schedule constant --warmup_dropout 0.1 --warmup_tokens 4M")
 COLUMNS = {
-    "quick": {"recall": f"--data haystack {RECALL}",
-              "recall of 15": f"--data haystack:pairs=15 --steps 6000 {RECALL}",
-              "addition": f"--data addition {FIXED}",
-              "reversed_addition": f"--data reversed_addition {FIXED}",
-              "sorting": f"--data sorting {FIXED}",
+    "quick": {"recall": f"--data haystack {STOPPED}",
+              "recall of 15": f"--data haystack:pairs=15 --steps 6000 {STOPPED}",
+              **{task: f"--data {task} {FIXED}"
+                 for task in ("addition", "reversed_addition", "sorting")},
               "code": f"--data code {TEXT}",
               "english": f"--data docs {TEXT}",
               "english, smaller": f"--data docs {TEXT} --size 2_4_64",
               "english, larger": f"--data docs {TEXT} --size 6_8_256",
               "math": f"--data math {TEXT}"},
     "paper": {"recall": "--data haystack --eval_every 100",
-              "addition": "--data addition --eval_every 100",
-              "reversed_addition": "--data reversed_addition --eval_every 100",
+              **{task: f"--data {task} --eval_every 100"
+                 for task in ("addition", "reversed_addition", "sorting")},
               "multiplication": "--data multiplication --eval_every 1500",
-              "sorting": "--data sorting --eval_every 100",
-              "code": "--preset codeparrot",
-              "english": "--preset c4",
-              "english, larger": "--preset c4-350m",
-              "math": "--preset deepmind_math"}}
+              "code": "--preset codeparrot", "english": "--preset c4",
+              "english, larger": "--preset c4-350m", "math": "--preset deepmind_math"}}
+TEXTS = ("code", "english", "math")
 TASK_COLUMNS = ("recall", "recall of 15", "addition", "reversed_addition", "multiplication",
                 "sorting")
-TEXTS = ("code", "english", "math")
 
 # How a task starts from its warm-up. Two ways are published: the whole model, with embeddings at
 # the mean of the warm-up's and positions if it has enough; its attention alone, and all else fresh.
-# Ours, train.py's default before haystack, moves the attention and the positions. It was the best
-# of four starts on seeds 0 to 2; seeds 3 to 9 confirm it.
-WHOLE = "--transfer full --embeddings mean --positions fit"
+# Ours, train.py's default before haystack, was the best of four on seeds 0 to 2 of brackets.
 FRESH = "--embeddings random --positions random"
-STARTS = {"whole": WHOLE, "attention": f"--transfer attn {FRESH}",
+STARTS = {"whole": "--transfer full --embeddings mean --positions fit",
+          "attention": f"--transfer attn {FRESH}",
           "attention, positions": "--transfer attn --embeddings random --positions fit"}
-OURS = STARTS["attention, positions"]
-
 
 # --------------------------------------------------------------------------------------------------
 # Experiments
 
 
 class Line(NamedTuple):
-    """A setting before its column is known, whose flags come before its own."""
+    """Some settings. Braces in the name list alternatives, and each combination is a setting; in
+    what follows the name, {0} is the one that was chosen in the first braces."""
+    columns: tuple
     name: str
-    warmup: str = "none"  # its spec, and flags of it
-    flags: str = ""       # how it moves over, and what else differs
+    warmup: str = "none"  # its spec, and flags of it; equal: as many tokens as BEFORE_TASK's dyck
+    flags: str = ""       # how it moves over, and what else differs; or one of STARTS
     change: str = ""
     mlp_from: str = ""    # a second warm-up
     warmup_seeds: tuple = ()
     share: str = "1"      # of the column's steps
-
-
-def cross(*lists, name="{}", **fields):
-    """A Line for each combination of what is in the lists; {0} stands for what is of the first."""
-    lines = []
-    for each in itertools.product(*lists):
-        filled = {field: text.format(*each) for field, text in fields.items()}
-        lines.append(Line(name.format(*each), **filled))
-    return lines
+    budget: str = ""      # which alone has it
 
 
 class Experiment(NamedTuple):
-    """groups: (columns, their lines) or, if but one budget has them, (columns, lines, budget)"""
     question: str
-    groups: list
-    on_tasks: int = 10  # seeds
-    on_text: int = 6
+    lines: list
+    seeds: int = 10  # of tasks; of text six
 
 
+RECALL, RECALL_15, RECALLS = ("recall",), ("recall of 15",), ("recall", "recall of 15")
 DIAGNOSTICS = ("recall of 15", "reversed_addition", "addition", "sorting")
-EQUAL = "--warmup_tokens 49152000"  # as many as BEFORE_TASK has of brackets
 LONG = "--warmup_steps 24000"  # after 6,000 most stop on a plateau, and have no sharp heads
-WHOLE_OR_ATTENTION = list(STARTS.items())[:2]
-QUARTERS = [f"{kept} {which}" for kept in ("only", "without")
-            for which in ("sharp", "blurred", "random")]
-CHANGES = ("shuffled", "redrawn", "noise 0.1", "noise 0.3", "noise 1", "scaled 0.5", "scaled 2")
+OURS = "attention, positions"
+MOVED = "--transfer {0} --embeddings {1} --positions fit"
+CHANGES = "{as it is|shuffled|redrawn|noise 0.1|noise 0.3|noise 1|scaled 0.5|scaled 2}"
+HEADS = ("{as it is|only sharp|only blurred|only random|without sharp|without blurred|"
+         "without random}")
 EXPERIMENTS = {
-    # Named before the runs, on five starts that were tried: right after the transfer, of the power
-    # of the states that the head reads where the key is asked for, the share that differs between
-    # 1,000 held-out rows. Of two warm-ups that start in one way, the one of the smaller share is to
-    # find the needle later (Spearman's rank correlation, within each start that moves MLPs).
+    # Named before the runs, on five starts that were tried: of two warm-ups that start in one way,
+    # the one with the smaller share_that_differs is to find the needle later (Spearman's rank
+    # correlation, within each start that moves MLPs).
     "starts": Experiment("which part makes it, and which breaks it: the MLPs (ours)", [
-        (("recall of 15",), cross(
-            ("random", "mean"), ("attn", "attn,norm", "attn,mlp", "full"),
-            name="dyck, {1}, embeddings {0}", warmup="dyck",
-            flags="--transfer {1} --embeddings {0} --positions fit")),
-        (("recall",), [
-            *cross(("attn", "attn,norm"), name="dyck, {}, embeddings random", warmup="dyck",
-                   flags="--transfer {} --embeddings random --positions fit"),
-            Line("dyck, full, embeddings mean", "dyck", WHOLE),
-            Line("none, steps 13500", flags="--steps 13500")])]),  # ten of these are there
-    "repeats": Experiment(
-        "how much of the spread is the warm-up's: ten of them, each before three seeds of the task",
-        [(("recall of 15",), [Line(f"dyck, as published, warm-up {seed}", "dyck",
-                                   warmup_seeds=(seed,)) for seed in range(10)])], on_tasks=3),
-    "strangers": Experiment(  # of warm-ups 0, 1, 4 and 7: 0 and 7 are found with their own MLPs
-        "attention of one warm-up, MLPs of another: is it these MLPs, or that they are strangers?",
-        [(("recall of 15",), [
-            Line(f"attention of {a}, MLPs of {b}", "dyck", "--embeddings random --positions fit",
-                 mlp_from="dyck", warmup_seeds=(a, b))
-            for a, b in itertools.permutations((0, 1, 4, 7), 2)])], on_tasks=2),
+        Line(RECALL_15, "dyck, {attn|attn,norm|attn,mlp|full}, embeddings {random|mean}", "dyck",
+             MOVED),
+        Line(RECALL, "dyck, {attn|attn,norm}, embeddings {random}", "dyck", MOVED),
+        Line(RECALL, "dyck, {full}, embeddings {mean}", "dyck", MOVED),
+        Line(RECALL, "none, steps 13500", flags="--steps 13500")]),  # ten of these are there
+    "repeats": Experiment("how much of the spread is the warm-up's, and how much the task's", [
+        Line(RECALL_15, f"dyck, as published, warm-up {seed}", "dyck", warmup_seeds=(seed,))
+        for seed in range(10)], seeds=3),
+    "strangers": Experiment("is it these MLPs, or that they and the attention are strangers?", [
+        Line(RECALL_15, f"attention of {a}, MLPs of {b}", "dyck",
+             "--embeddings random --positions fit", mlp_from="dyck", warmup_seeds=(a, b))
+        for a, b in itertools.permutations((0, 1, 4, 7), 2)], seeds=2),
     "budgets": Experiment("the warm-up's tokens as further steps, and other rates and ramps", [
-        (("recall of 15",), [Line("dyck, attention, positions", "dyck", OURS),
-                             Line("none, steps 12144", flags="--steps 12144")]),
-        (TEXTS, [Line("none, steps 3500", flags="--steps 3500")]),
-        (("recall", "recall of 15", *TEXTS), cross(
-            ("lr 1e-3", "lr 4e-3", "lr 8e-3", "lr_ramp 0", "lr_ramp 1000"),
-            name="none, {}", flags="--{}"))]),
+        Line(RECALL_15, "dyck, attention, positions", "dyck", OURS),
+        Line(RECALL_15, "none, steps 12144", flags="--steps 12144"),
+        Line(TEXTS, "none, steps 3500", flags="--steps 3500", budget="quick"),
+        Line((*RECALLS, *TEXTS), "none, {lr 1e-3|lr 4e-3|lr 8e-3|lr_ramp 0|lr_ramp 1000}",
+             flags="--{0}")]),
     "tasks": Experiment("which rule helps which task, all after 49.2 M tokens of warm-up", [
-        (DIAGNOSTICS, cross(("dyck",), WHOLE_OR_ATTENTION, name="{0}, {1[0]}", warmup="{0}",
-                            flags="{1[1]}"), "quick"),
-        (DIAGNOSTICS, cross(("identity", "set", "union", "delete", "eca"), WHOLE_OR_ATTENTION,
-                            name="{0}, {1[0]}", warmup=f"{{0}} {EQUAL}", flags="{1[1]}"),
-         "quick")], on_tasks=6),
-    "table": Experiment(
-        "which warm-up helps which task, moved over in either published way, or in ours", [
-            (TASK_COLUMNS, cross(  # the last in rows as long as the brackets'
-                ("dyck", "identity", "set", "eca", "eca:rule=random,length=64"), STARTS.items(),
-                name="{0}, {1[0]}", warmup="{0}", flags="{1[1]}"), "quick"),
-            # It can no longer be run: its ten results are kept.
-            (("recall of 15",), [Line("nca:states=2,grid=6,length=64, attention, positions",
-                                      "nca:states=2,grid=6,length=64", OURS)], "quick"),
-            (TASK_COLUMNS, cross((*RULES, "eca:rule=random"), STARTS.items(), name="{0}, {1[0]}",
-                                 warmup="{0}", flags="{1[1]}"), "paper")]),
+        Line(DIAGNOSTICS, "{dyck|identity|set|union|delete|eca}, {whole|attention}", "{0} equal",
+             "{1}", budget="quick")], seeds=6),
+    "table": Experiment("which warm-up helps which task, moved over as published, or as ours", [
+        Line(TASK_COLUMNS, "{dyck|identity|set|eca|eca:rule=random,length=64}, "
+             "{whole|attention|attention, positions}", "{0}", "{1}", budget="quick"),
+        # It can no longer be run: its ten results are kept.
+        Line(RECALL_15, "{nca:states=2,grid=6,length=64}, attention, positions", "{0}", OURS),
+        Line(TASK_COLUMNS, f"{{{'|'.join(RULES)}|eca:rule=random}}, "
+             "{whole|attention|attention, positions}", "{0}", "{1}", budget="paper")]),
     "transfer": Experiment("what has to move over: the whole model, attention, MLPs or norms", [
-        (("recall", *TEXTS), cross(("set", "dyck"), ("full", "attn", "mlp", "norm"),
-                                   name="{0}, {1}", warmup="{0}", flags="--transfer {1}"))]),
+        Line((*RECALL, *TEXTS), "{set|dyck}, {full|attn|mlp|norm}", "{0}", "--transfer {1}")]),
     "embeddings": Experiment("where token embeddings and positions begin", [
-        (("recall",), cross(
-            ("dyck", "identity", "set"), ("full", "attn"), ("random", "mean"), ("fit", "random"),
-            name="{0}, {1}, {2}, {3}", warmup="{0}",
-            flags="--transfer {1} --embeddings {2} --positions {3}"))]),
+        Line(RECALL, "{dyck|identity|set}, {full|attn}, {random|mean}, {fit|random}", "{0}",
+             "--transfer {1} --embeddings {2} --positions {3}")]),
     "controls": Experiment("the critics' controls: shuffled rows, as many tokens of text", [
-        (("recall", "recall of 15", *TEXTS),
-         cross(("dyck", "shuffled:dyck", "set", "shuffled:set"), warmup="{}")),
-        (("recall", "recall of 15"), [
-            *cross(("dyck", "shuffled:dyck"), name="{}, attention, positions", warmup="{}",
-                   flags=OURS),
-            Line("dyck, lr 1e-3", "dyck", "--lr 1e-3")]),
-        (TEXTS, [Line("text", "text"), Line("set, lr 1e-3", "set", "--lr 1e-3")])]),
-    "weights": Experiment(
-        "is it the values or the scale: weights shuffled within tensors, redrawn, noisy, scaled", [
-            (("recall of 15",), [Line("as it is", "dyck", OURS),
-                                 *cross(CHANGES, warmup="dyck", flags=OURS, change="{}")]),
-            (("code",), [Line("as it is", "set"), *cross(CHANGES, warmup="set", change="{}")])]),
-    "heads": Experiment(
-        "which heads carry it: the sharpest, most blurred or random quarter, or all but these", [
-            (("recall of 15",), [
-                Line("long warm-up", f"dyck {LONG}", OURS),
-                *cross(QUARTERS, name="long warm-up, {}", warmup=f"dyck {LONG}", flags=OURS,
-                       change="{}")]),
-            (("code",), [Line("as it is", "set"), *cross(QUARTERS, warmup="set", change="{}")])],
-        on_tasks=6),
+        Line((*RECALLS, *TEXTS), "{dyck|shuffled:dyck|set|shuffled:set}", "{0}"),
+        Line(RECALLS, "{dyck|shuffled:dyck}, attention, positions", "{0}", OURS),
+        Line(RECALLS, "dyck, lr 1e-3", "dyck", "--lr 1e-3"),
+        Line(TEXTS, "text", "text"),
+        Line(TEXTS, "set, lr 1e-3", "set", "--lr 1e-3")]),
+    "weights": Experiment("is it the values of the weights, or their scale", [
+        Line(RECALL_15, CHANGES, "dyck", OURS, "{0}"),
+        Line(("code",), CHANGES, "set", change="{0}")]),
+    "heads": Experiment("which quarter of the heads carries it: the sharpest, most blurred, any", [
+        Line(RECALL_15, f"long warm-up, {HEADS}", f"dyck {LONG}", OURS, "{0}"),
+        Line(("code",), HEADS, "set", change="{0}")], seeds=6),
     "sharpen": Experiment("no warm-up, but a penalty on the attention's entropy in its place", [
-        (("recall of 15",), [Line("dyck", "dyck", OURS)]),
-        (("english",), [Line("set", "set")]),
-        (("recall of 15", "english"), cross(("0.01", "0.1", "1"), name="penalty {}",
-                                            flags="--sharpen {}"))], on_tasks=6),
+        Line(RECALL_15, "dyck", "dyck", OURS),
+        Line(("english",), "set", "set"),
+        Line((*RECALL_15, "english"), "penalty {0.01|0.1|1}", flags="--sharpen {0}")], seeds=6),
     "length": Experiment("how much warm-up is best, and where more becomes worse", [
-        (TEXTS, cross(("dyck", "set"), ("1M", "2M", "4M", "8M", "16M"), name="{0}, {1}",
-                      warmup="{0} --warmup_tokens {1}"))]),
+        Line(TEXTS, "{dyck|set}, {1M|2M|4M|8M|16M}", "{0} --warmup_tokens {1}")]),
     "mix": Experiment("set and union in proportions; attention of one warm-up, MLPs of another", [
-        (TEXTS, cross(("set", "union"), warmup="{}")),
-        (TEXTS, cross((("0.25", "0.75"), ("0.5", "0.5"), ("0.75", "0.25")),
-                      name="{0[0]} set, the rest union",
-                      warmup="{0[0]}*set:length=64+{0[1]}*union:length=64")),
-        (DIAGNOSTICS, [
-            Line("rule 110, MLPs", f"eca {EQUAL}", f"--transfer mlp {FRESH}"),
-            *cross((("dyck", "dyck"), ("set", f"set {EQUAL}")), name="{0[0]}, attention",
-                   warmup="{0[1]}", flags=STARTS["attention"]),
-            *cross((("dyck", "dyck"), ("set", f"set {EQUAL}")), warmup="{0[1]}",
-                   name="attention of {0[0]}, MLPs of rule 110", flags=FRESH,
-                   mlp_from=f"eca {EQUAL}")], "quick")], on_tasks=6),
-    "efficiency": Experiment(
-        "how much less text does it take, until the loss is that of the baseline with all of it", [
-            (TEXTS, cross(("set", "union", "sort", "dyck", "dyck_shuffle", "eca", "eca:rule=random",
-                           "text"), warmup="{}")),
-            (TEXTS, cross(("set", "union"), (0.85, 0.7, 0.55), name="{0}, {1:.0%} of the text",
-                          warmup="{0}", share="{1}"))]),
+        Line(TEXTS, "{set|union}", "{0}"),
+        Line(TEXTS, "{0.25} set, the rest union", "{0}*set:length=64+0.75*union:length=64"),
+        Line(TEXTS, "{0.5} set, the rest union", "{0}*set:length=64+0.5*union:length=64"),
+        Line(TEXTS, "{0.75} set, the rest union", "{0}*set:length=64+0.25*union:length=64"),
+        Line(DIAGNOSTICS, "rule 110, MLPs", "eca equal", f"--transfer mlp {FRESH}", budget="quick"),
+        Line(DIAGNOSTICS, "{dyck|set}, attention", "{0} equal", "attention", budget="quick"),
+        Line(DIAGNOSTICS, "attention of {dyck|set}, MLPs of rule 110", "{0} equal", FRESH,
+             mlp_from="eca equal", budget="quick")], seeds=6),
+    "efficiency": Experiment("how much less text does it take to reach the baseline's loss", [
+        Line(TEXTS, "{set|union|sort|dyck|dyck_shuffle|eca|eca:rule=random|text}", "{0}"),
+        Line(TEXTS, "{set|union}, {85|70|55}% of the text", "{0}", share="0.{1}")]),
     "tuned": Experiment("what rate and ramp are worth to the baseline and beside a warm-up", [
-        (TEXTS, cross(("5e-4", "1e-3", "3e-3"), (0, 200), ("none", "set", "union"),
-                      name="{2}, {0}, ramp {1}", warmup="{2}", flags="--lr {0} --lr_ramp {1}"))]),
+        Line(TEXTS, "{none|set|union}, {5e-4|1e-3|3e-3}, ramp {0|200}", "{0}",
+             "--lr {1} --lr_ramp {2}")]),
     "grid": Experiment("learning rate by weight decay, for none and a warm-up: best against best", [
-        (("english",), cross(
-            (0, 0.1), ("1e-3", "2e-3", "4e-3", "8e-3"), ("none", "set"),
-            name="{2}, {1}, decay {0}", warmup="{2}", flags="--lr {1} --weight_decay {0}"))]),
+        Line(("english",), "{none|set}, {1e-3|2e-3|4e-3|8e-3}, decay {0|0.1}", "{0}",
+             "--lr {1} --weight_decay {2}")]),
     "scale": Experiment("the gain over sizes of the model", [
-        (("english, smaller", "english", "english, larger"), cross(("dyck", "set"), warmup="{}"))]),
+        Line(("english, smaller", "english", "english, larger"), "{dyck|set}", "{0}")]),
 }
 
 
 def settings_in(name, budget):
     """The settings of an experiment, column by column; a budget may lack some of these. First in
     each comes the one without a warm-up, which the others are compared with."""
-    experiment = EXPERIMENTS[name]
-    lines = {}
-    for columns, group, *only in experiment.groups:
-        for column in columns:
-            if column in COLUMNS[budget] and budget in (only or COLUMNS):
-                lines.setdefault(column, [Line("none")]).extend(group)
-    return [setting(column, budget, line, experiment)
-            for column, each in lines.items() for line in each]
+    columns, (_, lines, seeds) = {}, EXPERIMENTS[name]
+    for line in lines:
+        for column in line.columns:
+            if column in COLUMNS[budget] and line.budget in ("", budget):
+                columns.setdefault(column, [Line((), "none")]).extend(expand(line))
+    return [setting(line, column, budget, seeds) for column in columns for line in columns[column]]
 
 
-def setting(column, budget, line, experiment):
-    """A line in a column. A warm-up moves over as published, the whole model, before text with
-    fresh positions, unless the line says otherwise."""
-    train, on_task = COLUMNS[budget][column], column in TASK_COLUMNS
-    if line.mlp_from or line.warmup == "none":  # it says itself what moves, or nothing does
-        how = ""
+def expand(line):
+    """A line for each combination of its name's alternatives."""
+    pieces = re.split(r"{(.*?)}", line.name)  # every second one was in braces
+    for chosen in itertools.product(*(piece.split("|") for piece in pieces[1::2])):
+        pieces[1::2] = chosen
+        filled = [part.format(*chosen) if isinstance(part, str) else part for part in line[2:]]
+        yield Line(line.columns, "".join(pieces), *filled)
+
+
+def setting(line, column, budget, seeds):
+    """What one line says of one column. A warm-up moves over as published, the whole model, before
+    text with fresh positions, unless the line says otherwise."""
+    own, on_task = COLUMNS[budget][column], column in TASK_COLUMNS
+    how = STARTS["whole"] if on_task else "--positions random"
+    if line.warmup == "none":
+        how = "--warmup none"
     elif line.warmup == "text":
         how = "--transfer all"
-    else:
-        how = WHOLE if on_task else "--positions random"
-    flags = join(train, how, line.flags)
+    elif line.mlp_from:  # it says itself what moves
+        how = ""
+    flags = join(own, how, STARTS.get(line.flags, line.flags))
     if line.share != "1":
-        preset = as_dict(train).get("--preset")
-        steps = as_dict(train).get("--steps") or PRESETS[preset]["steps"]
+        steps = as_dict(own).get("--steps") or PRESETS[as_dict(own)["--preset"]]["steps"]
         flags = join(flags, f"--steps {int(steps) * float(line.share):.0f}")
-    if line.warmup == "none":
-        flags = join(flags, "--warmup none")
-    first, second = (warmup_flags(each, train, budget, on_task) if each not in ("", "none") else ""
-                     for each in (line.warmup, line.mlp_from))
-    return Setting(column, line.name, flags, first, line.change, second, line.warmup_seeds,
-                   experiment.on_tasks if on_task else experiment.on_text)
+    warmups = [warmup_flags(each, own, budget, on_task) for each in (line.warmup, line.mlp_from)]
+    change = line.change.replace("as it is", "")
+    return Setting(column, line.name, flags, warmups[0], change, warmups[1], line.warmup_seeds,
+                   seeds if on_task else 6)
 
 
-def warmup_flags(warmup, train, budget, on_task):
+def warmup_flags(warmup, own, budget, on_task):
     """The flags of a run that stops after its warm-up. Its --data matters to the warm-up `text`
     alone: before others, quick columns name the same data, and share warm-ups."""
     spec, _, flags = warmup.partition(" ")
-    before, quick = train, budget == "quick"
+    if spec in ("", "none"):
+        return ""
+    quick, rule = budget == "quick", spec.removeprefix("shuffled:")
     if quick and on_task:
-        before = "--data haystack" if EQUAL in flags else BEFORE_TASK
-    elif quick and spec == "text":
-        before = f"{train} --warmup_tokens 4M"
+        own = BEFORE_TASK
+        if rule == "dyck":
+            spec += ":length=64"
+        elif flags == "equal":
+            own = "--data haystack --warmup_tokens 49152000"
     elif quick:
-        before = f"{BEFORE_TEXT} --size {as_dict(train)['--size']}"
-    rule = spec.removeprefix("shuffled:")
+        own = f"{own} --warmup_tokens 4M" if spec == "text" else (
+            f"{BEFORE_TEXT} --size {as_dict(own)['--size']}")
     if not on_task and rule in ("identity", "sort", "set", "union"):
         spec += ":length=64"  # as published; before tasks it is 20
-    if quick and on_task and rule == "dyck":
-        spec += ":length=64"
-    return join(before, flags, f"--warmup {spec} --steps 0")
+    return join(own, flags.removeprefix("equal"), f"--warmup {spec} --steps 0")
 
 
 # --------------------------------------------------------------------------------------------------
-# Changes to the weights of a warm-up
+# What is done to a warm-up, or asked of it, before a run
 
 
 @torch.no_grad()
@@ -388,15 +346,30 @@ def replace_heads(model, replaced, which, seed, blur):
 
 def changed_checkpoint(path, change, seed, to):
     """Writes a changed copy of a warm-up."""
-    c = Opened(path, "cpu")
+    c, (_, state) = Opened(path, "cpu"), load(path)
     x = c.rows(16)[0]
     change_weights(c.model, change, seed, entropy_of_heads(c.attention(x), c.real(x)))
-    source = c.source | {"spec": f"{c.spec} ({change})"}
-    save(to, c.model, stage="warmup", step=c.step, tokens=c.tokens, source=source)
+    source = state["source"] | {"spec": f"{c.spec} ({change})"}
+    save(to, c.model, stage="warmup", step=c.step, tokens=state["tokens"], source=source)
+
+
+def share_that_differs(setting, seed, results):
+    """Right after the transfer, of the power of the states that the head reads where the key is
+    asked for, the share that differs between 1,000 held-out rows (ours). Small where the MLPs
+    answer what they never saw with one large constant."""
+    flags = shlex.split(with_checkpoints(setting, seed, results, results))
+    s, _ = parse([*flags, "--seed", str(seed), "--device", "cpu"])
+    data, _ = open_data(s)
+    model = new_model(data, s.size, s.tied, s.dropout, s.seed).eval()
+    with contextlib.redirect_stdout(None):  # it says what moved
+        start_from_checkpoints(model, s)
+    with torch.no_grad():
+        states, _ = model.counted_states(*data.val.__getitems__(range(1000)))
+    return 1 - float(states.mean(0).square().sum() / states.square().sum(1).mean())
 
 
 # --------------------------------------------------------------------------------------------------
-# Running them
+# Running
 
 
 def call_train(flags, folder, seed, device):
@@ -405,16 +378,16 @@ def call_train(flags, folder, seed, device):
     command = [sys.executable, script, *shlex.split(flags), *device, "--seed", str(seed),
                "--out", folder.name, "--resume"]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
-    said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    if done.returncode in (130, 143, -2, -15, Busy.status):  # SIGINT, SIGTERM, or at work elsewhere
+    # 128 + SIGHUP, SIGINT, SIGUSR1 or SIGTERM; below 0 a signal that it could not catch.
+    if done.returncode < 0 or done.returncode in (129, 130, 138, 143, Busy.status):
         raise Stopped
     if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise UserError(said.removeprefix("error: "))
 
 
 def make_warmup(flags, seed, results, device):
-    """Makes a warm-up unless it is there, and asks whether it was learned. Raises UserError and
-    Stopped."""
+    """Makes a warm-up unless it is there, and asks what it learned. Raises UserError, Stopped."""
     folder = results / folder_of(seed, flags)
     if not (folder / "result.json").exists():
         call_train(flags, folder, seed, device)
@@ -423,67 +396,60 @@ def make_warmup(flags, seed, results, device):
         write_json(folder / "learned.json", found or {})
 
 
-def with_checkpoints(row, seed, results):
-    """The flags of a row, and in them the checkpoints of its warm-ups, as seen from `results`,
-    where they are. One that is to be changed is copied first, beside the run."""
-    flags = row.train
-    paths = [f"{folder_of(of, warmup)}/warmup.pt" for warmup, of in row.warmups(seed)]
-    if row.warmup:
-        path = paths[0]
-        if row.change:
-            copy = f"{row.folder(seed)}.changed.pt"
-            changed_checkpoint(results / path, row.change, seed, results / copy)
-            path = copy
-        flags += f" --{'attn_from' if row.mlp_from else 'init'} {path}"
-    if row.mlp_from:
-        flags += f" --mlp_from {paths[1]}"
-    return flags
+def with_checkpoints(setting, seed, results, seen_from=Path()):
+    """The flags of a setting, and in them the checkpoints of its warm-ups, as they are called in
+    `results`, where they are. One that is to be changed is copied first, beside the run."""
+    paths = [f"{folder_of(of, warmup)}/warmup.pt" for warmup, of in setting.warmups(seed)]
+    if setting.change:
+        copy = f"{setting.folder(seed)}.changed.pt"
+        changed_checkpoint(results / paths[0], setting.change, seed, results / copy)
+        paths = [copy]
+    names = ("--attn_from", "--mlp_from") if setting.mlp_from else ("--init",)
+    named = [f"{name} {shlex.quote(str(seen_from / path))}" for name, path in zip(names, paths)]
+    return " ".join([setting.train, *named])
 
 
-def missing(rows, seeds, results):
-    """{folder: (row, seed)} of what has no result yet."""
-    found = read_results(results)
-    runs = {row.folder(seed): (row, seed) for row in rows for seed in range(seeds or row.seeds)}
-    return {name: run for name, run in runs.items() if "result" not in found.get(name, {})}
+def missing(settings, seeds, results):
+    """{folder: (setting, seed)} of what has no result yet, all settings of a seed first."""
+    found, runs = read_results(results), {}
+    for seed, setting in itertools.product(range(seeds or 10), settings):
+        if seed < (seeds or setting.seeds) and setting.folder(seed) not in found:
+            runs[setting.folder(seed)] = setting, seed
+    return runs
 
 
-def run_all(rows, seeds, results, jobs, device):
-    """Every row with every seed that has no result yet, `jobs` at a time, all rows of a seed first.
-    The warm-ups that they take up are made before."""
-    runs = missing(rows, seeds, results)
+def run_one(setting, seed, warmups, results, device):
+    """Waits for its warm-ups, and runs it -> in a word what came of it."""
+    try:
+        for warmup in setting.warmups(seed):
+            warmups[warmup].result()  # raises what making it raised
+        name = setting.folder(seed)
+        call_train(with_checkpoints(setting, seed, results), results / name, seed, device)
+        (results / f"{name}.changed.pt").unlink(missing_ok=True)
+        return "done"
+    except Stopped:
+        return "stopped"
+    except UserError as error:
+        return f"failed: {error}"
+
+
+def run_all(settings, seeds, results, jobs, device):
+    """Every setting with every seed that has no result yet, `jobs` at a time, and before it the
+    warm-ups that it takes up."""
+    runs = missing(settings, seeds, results)
     print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
-    began, ended = time.time(), itertools.count(1)
-    pool, warmups, futures = ThreadPoolExecutor(jobs), {}, []
-
-    def one(row, seed):
-        name = row.folder(seed)
-        failed = results / f"{name}.failed"
-        try:
-            for warmup in row.warmups(seed):
-                warmups[warmup].result()  # waits for it, and raises what it raised
-            call_train(with_checkpoints(row, seed, results), results / name, seed, device)
-            (results / f"{name}.changed.pt").unlink(missing_ok=True)
-            failed.unlink(missing_ok=True)
-            state = "done"
-        except Stopped:
-            state = "stopped"
-        except UserError as error:
-            failed.write_text(f"{error}\n")
-            state = f"failed: {error}"
-        n = next(ended)
-        left = clock((time.time() - began) / n * (len(runs) - n))
-        print(f"[{n}/{len(runs)}] {row.column} | {row.name} | seed {seed}: {state}; {left} left",
-              flush=True)
-
-    for seed in range((seeds or max(row.seeds for row in rows)) + 1):  # warm-ups one seed ahead of rows, so that no job waits for one
-        ahead = [warmup for row, of in runs.values() if of == seed for warmup in row.warmups(of)]
-        for warmup in dict.fromkeys(ahead):
+    began, pool, warmups, futures = time.monotonic(), ThreadPoolExecutor(jobs), {}, {}
+    for setting, seed in runs.values():
+        for warmup in setting.warmups(seed):
             if warmup not in warmups:
                 warmups[warmup] = pool.submit(make_warmup, *warmup, results, device)
-        futures += [pool.submit(one, row, of) for row, of in runs.values() if of == seed - 1]
+        future = pool.submit(run_one, setting, seed, warmups, results, device)
+        futures[future] = f"{setting.column} | {setting.name} | seed {seed}"
     try:
-        for future in futures:
-            future.result()
+        for n, future in enumerate(as_completed(futures), 1):
+            left = clock((time.monotonic() - began) / n * (len(runs) - n))
+            print(f"[{n}/{len(runs)}] {futures[future]}: {future.result()}; {left} left",
+                  flush=True)
     finally:  # after Ctrl-C, which the runs got, too: each saves and stops
         pool.shutdown(cancel_futures=True)
 
@@ -491,49 +457,31 @@ def run_all(rows, seeds, results, jobs, device):
 # --------------------------------------------------------------------------------------------------
 # Results
 
-# What is read has this form, or is refused: nothing later on has to doubt it.
-MEASURED = {"val_loss": float, "val_accuracy": float}
-CONFIG = {"warmup": str, "fingerprint": [int], "settings": {
-    "data": str, "tokenizer": (str, None), "steps": float, "seed": float, "transfer": str,
-    "embeddings": str, "positions": str}}
-LOG = [{"step": float, "tokens": float} | MEASURED]
-RUN = {"result": CONFIG | MEASURED, "log": LOG, "learned": dict}
-
-
-def read_log(path):
-    """The evaluations of a run's training stage. Raises UserError."""
-    entries = [entry for entry in json_lines(path)
-               if fits(entry, {"stage": str}) and entry["stage"] == "train" and "val_loss" in entry]
-    return checked(entries, LOG, path)
-
-
-def read_packed(path):
-    with reading(path), gzip.open(path, "rt") as file:
-        records = [json.loads(line) for line in file]
-    for record in checked(records, [{"name": str}], path):
-        checked(record, RUN if "result" in record else {"failed": str}, path)
-    return {record.pop("name"): record for record in records}
-
 
 def read_run(path):
-    """A run's folder -> {"result": result.json, "log": evaluations, "learned": of a warm-up}"""
-    learned = path / "learned.json"
-    return {"result": read_json(path / "result.json", RUN["result"]),
-            "log": read_log(path / "log.jsonl"),
-            "learned": read_json(learned) if learned.exists() else {}}
+    """A run's folder -> {"result": result.json, or what of it config.json has if it is not there
+    yet, "log": evaluations, "learned": of a warm-up, "environment": what it ran on, if that is
+    known}"""
+    config, result, learned = (path / f"{name}.json" for name in ("config", "result", "learned"))
+    with reading(path / "log.jsonl"):
+        log = [entry for entry in json_lines(path / "log.jsonl")
+               if entry["stage"] == "train" and "val_loss" in entry]
+    return {"result": read_json(result if result.exists() else config), "log": log,
+            "learned": read_json(learned) if learned.exists() else {},
+            "environment": read_json(config).get("environment") if config.exists() else None}
 
 
 def read_results(where):
-    """{folder name: what read_run says, or {"failed": why} of a run that did} of a folder and the
-    packed files in it, or of one packed file. Raises UserError."""
+    """{folder name: what read_run says} of a folder of runs and the packed files in it, or of one
+    packed file. Raises UserError."""
     where, found = Path(where), {}
     with reading(where):
-        paths = [where] if where.is_file() else sorted(where.glob("*"))
+        paths = [where] if where.is_file() else sorted(where.iterdir())
     for path in paths:
-        if path == where or path.suffix == ".gz" and path.is_file():
-            found |= read_packed(path)
-        elif path.suffix == ".failed":
-            found.setdefault(path.stem, {"failed": path.read_text(errors="replace").strip()})
+        if path == where or path.suffix == ".gz":
+            with reading(path), gzip.open(path, "rt") as file:
+                records = [json.loads(line) for line in file]
+                found |= {each.pop("name"): each for each in records if not each.get("failed")}
         elif (path / "result.json").exists():
             found[path.name] = read_run(path)
     return found
@@ -542,6 +490,13 @@ def read_results(where):
 def pack(where, to):
     """All results of a folder in one small file, from which everything can be drawn again."""
     found = read_results(where)
+    for setting in settings_in("starts", "quick"):
+        for seed in range(setting.seeds):
+            record = found.get(setting.folder(seed))
+            warmups = [Path(where, folder_of(of, flags)) for flags, of in setting.warmups(seed)]
+            moves = as_dict(setting.train).get("--transfer") in ("full", "attn,mlp")
+            if record and "share" not in record and moves and warmups[0].exists():
+                record["share"] = share_that_differs(setting, seed, Path(where))
     text = "".join(json.dumps({"name": name, **record}) + "\n" for name, record in found.items())
     with written_whole(to) as file:
         file.write(gzip.compress(text.encode(), mtime=0))
@@ -559,51 +514,35 @@ class Measure(NamedTuple):
 
 
 FOUND = 0.9     # of held-out answers right: recall is learned
-MARGIN = 0.005  # bits per byte: less is no difference worth having. Half of the published effect.
-STEPS = Measure(f"steps to {FOUND:.0%}", "{:,.0f}", -1)
-ACCURACY = Measure("accuracy at the end", "{:.1%}", 1)
-BITS = Measure("bits per byte", "{:.4f}", -1)
+MARGIN = 0.005  # bits per byte, half of the published effect: less is no difference worth having
+STEPS = Measure(f"steps to {FOUND:.0%}", "{:z,.0f}", -1)  # z: no -0
+ACCURACY = Measure("accuracy at the end", "{:z.1%}", 1)  # as published
+BITS = Measure("bits per byte", "{:z.4f}", -1)
 
 
 def measure_of(column):
-    """Recall by steps: runs find the answer suddenly, each at its own time, so that the accuracy at
-    the end only tells where the budget cut them off. Arithmetic and sorting as published."""
+    """Recall is measured by steps: runs find the answer suddenly, each at its own time, so that the
+    accuracy at the end only tells where the budget cut them off."""
     if column not in TASK_COLUMNS:
         return BITS
     return STEPS if column.startswith("recall") else ACCURACY
 
 
 def value_of(record, measure):
-    """The steps until recall was learned, as two evaluations in a row say, or all steps if it never
-    was; or the accuracy, or the bits per byte, at the end."""
+    """Steps are those until it was learned, as two evaluations in a row say, or all if it never
+    was."""
     result = record["result"]
-    if measure is BITS:
-        return result["val_bits_per_byte"]
-    if measure is ACCURACY:
-        return result["val_accuracy"]
+    if measure is not STEPS:
+        return result["val_bits_per_byte" if measure is BITS else "val_accuracy"]
     for first, second in itertools.pairwise(record["log"]):
         if min(first["val_accuracy"], second["val_accuracy"]) >= FOUND:
             return first["step"]
     return result["settings"]["steps"]
 
 
-def on_text(result):
-    return result["settings"]["data"].partition(":")[0] not in TASKS
-
-
-def data_of(result):
+def data_of(record):
     """A number that is another where the run was trained on other data."""
-    return result["fingerprint"][0]
-
-
-def share_learned(learned):
-    """How much of what can be learned a warm-up has: 1 is all. None where that was not asked."""
-    for key in ("learned (share of what can be)", "learned so far (1: all)"):
-        if key in learned:
-            return learned[key]
-    if "above it" in learned:  # so old records say it
-        return 1 - learned["above it"] / learned["above it, the blind"]
-    return None
+    return record["result"]["fingerprint"][0]
 
 
 @functools.cache
@@ -618,7 +557,8 @@ def choices(n, of):
 
 
 def differences(a, b):
-    """Mean of the first values less mean of the others, for every way to deal both out anew."""
+    """Mean of the first values less mean of the others, for every way to give them to two groups;
+    as they were given first."""
     both = np.array([*a, *b], float)
     sums = both[choices(len(a), len(both))].sum(1)
     return sums / len(a) - (both.sum() - sums) / len(b)
@@ -635,241 +575,281 @@ def permutation_p(a, b):
 
 def permutation_interval(a, b):
     """The 95 % interval of how much larger the mean of a is than that of b: all shifts of a that
-    the permutation test does not reject at 5 %, so that 0 is outside exactly where p < 0.05.
+    permutation_p does not reject at 5 %. So 0 is outside exactly where p < 0.05.
 
-    Let a be shifted until its mean is u below that of b. What was seen then differs by -u, another
-    way by e - c * u (both below). It differs as much as long as u is below a bound of its own, so
-    p falls as u grows, and the interval ends where 5 % of the ways have a larger bound. Unbounded
-    where there are too few ways to reject anything."""
+    Shift a until its mean is u below that of b. What happened is then a difference of -u, another
+    way to give the values one of e - c * u (below). That is as large up to some u, its bound; so p
+    falls as u grows, and the interval ends where 5 % of all ways have a bound that is larger."""
     if min(len(a), len(b)) < 2:
         return math.nan, math.nan
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    e = differences(a - a.mean(), b - b.mean())
+    e = differences(a - np.mean(a), b - np.mean(b))
     c = differences(np.ones(len(a)), np.zeros(len(b)))
-    always = np.abs(c) > 1 - 1e-9  # what was seen, and the same with the groups' names exchanged
+    always = np.abs(c) > 1 - 1e-9  # what happened itself, or with the groups exchanged
     c[always] = 0
-    wanted = math.ceil(0.05 * len(e)) - 1
     ends = []
     for sign in (-1, 1):
         bounds = np.maximum(sign * e / (1 + c), -sign * e / (1 - c))
-        bounds[always] = math.inf
-        ends.append(a.mean() - b.mean() + sign * np.sort(bounds)[::-1][wanted])
-    return tuple(ends)
+        bounds[always] = math.inf  # with few values nothing is ever rejected
+        ends.append(sign * np.sort(bounds)[::-1][math.ceil(0.05 * len(e)) - 1])
+    return tuple(np.mean(a) - np.mean(b) + ends)
 
 
-def shown_p(p):
-    return "" if math.isnan(p) else f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+def rank_correlation(x, y):
+    """Spearman's rank correlation, and its two-sided p by 100,000 random orders."""
+    scaled = []
+    for values in (x, y):
+        _, place, times = np.unique(values, return_inverse=True, return_counts=True)
+        ranks = (times.cumsum() - (times - 1) / 2)[place]  # equal values share their mean rank
+        scaled.append((ranks - ranks.mean()) / max(ranks.std(), 1e-9) / len(ranks) ** 0.5)
+    orders = np.random.default_rng(0).permuted(np.tile(scaled[1], (100_000, 1)), axis=1)
+    rho = scaled[0] @ scaled[1]
+    return rho, float((np.abs(orders @ scaled[0]) >= abs(rho) - 1e-9).mean())
 
 
 class Outcome:
     """What came of a setting with each seed, as far as there are results. base: what it is compared
-    with, if anything; a run on other data than the base's has failed. counting_warmup: the tokens
-    of the warm-up are steps, too."""
+    with; runs on other data than its are left out. counting_warmup: its tokens are steps, too."""
 
     def __init__(self, setting, seeds, found, base=None, counting_warmup=False):
         self.setting, self.measure = setting, measure_of(setting.column)
-        self.runs, self.failed, self.learned = {}, [], []
+        self.runs, self.left_out, self.learned = {}, [], []
         for seed in range(seeds or setting.seeds):
-            record = found.get(setting.folder(seed), {})
+            record = found.get(setting.folder(seed))
             theirs = base.runs.get(seed) if base else None
-            if theirs and "result" in record and (
-                    data_of(record["result"]) != data_of(theirs["result"])):
-                record = {"failed": f"its data are not those of {base.setting.name}: the code and "
-                          "docs of another Python, or other files"}
-            if "failed" in record:
-                self.failed.append(f"{setting.column} | {setting.name} | {seed}: "
-                                   f"{record['failed']}")
+            if record and theirs and data_of(record) != data_of(theirs):
+                self.left_out.append(seed)
             elif record:
                 self.runs[seed] = record
-                for flags, of in setting.warmups(seed)[:1]:
-                    self.learned.append(found.get(folder_of(of, flags), {}).get("learned", {}))
-        self.n = len(self.runs)
-        if not self.n:
+                names = [folder_of(of, warmup) for warmup, of in setting.warmups(seed)[:1]]
+                self.learned += [found[name]["learned"] for name in names if name in found]
+        self.n, records = len(self.runs), list(self.runs.values())
+        if not records:
             return
-        records = list(self.runs.values())
-        results = [record["result"] for record in records]
         self.values = np.array([value_of(record, self.measure) for record in records], float)
-        self.budget = results[0]["settings"]["steps"]
-        self.warmup_tokens = np.mean([result["tokens"]["procedural"] for result in results])
+        self.budget = records[0]["result"]["settings"]["steps"]
+        self.warmup_tokens, self.accuracy = np.mean(
+            [(each["result"]["tokens"]["procedural"], each["result"]["val_accuracy"])
+             for each in records], 0)
         if counting_warmup:
             last = records[0]["log"][-1]
             steps = self.warmup_tokens * last["step"] / last["tokens"]
             self.values, self.budget = self.values + steps, self.budget + steps
-        self.found = int((self.values < self.budget).sum()) if self.measure is STEPS else self.n
-        self.mean, self.accuracy = self.values.mean(), np.mean(
-            [result["val_accuracy"] for result in results])
-    
+        steps = self.measure is STEPS
+        self.found = int((self.values < self.budget).sum()) if steps else self.n
+
     def show(self, value):
         return self.measure.form.format(value)
 
     def together(self, base):
-        """The values of both; never is the same number of steps for both, the smaller budget."""
-        both = self.values, base.values
-        if self.measure is STEPS:
-            both = (np.minimum(each, min(self.budget, base.budget)) for each in both)
-        return both
+        """The values of both. Never is the same number of steps for both, the smaller budget."""
+        if self.measure is not STEPS:
+            return self.values, base.values
+        budget = min(self.budget, base.budget)
+        return np.minimum(self.values, budget), np.minimum(base.values, budget)
 
     def against(self, base):
-        """How much better this is than a baseline; its 95 % interval, low and high; and p."""
-        ours, theirs = (each * self.measure.better for each in self.together(base))
-        return (ours.mean() - theirs.mean(), *permutation_interval(ours, theirs),
-                permutation_p(ours, theirs))
-
-    def compared(self, base):
-        """The same in words: the gain, a lower bound if the baseline never got there; its interval;
-        and p."""
-        gain, low, high, p = self.against(base)
-        bound = "at least " if base.found < base.n and self.found == self.n else ""
-        return [bound + self.show(gain), f"{self.show(low)} to {self.show(high)}", shown_p(p)]
+        """How much better this is than a baseline; its 95 % interval, low and high; p; and the same
+        in three words. A gain is a lower bound where the baseline did not get there."""
+        ours, theirs = self.together(base)
+        never = self.measure is STEPS and theirs.max() == min(self.budget, base.budget)
+        bound = "at least " if never and ours.max() < theirs.max() else ""
+        ours, theirs = ours * self.measure.better, theirs * self.measure.better
+        gain, p = ours.mean() - theirs.mean(), permutation_p(ours, theirs)
+        low, high = permutation_interval(ours, theirs)
+        shown_p = "" if math.isnan(p) else f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+        return gain, low, high, p, [f"{bound}{self.show(gain)}",
+                                    f"{self.show(low)} to {self.show(high)}", shown_p]
 
 
 def compare(settings, seeds, found, counting_warmup=False):
-    """{column: outcomes of its settings}, which come column by column, the base of each first"""
-    columns = {}
+    """{column: outcomes of its settings}, which come column by column, the base of each first; of
+    two that are the same run, the first."""
+    columns, seen = {}, set()
     for setting in settings:
         outcomes = columns.setdefault(setting.column, [])
-        base = outcomes[0] if outcomes else None
-        outcomes.append(Outcome(setting, seeds, found, base, counting_warmup))
+        if setting.folder(0) not in seen:
+            base = outcomes[0] if outcomes else None
+            outcomes.append(Outcome(setting, seeds, found, base, counting_warmup))
+        seen.add(setting.folder(0))
     return columns
 
 
 # --------------------------------------------------------------------------------------------------
 # Tables and figures
 
-
-def table_lines(columns):
-    """A table for each column, in Markdown, which reads well in a terminal, too."""
-    lines = []
-    for column, outcomes in columns.items():
-        there, first = [each for each in outcomes if each.n], outcomes[0]
-        if there:
-            found = ["found", "accuracy"] if first.measure is STEPS else []
-            head = [column, first.measure.name, *found, "n", f"gain over {first.setting.name}",
-                    "95 %", "p", "warm-up", "learned"]
-            lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for each in there:
-            cells = [each.setting.name, each.show(each.mean)]
-            if found:
-                cells += [f"{each.found} of {each.n}", f"{each.accuracy:.1%}"]
-            compared = ["", "", ""]
-            if first.n and each is not first:
-                compared = each.compared(first)
-            warmup = f"{each.warmup_tokens / 1e6:.1f} M tokens" if each.warmup_tokens else ""
-            cells += [str(each.n), *compared, warmup, shown_learned(each.learned)]
-            lines.append(f"| {' | '.join(cells)} |")
-        without = [each.setting.name for each in outcomes if not each.n]
-        if without:
-            lines += ["", f"no result yet of {column}: {'; '.join(without)}"]
-        lines += [f"failed: {line}" for each in outcomes for line in each.failed]
-    return lines
-
-
-def shown_learned(probed):
-    """The mean share that warm-ups learned, and how many answer tokens they have right."""
-    shares = [share_learned(each) for each in probed]
-    shares = [share for share in shares if share is not None]
-    right = [each["accuracy"] for each in probed if "accuracy" in each]
-    shown = f"{np.mean(shares):.0%}" if shares else ""
-    return f"{shown}, {np.mean(right):.0%} right" if right else shown
-
-
-COLOURS = {  # of a warm-up, in all figures: those of pyplot's style, and six of Tol's "muted"
-    "dyck": "C0", "set": "C1", "identity": "C2", "union": "C3", "eca": "C4", "nca": "C5",
-    "none": "C6", "text": "C7",
-    "sort": "#882255", "reverse": "#999933", "delete": "#332288", "stack": "#117733",
-    "dyck_shuffle": "#44AA99", "shuffled": "#CC6677"}
+TITLES = {"recall": "recall of 30 pairs", "recall of 15": "recall of 15 pairs",
+          "reversed_addition": "reversed addition"}
+COLOURS = dict(zip(  # of a warm-up, in all figures: pyplot's, and six of Tol's "muted"
+    "dyck set identity union eca nca none text sort reverse delete stack dyck_shuffle".split(),
+    "C0 C1 C2 C3 C4 C5 C6 C7 #882255 #999933 #332288 #117733 #44AA99".split()))
 
 
 def colour_of(warmup):
     """"dyck:k=3" -> that of dyck; of a mixture, that of its first rule."""
-    name = re.search(r"^(?:[\d.]+\*)?(\w*)", warmup)[1]
-    return COLOURS.get(name, "C7")
+    return COLOURS.get(re.search(r"^(?:[\d.]+\*)?(\w*)", warmup)[1], "#CC6677")
+
+
+def markdown(head, rows):
+    """A table, which reads well in a terminal, too."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def table_lines(columns):
+    lines = []
+    for column, outcomes in columns.items():
+        first, rows = outcomes[0], []
+        steps = ["found", "accuracy"] if first.measure is STEPS else []
+        for each in [each for each in outcomes if each.n]:
+            row = [each.setting.name, each.show(each.values.mean())]
+            row += [f"{each.found} of {each.n}", f"{each.accuracy:.1%}"] if steps else []
+            row += [str(each.n)]
+            row += each.against(first)[-1] if first.n and each is not first else [""] * 3
+            row += [f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""]
+            rows.append([*row, shown_learned(each.learned)])
+        head = [column, first.measure.name, *steps, "n", f"gain over {first.setting.name}", "95 %",
+                "p", "tokens of warm-up", "learned"]
+        lines += ["", *markdown(head, rows)] if rows else []
+        without = [each.setting.name for each in outcomes if not each.n]
+        lines += ["", f"no result yet of {column}: {'; '.join(without)}"] if without else []
+        for each in outcomes:
+            if each.left_out:
+                lines.append(f"left out: {column} | {each.setting.name} | seeds {each.left_out}: "
+                             f"their data are not those of {first.setting.name} (code and docs of "
+                             "another Python, or other files)")
+            shares = [record["share"] for record in each.runs.values() if "share" in record]
+            if len(shares) == each.n > 2:
+                rho, p = rank_correlation(shares, each.values)
+                lines.append(f"share that differs after the transfer, and steps: {column} | "
+                             f"{each.setting.name}: rank correlation {rho:.2f}, p {p:.4f}")
+    return lines
+
+
+def shown_learned(probed):
+    """The mean share that warm-ups learned of what can be, and how many answer tokens are right."""
+    new = [each for each in probed if "accuracy" in each]
+    old = [each for each in probed if "above it, the blind" in each]
+    shares = [each["learned (share of what can be)"] for each in new]
+    shares += [1 - each["above it"] / each["above it, the blind"] for each in old]
+    right = f", {np.mean([each['accuracy'] for each in new]):.0%} right" if new else ""
+    return f"{np.mean(shares):.0%}{right}" if shares else ""
 
 
 def draw_settings(columns, path):
-    """A panel for each column, and in it a line for each row: every seed a dot, or a ring where
-    the weights of its warm-up were changed; the mean a bar."""
+    """A panel for each column, and in it a line for each setting: every seed a dot, or a ring where
+    the weights of its warm-up were changed. A bar is the mean, unless some seeds are never."""
     panels = {column: [each for each in outcomes if each.n] for column, outcomes in columns.items()}
     panels = {column: there for column, there in panels.items() if there}
-    sizes = [len(there) + 1.5 for there in panels.values()]
+    sizes = [len(there) + 2 for there in panels.values()]
     figure, axes = pyplot().subplots(len(panels), 1, squeeze=False, height_ratios=sizes,
-                                     figsize=(9, 0.4 * sum(sizes) + 0.6 * len(panels)))
+                                     figsize=(9, 0.45 * sum(sizes)), layout="constrained")
     for axis, (column, there) in zip(axes[:, 0], panels.items()):
-        first = columns[column][0]
+        first, steps, labels = columns[column][0], there[0].measure is STEPS, []
         for y, each in enumerate(there):
-            warmup = as_dict(each.setting.warmup or each.setting.train).get("--warmup", "none")
+            warmup = as_dict(each.setting.warmup or each.setting.train)["--warmup"]
             places = y + np.linspace(-0.3, 0.3, each.n + 2)[1:-1]  # else equal values are one dot
             axis.plot(each.values, places, "o", color=colour_of(warmup), alpha=0.7,
                       fillstyle="none" if each.setting.change else "full")
-            axis.plot([each.mean], [y], "|", color="black", markersize=18, markeredgewidth=2)
-        if not there[0].measure is BITS:
-            axis.axvline(there[0].budget, color="grey", linestyle=":")
-            axis.set(xlim=(0, None), xlabel=f"steps to {FOUND:.0%} right (dotted: never)")
-        else:
-            axis.set_xlabel(f"held-out loss, nats per token (dotted: mean of {first.setting.name})")
-            if first.n:
-                axis.axvline(first.mean, color="grey", linestyle=":")
-        axis.set_yticks(range(len(there)), [f"{each.setting.name} (n = {each.n})" for each in there])
-        axis.set(title=column, ylim=(len(there) - 0.5, -0.5))
+            if each.found == each.n:
+                axis.plot(each.values.mean(), y, "|k", markersize=18, markeredgewidth=2)
+            number = f"{each.found} of {each.n} found" if steps else f"n = {each.n}"
+            labels.append(f"{each.setting.name} ({number})")
+            if steps or first.n:
+                x = each.budget if steps else first.values.mean()
+                axis.plot([x, x], [y - 0.5, y + 0.5], color="grey", linestyle=":")
+                if y == 0:
+                    axis.text(x, -0.55, "never" if steps else f"mean of {first.setting.name}",
+                              color="grey", ha="center", va="bottom")
+        axis.set_xlim(left=0 if steps else None)
+        axis.set_yticks(range(len(there)), labels)
+        axis.set(ylim=(len(there) - 0.5, -0.5), xlabel=there[0].measure.name)
+        axis.set_title(TITLES.get(column, column), pad=18)
     keep_figure(figure, path)
+
+
+# The paper's accuracy in percent, in the order of DIAGNOSTICS; its recall is of 30 pairs.
+PUBLISHED = {"none": (11.3, 76.4, 59.1, 82.7), "dyck, whole": (96.9,),
+             "identity, whole": (18.8,), "identity, attention": (99.0,),
+             "set, whole": (18.9, 44.6), "set, attention": (88.9, 54.4, 81.1, 98.1),
+             "eca, whole": (10.5, 91.0, 69.6, 76.9)}
+
+
+def draw_gains(columns, path):
+    """The paper's first figure: rules by tasks, a panel for each start. In a cell the points of
+    accuracy at the end that a warm-up gains, n, and what is published."""
+    found = {(column, each.setting.name): each for column, outcomes in columns.items()
+             for each in outcomes}
+    rules = list(dict.fromkeys(name.split(", ")[0] for _, name in found if name != "none"))
+    figure, axes = pyplot().subplots(1, 2, figsize=(14, 1 + len(rules)), layout="constrained")
+    for axis, start in zip(axes, ("whole", "attention")):
+        gains = np.full((len(rules), len(columns)), np.nan)
+        for (j, column), (i, rule) in itertools.product(enumerate(columns), enumerate(rules)):
+            base, each = found[column, "none"], found.get((column, f"{rule}, {start}"))
+            text, place = "not run", DIAGNOSTICS.index(column)
+            if each and each.n and base.n:
+                gains[i, j] = 100 * (each.accuracy - base.accuracy)
+                text = f"{gains[i, j]:+.1f} (n = {min(each.n, base.n)})"
+            for published in PUBLISHED.get(f"{rule}, {start}", ())[place:place + 1]:
+                text += f"\npaper {published - PUBLISHED['none'][place]:+.1f}"
+            axis.text(j, i, text, ha="center", va="center")
+        image = axis.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
+        axis.set_xticks(range(len(columns)), [TITLES.get(column, column).replace(" ", "\n", 1)
+                                              for column in columns])
+        axis.set_yticks(range(len(rules)), rules)
+        axis.grid(False)
+        axis.set_title(f"{start} moved")
+    figure.colorbar(image, ax=axes, label="points of accuracy over none (the paper: recall of 30)")
+    keep_figure(figure, path)
+
+
+def draw(name, columns, path):
+    (draw_gains if name == "tasks" else draw_settings)(columns, path)
 
 
 def curves(runs, picture):
     """Held-out loss or accuracy by tokens: a thin line for each run, a thick one for the mean of
-    those that differ in the seed alone. runs: [(name, what CONFIG says, evaluations)]. Raises
-    UserError."""
-    data = list(dict.fromkeys(said["settings"]["data"] for _, said, _ in runs))
-    seeds = {said["settings"]["seed"] for _, said, _ in runs}
-    versions = {(said["settings"]["seed"], data_of(said)) for _, said, _ in runs}
-    if len(data) > 1 or len(versions) > len(seeds):
+    those that differ in the seed alone. runs: {name: record}. Raises UserError."""
+    data = {record["result"]["settings"]["data"] for record in runs.values()}
+    seeds = {record["result"]["settings"]["seed"]: data_of(record) for record in runs.values()}
+    if len(data) > 1 or any(data_of(record) != seeds[record["result"]["settings"]["seed"]]
+                            for record in runs.values()):
         raise UserError("these runs are on different data, or on other files of that name, and do "
-                        f"not compare: {', '.join(data)}")
-    metric, ylabel = "val_accuracy", "accuracy on held-out answers"
-    if on_text(runs[0][1]):
-        metric, ylabel = "val_loss", "held-out loss (nats per token)"
-    groups, styles = {}, {}
-    moot = OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}  # what a group may differ in
-    moot |= {"transfer", "embeddings", "positions"}  # what the label says, if anything moved over
+                        f"not compare: {', '.join(sorted(data))}")
+    metric, ylabel = "val_loss", "held-out loss (nats per token)"
+    if min(data).partition(":")[0] in TASKS:
+        metric, ylabel = "val_accuracy", "accuracy on held-out answers"
+    # What the runs of a group may differ in, and what its label says.
+    free = OPERATIONAL | {"seed", "init", "attn_from", "mlp_from", "transfer", "embeddings",
+                          "positions"}
+    groups, colours = {}, []
     print(f"{'run':44} {'warm-up':20} {'seed':>4} {'tokens':>13} {'loss':>8} {'accuracy':>9}")
-    for name, said, points in runs:
-        s, last, label = said["settings"], points[-1], said["warmup"]
+    for name, record in runs.items():
+        if not record["log"]:
+            raise UserError(f"{name} has no evaluation of its training yet")
+        s, label, last = record["result"]["settings"], record["result"]["warmup"], record["log"][-1]
         print(f"{name:44} {label:20} {s['seed']:4} {last['tokens']:13,} {last['val_loss']:8.4f} "
               f"{last['val_accuracy']:9.2%}")
         if label != "none":
             label += f": {s['transfer']}, embeddings {s['embeddings']}, positions {s['positions']}"
-        alike = label, repr([s[key] for key in sorted(s.keys() - moot)])
+        alike = label, repr([s[key] for key in sorted(s.keys() - free)])
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
-        curve = {point["tokens"]: point[metric] for point in points[1:] or points}
-        groups.setdefault(alike, []).append(curve)
+        points = record["log"][1:] or record["log"]
+        groups.setdefault(alike, []).append({each["tokens"]: each[metric] for each in points})
     figure, axis = pyplot().subplots(figsize=(9, 6.5))
     for (label, _), group in groups.items():
-        colour = colour_of(label)
-        style = styles.setdefault(colour, itertools.cycle(("-", "--", ":", "-.")))
-        look = {"color": colour, "linestyle": next(style)}  # one warm-up, one colour
+        colours.append(colour_of(label))  # one for each warm-up, whose groups differ in style
+        style = ("-", "--", ":", "-.")[(colours.count(colours[-1]) - 1) % 4]
+        look = {"color": colours[-1], "linestyle": style}
+        for curve in group:
+            axis.plot(list(curve), list(curve.values()), **look, alpha=0.5, linewidth=1)
         # Of some that stopped when they had learned it, the mean of the others would mislead.
         level = len({max(curve) for curve in group}) == 1
         shared = sorted(set(group[0]).intersection(*group)) if level else []
         mean = [np.mean([curve[tokens] for curve in group]) for tokens in shared]
         axis.plot(shared, mean, **look, linewidth=2.5, label=f"{label} (n = {len(group)})")
-        for curve in group:
-            axis.plot(list(curve), list(curve.values()), **look, alpha=0.5, linewidth=1)
     axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
-    axis.set(title=data[0], xlabel="tokens of training", ylabel=ylabel)
+    axis.set(title=min(data), xlabel="tokens of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)
-
-
-def runs_of(patterns, results):
-    """What curves draws: folders of runs, or with results those whose names hold one of these."""
-    if not results:
-        return [(str(run), read_json(run / "config.json", CONFIG), read_log(run / "log.jsonl"))
-                for run in map(Path, patterns)]
-    runs = [(name, record["result"], record["log"])
-            for name, record in read_results(results).items()
-            if "result" in record and any(pattern in name for pattern in patterns)]
-    if not runs:
-        raise UserError(f"no run in {results} is named like {', '.join(patterns)}")
-    return runs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -877,59 +857,55 @@ def runs_of(patterns, results):
 
 
 class Claim(NamedTuple):
-    """`better` is better than `worse`: names of settings in a column of an experiment."""
     text: str
     published: str  # in our unit, where there is one
     experiment: str
     column: str
-    better: str
+    better: str     # names of two settings
     worse: str
     counting_warmup: bool = False  # its tokens are steps, too
 
 
 # Written down before the runs that decide them, but for what the report says of the first seven.
-# Ten seeds of recall, six of all else, each with a warm-up of its own. On text, rate and ramp suit
-# the baseline, but where it says so. A published perplexity of 62.0 -> 59.9 is 0.034 nats a token
-# of GPT-2; of English text 4.4 bytes long: 0.011 bits per byte. 5.47 -> 5.15 is 0.060 nats a token
-# of CodeParrot's tokenizer; of Python some 3 bytes long (ours): 0.029.
+# On text, rate and ramp suit the baseline, but where it says so. Published perplexities in bits per
+# byte: 62.0 -> 59.9 is 0.034 nats a token of GPT-2, which has 4.4 bytes of English; 5.47 -> 5.15 is
+# 0.060 nats a token of CodeParrot's, which has some 3 bytes of Python (ours).
+CODE, ENGLISH = "gain 0.029 bits per byte", "gain 0.011 bits per byte"
+RIGHT = "11.3 -> 96.9 % right"
+OTHERS = "others, 410 M parameters: text is better"
+DEFAULT, R15 = "dyck, attention, positions", "recall of 15"
 CLAIMS = [
-    Claim("Dyck finds the needle: the whole model moved, as published", "11.3 -> 96.9 % right",
-          "controls", "recall of 15", "dyck", "none"),
-    Claim("... attention and positions moved, our default", "-", "table", "recall of 15",
-          "dyck, attention, positions", "none"),
-    Claim("... more than Dyck with its tokens shuffled", "10.3 -> 96.9 % right", "controls",
-          "recall of 15", "dyck, attention, positions", "shuffled:dyck, attention, positions"),
+    Claim("Dyck finds the needle: the whole model moved, as published", RIGHT, "controls", R15,
+          "dyck", "none"),
+    Claim("... attention and positions moved, our default", "-", "table", R15, DEFAULT, "none"),
+    Claim("... more than Dyck with its tokens shuffled", "10.3 -> 96.9 % right", "controls", R15,
+          DEFAULT, f"shuffled:{DEFAULT}"),
     Claim("... it takes its weights as they are, not shuffled in each tensor", "gain gone",
-          "weights", "recall of 15", "as it is", "shuffled"),
-    Claim("set helps code", "gain 0.029 (perplexity 5.47 -> 5.15)", "controls", "code", "set",
-          "none"),
-    Claim("set helps English", "gain 0.011 (perplexity 62.0 -> 59.9)", "controls", "english",
-          "set", "none"),
-    Claim("set helps English at a modest rate without a ramp",
-          "gain 0.011 (perplexity 62.0 -> 59.9)", "tuned", "english", "set, 1e-3, ramp 0",
-          "none, 1e-3, ramp 0"),
-    Claim("30 pairs, the paper's own task: attention and positions moved, our default",
-          "11.3 -> 96.9 % right", "starts", "recall", "dyck, attn, embeddings random",
-          "none, steps 13500"),
-    Claim("30 pairs: the whole model moved, as published", "11.3 -> 96.9 % right", "starts",
-          "recall", "dyck, full, embeddings mean", "none, steps 13500"),
+          "weights", R15, "as it is", "shuffled"),
+    Claim("set helps code", CODE, "controls", "code", "set", "none"),
+    Claim("set helps English", ENGLISH, "controls", "english", "set", "none"),
+    Claim("set helps English at a modest rate without a ramp", ENGLISH, "tuned", "english",
+          "set, 1e-3, ramp 0", "none, 1e-3, ramp 0"),
+    Claim("30 pairs, the paper's own task: attention and positions moved, our default", RIGHT,
+          "starts", "recall", "dyck, attn, embeddings random", "none, steps 13500"),
+    Claim("30 pairs: the whole model moved, as published", RIGHT, "starts", "recall",
+          "dyck, full, embeddings mean", "none, steps 13500"),
     Claim("attention without MLPs finds the needle sooner than with them", "- (ours)", "starts",
-          "recall of 15", "dyck, attn, embeddings random", "dyck, attn,mlp, embeddings random"),
-    Claim("Dyck, its 49.2 M tokens counted as steps, beats as many steps without",
-          "- (ours)", "budgets", "recall of 15", "dyck, attention, positions", "none, steps 12144",
-          counting_warmup=True),
-    Claim("set helps code more than as many tokens of text",
-          "others, 410 M parameters: text is better", "controls", "code", "set", "text"),
-    Claim("set helps English more than as many tokens of text",
-          "others, 410 M parameters: text is better", "controls", "english", "set", "text"),
-    Claim("attention of set alone helps code", "it carries the gain; no number", "transfer", "code",
-          "set, attn", "none"),
-    Claim("MLPs of set alone help English", "they carry the gain; no number", "transfer", "english",
-          "set, mlp", "none"),
+          R15, "dyck, attn, embeddings random", "dyck, attn,mlp, embeddings random"),
+    Claim("Dyck, its 49.2 M tokens counted as steps, beats as many steps without", "- (ours)",
+          "budgets", R15, DEFAULT, "none, steps 12144", counting_warmup=True),
+    Claim("set helps code more than as many tokens of text", OTHERS, "controls", "code", "set",
+          "text"),
+    Claim("set helps English more than as many tokens of text", OTHERS, "controls", "english",
+          "set", "text"),
+    Claim("attention of set alone helps code", "it carries the gain; no number", "transfer",
+          "code", "set, attn", "none"),
+    Claim("MLPs of set alone help English", "they carry the gain; no number", "transfer",
+          "english", "set, mlp", "none"),
     Claim("rule 110 helps reversed addition: the whole model moved, as published",
           "76.4 -> 91.0 % right", "tasks", "reversed_addition", "eca, whole", "none"),
     Claim("sharp heads carry it: the sharpest quarter more than a random one", "they do; no number",
-          "heads", "recall of 15", "long warm-up, only sharp", "long warm-up, only random"),
+          "heads", R15, "long warm-up, only sharp", "long warm-up, only random"),
     Claim("attention of set with MLPs of rule 110 beats attention of set alone",
           "54.4 -> 82.9 % right", "mix", "reversed_addition",
           "attention of set, MLPs of rule 110", "set, attention"),
@@ -943,53 +919,47 @@ def judge(claim, seeds, found):
     base, ours = compare([settings[claim.worse], settings[claim.better]], seeds, found,
                          claim.counting_warmup)[claim.column]
     if not ours.n or not base.n:
-        return "", 0, math.nan, "not run"
-    gain, low, high, p = ours.against(base)
+        return ["", "0", "", "not run"]
+    gain, low, high, p, (gained, limits, shown_p) = ours.against(base)
     verdict = "undecided"
     if p < 0.05 / len(CLAIMS):  # Bonferroni: one false finding in 20 such lists of claims
         verdict = "supported" if gain > 0 else "contradicted"
     elif ours.measure is BITS and -MARGIN < low and high < MARGIN:
         verdict = "no difference beyond the margin"
     after, before = (ours.show(values.mean()) for values in ours.together(base))
-    theirs, right = base.setting.name, ""
+    words = (f"{before} ({base.setting.name}) -> {after} {ours.measure.name}, gain {gained} "
+             f"({limits})")
     if ours.measure is STEPS:
-        theirs, right = f"{theirs}: {base.accuracy:.1%} right", f" ({ours.accuracy:.1%} right)"
-    gain, limits, _ = ours.compared(base)
-    measured = (f"{before} ({theirs}) -> {after} {ours.measure.name}{right}, gain {gain} "
-                f"({limits})")
-    return measured, min(base.n, ours.n), p, verdict
+        words += f"; {base.accuracy:.1%} -> {ours.accuracy:.1%} right"
+    return [words, str(min(base.n, ours.n)), shown_p, verdict]
 
 
 def claims_lines(found, seeds):
-    lines = ["| claim | published | measured here (95 %) | n | p | verdict | python analyze.py |",
-             "|---|---|---|---|---|---|---|"]
-    for claim in CLAIMS:
-        measured, n, p, verdict = judge(claim, seeds, found)
-        lines.append(f"| {claim.text} | {claim.published} | {measured} | {n} | {shown_p(p)} "
-                     f"| {verdict} | `{claim.experiment} --only {shlex.quote(claim.column)}` |")
-    return lines
+    head = ["claim", "published", "measured here (95 %)", "n", "p", "verdict", "python analyze.py"]
+    return markdown(head, [
+        [claim.text, claim.published, *judge(claim, seeds, found),
+         f"`{claim.experiment} --only {shlex.quote(claim.column)}`"] for claim in CLAIMS])
 
 
 def report(results, seeds):
     """All claims, tables and figures that there are results for, in report.md beside them."""
-    found = read_results(results)
-    folder = results if results.is_dir() else results.parent
-    lines = ["# What was found", ""]
-    if any(judge(claim, seeds, found)[1] for claim in CLAIMS):
-        lines += [*claims_lines(found, seeds), ""]
-    lines += ["In the figures: a dot for each seed, a ring where the weights of its warm-up were "
-              "changed, a bar for the mean."]
-    shown = set()  # rows, which several experiments may have
-    for budget, (name, asks) in itertools.product(COLUMNS, EXPERIMENTS.items()):
-        columns = {column: outcomes
-                   for column, outcomes in compare(settings_in(name, budget), seeds, found).items()
+    found, folder = read_results(results), results if results.is_dir() else results.parent
+    lines = ["# What was found", "", *claims_lines(found, seeds), "",
+             "In the figures: a dot for each seed, a ring where the weights of its warm-up were "
+             "changed, a bar for the mean."]
+    shown = set()  # runs, which several experiments may have
+    for budget, name in itertools.product(COLUMNS, EXPERIMENTS):
+        columns = compare(settings_in(name, budget), seeds, found)
+        columns = {column: outcomes for column, outcomes in columns.items()
                    if any(each.n for each in outcomes[1:])}
-        there = {each.setting.folder(0) for each in sum(columns.values(), []) if each.n}
-        if there - shown:
-            shown |= there
-            draw_settings(columns, folder / f"{name}-{budget}.png")
-            lines += ["", f"## {name} ({budget}): {asks.question}", *table_lines(columns), "",
-                      f"![{name}]({name}-{budget}.png)"]
+        runs = {each.setting.folder(0) for each in sum(columns.values(), []) if each.n}
+        if runs - shown:
+            shown |= runs
+            draw(name, columns, folder / f"{name}-{budget}.png")
+            lines += ["", f"## {name} ({budget}): {EXPERIMENTS[name].question}",
+                      *table_lines(columns), "", f"![{name}]({name}-{budget}.png)"]
+    if not shown:
+        raise UserError(f"{results} has no result of any experiment")
     with written_whole(folder / "report.md") as file:
         file.write(("\n".join(lines) + "\n").encode())
     print(folder / "report.md")
@@ -997,42 +967,44 @@ def report(results, seeds):
 
 def experiment(name, args):
     """Runs what is missing of an experiment, or of the part that --only names, and shows it."""
-    rows, results = settings_in(name, args.budget), Path(args.results)
-    wanted = [row for row in rows if args.only in f"{row.column} | {row.name}"]
+    settings, results = settings_in(name, args.budget), Path(args.results)
+    wanted = [each for each in settings if args.only in f"{each.column} | {each.name}"]
     if not wanted:
-        raise UserError(f"--only {args.only} is in no \"column | row\" of {name}, such as "
-                        f"\"{rows[0].column} | {rows[0].name}\"")
-    first = {row.column: row for row in reversed(rows)}
-    wanted += [first[row.column] for row in wanted]  # what they are compared with
-    rows = [row for row in rows if row in wanted]
+        raise UserError(f"--only {args.only} is in no \"column | setting\" of {name}, such as "
+                        f"\"{settings[0].column} | {settings[0].name}\"")
+    columns = {each.column for each in wanted}
+    settings = [each for each in settings  # a column's first, too, which it is compared with
+                if each in wanted or each.name == "none" and each.column in columns]
     if not args.show:
         with lock(results / ".lock"):
-            run_all(rows, args.seeds, results.resolve(), args.jobs,
+            run_all(settings, args.seeds, results.resolve(), args.jobs,
                     ["--device", args.device] if args.device else [])
-    columns = compare(rows, args.seeds, read_results(results))
-    print(f"\n{name} ({args.budget}): {EXPERIMENTS[name].question}", *table_lines(columns),
-          sep="\n")
+    with reading(results):  # a record is checked by being used
+        columns = compare(settings, args.seeds, read_results(results))
+        lines = table_lines(columns)
+    print(f"\n{name} ({args.budget}): {EXPERIMENTS[name].question}", *lines, sep="\n")
     if any(each.n for outcomes in columns.values() for each in outcomes):
-        draw_settings(columns, (results if results.is_dir() else Path()) / f"{name}-{args.budget}.png")
+        folder = results if results.is_dir() else Path()
+        draw(name, columns, folder / f"{name}-{args.budget}.png")
 
 
 def main():
     parser = Parser(description="What many runs say.")
     commands = parser.add_subparsers(dest="command", required=True)
     shared = Parser(add_help=False)
-    shared.add_argument("--results", default="results", help="(default results)")
-    shared.add_argument("--seeds", type=number(1, 1000), default=10, help="(default 10)")
+    shared.add_argument("--results", default="results", help="a folder, or a packed file (default "
+                        "results)")
+    shared.add_argument("--seeds", type=number(1, 1000), help="at most (default: as planned)")
     drawer = commands.add_parser("curves", help="held-out loss or accuracy by tokens, of any runs")
     drawer.add_argument("runs", nargs="+", help="folders, or with --results parts of names")
     drawer.add_argument("--results", help="a folder of many runs, or a packed file")
     drawer.add_argument("--picture", default="curves.png", help="(default curves.png)")
-    for name, asks in EXPERIMENTS.items():
-        runner = commands.add_parser(name, help=asks.question, parents=[shared])
-        runner.set_defaults(seeds=None)
+    for name, (question, *_) in EXPERIMENTS.items():
+        runner = commands.add_parser(name, help=question, parents=[shared])
         runner.add_argument("--budget", choices=COLUMNS, default="quick",
                             help="for two CPU cores, or as published (default quick)")
-        runner.add_argument("--only", default="", metavar="TEXT",
-                            help="rows with this in \"column | row\", and the first row")
+        runner.add_argument("--only", default="", metavar="TEXT", help="settings with this in "
+                            "\"column | setting\", and what they are compared with")
         runner.add_argument("--jobs", type=number(1, 1000), default=1, help="runs at a time")
         runner.add_argument("--show", action="store_true", help="run nothing")
         runner.add_argument("--device", help="cuda, mps or cpu")
@@ -1043,16 +1015,23 @@ def main():
     packer = commands.add_parser("pack", parents=[shared], help="all results in one small file")
     packer.add_argument("to", help="such as results.jsonl.gz")
     args = parser.parse_args()
-    if args.command == "curves":
-        curves(runs_of(args.runs, args.results), args.picture)
-    elif args.command == "pack":
-        pack(args.results, args.to)
-    elif args.command == "claims":
-        print("\n".join(claims_lines(read_results(args.results), args.seeds)))
-    elif args.command == "report":
-        report(Path(args.results), args.seeds)
-    else:
-        experiment(args.command, args)
+    if args.command in EXPERIMENTS:
+        return experiment(args.command, args)
+    if args.command == "pack":
+        return pack(args.results, args.to)
+    with reading(args.results or ", ".join(args.runs)):  # as above
+        if args.command == "claims":
+            print("\n".join(claims_lines(read_results(args.results), args.seeds)))
+        elif args.command == "report":
+            report(Path(args.results), args.seeds)
+        elif args.results:
+            found = read_results(args.results)
+            names = [name for name in found if any(part in name for part in args.runs)]
+            if not names:
+                raise UserError(f"no run in {args.results} is named like {', '.join(args.runs)}")
+            curves({name: found[name] for name in names}, args.picture)
+        else:
+            curves({run: read_run(Path(run)) for run in args.runs}, args.picture)
 
 
 if __name__ == "__main__":

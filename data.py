@@ -1080,6 +1080,8 @@ def lock(path, wait=False):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # A DataLoader's workers, which outlive a kill by seconds, would hold it as well.
+            os.register_at_fork(after_in_child=file.close)
     except BlockingIOError:
         raise Busy(f"another process is at work in {path.parent}: let it end first") from None
     except OSError as error:

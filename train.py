@@ -62,10 +62,7 @@ def run(s):
         # A trial: what does not fit is refused now, not after hours of warm-up.
         transfer(warm_model, model, parse_parts(s.transfer), s.embeddings, s.positions)
 
-    with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext() as held:
-        if held and hasattr(os, "register_at_fork"):
-            # DataLoader's workers, which outlive a kill by seconds, would hold it as well.
-            os.register_at_fork(after_in_child=held.close)
+    with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
         with first_process_first():
             finished = open_run(out, s, fingerprint, warmed["spec"])
         if finished is not None:
