@@ -19,7 +19,7 @@ import torch
 import train
 from conftest import ROOT
 from data import UserError, make_data
-from model import GPT, GPTConfig, attention_maps, load, part_of
+from model import GPT, attention_maps, load, part_of
 
 SMALL = dict(data="haystack:pairs=3", warmup="set:length=2-4,vocab=9", size="1_2_8", device="cpu",
              steps=14, batch_size=8, lr=1e-2, lr_ramp=4, warmup_steps=12, warmup_batch_size=8,
