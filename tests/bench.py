@@ -46,11 +46,9 @@ def compare(title, ours, theirs):
 def a_run(flags, name="train"):
     """What train.py makes of flags: settings, data, stage and model."""
     settings, _ = train.parse(flags.split())
-    if name == "warmup":
-        data = make_data(settings.warmup, 0, settings.warmup_block_size)
-    else:
-        data = make_data(settings.data, 0, settings.block_size, settings.tokenizer)
-    stage = train.stage_of(settings, name, data.block_size)
+    data, rule = train.open_data(settings)
+    data = rule if name == "warmup" else data
+    stage = train.stage_of(settings, name, data)
     model = train.new_model(data, settings.size, settings.tied, stage.dropout, 0)
     return settings, data, stage, model.to(settings.device)
 
@@ -66,19 +64,26 @@ def batches_of(data, stage):
 
 
 def nanowarm(flags, batches, name="train"):
-    """The loop of train.py, without what it logs, evaluates and saves."""
+    """The step of train.py, without what it logs, evaluates and saves."""
     settings, data, stage, model = a_run(flags, name)
     optimizer, losses = train.make_optimizer(model, stage), []
-    scaler = torch.amp.GradScaler(enabled=False)
     n, cpu = train.enough_micro_batches(data, stage), settings.device == "cpu"
     net = train.wrapped(model, data, stage, n)
     model.train()
     for step, (x, y) in enumerate(batches):
         if step == WARM:
             began = now(settings.device)
-        parts, counted = micro_batches(x, y, n, trim=cpu), int((y != -1).sum())
-        losses.append(train.gradients(net, model, parts, counted, stage, scaler))
-        train.take_step(model, optimizer, scaler, stage, look=cpu)
+        counted, loss = int((y != -1).sum()), 0.0
+        for x, y in micro_batches(x, y, n, trim=cpu):
+            x, y = (each.to(settings.device, non_blocking=True) for each in (x, y))
+            with train.autocast(stage):
+                micro_loss = net(x, y) / counted
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
     return (now(settings.device) - began) / STEPS, torch.stack(losses).mean().item()
 
 
