@@ -272,7 +272,7 @@ RULES_AND_TASKS = RULES | TASKS
 
 # What a parameter accepts. One that is not here is 1 or more, and absurd sizes are the user's.
 RANGES = {"vocab": (3, math.inf), "p": (0, 1), "rule": (0, 255), "width": (3, math.inf),
-          "pairs": (1, 64), "below": (2, math.inf)}
+          "pairs": (1, 64), "below": (2, 65535)}
 
 
 def parse_spec(spec):
@@ -313,7 +313,7 @@ def parameters(name, given=""):
         least, most = RANGES.get(key, (1, math.inf))
         ends = text.split("-", 1) if key == "length" else [text]
         try:
-            values = [type(defaults[key])(end) for end in ends]
+            values = [type(defaults[key])(end.replace("_", "x")) for end in ends]  # no 1_000
         except ValueError:
             values = [math.nan]
         if not least <= values[0] <= values[-1] <= most:
@@ -513,9 +513,10 @@ def pieces_of(file, name):
     .json in its name or its first line says; else plain text, in which <|endoftext|> ends one."""
     zipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    file = gzip.open(file) if zipped else file
-    file = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
-    line, number = file.readline(LONG), 1
+    file = io.TextIOWrapper(gzip.open(file) if zipped else file, "utf-8-sig", newline="\n")
+    line, number = file.readline(PIECE), 1
+    if ".json" in name or line.lstrip().startswith("{"):
+        line += "" if line.endswith("\n") else file.readline(LONG)
     if ".json" in name or isinstance(parsed(line), dict):
         while line:
             record = parsed(line) if line.strip() else {"text": ""}
@@ -526,10 +527,13 @@ def pieces_of(file, name):
         return
     held = ""
     while line:
+        if "\0" in line:
+            raise ValueError("it holds a NUL, which no text does")
         *documents, held = (held + line).split(END)
         for text in documents:
             yield text, True
-        sure = max(0, len(held) - len(END))  # what comes after that may be half of a mark
+        half = held.rfind("<", -len(END), len(held))  # this may be half of a mark
+        sure = len(held) if half < 0 else half
         yield held[:sure], False
         line, held = file.read(PIECE), held[sure:]
     yield held, True
@@ -613,9 +617,9 @@ def users_files(root):
 
 
 def is_text(path):
-    """Whether a file begins as one that can be read. A NUL is no text, and a pipe no file."""
+    """Whether a file, and no pipe, begins as one that can be read."""
     with contextlib.suppress(UserError):
-        return path.is_file() and "\0" not in next(file_pieces(path))[0]
+        return path.is_file() and next(file_pieces(path), None) is not None
     return False
 
 
@@ -631,7 +635,7 @@ def tokenise(spec, tokenizer):
         train, val, read = ["train"], ["val"], questions
     else:
         train, val = users_files(Path(spec))
-    key = hashlib.sha256(repr((VERSION, tokenizer.name, train, val)).encode())
+    key = hashlib.sha256(repr((VERSION, read.__name__, tokenizer.name, train, val)).encode())
     for path in train + val if read != questions else []:
         with reading(path), open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
@@ -645,7 +649,7 @@ def tokenise(spec, tokenizer):
         scratch.mkdir()
         random.Random(0).shuffle(train)
         for split, paths in (("train", train), ("val", val)):
-            with open(scratch / f"{split}.bin", "wb") as file:
+            with reading(spec), open(scratch / f"{split}.bin", "wb") as file:
                 pieces = itertools.chain.from_iterable(map(read, paths))
                 ends = write_tokens(file, pieces, tokenizer)
             if split == "train" and not val:
@@ -704,9 +708,9 @@ def read_wikitext(file, split, share):
 def read_problems(file, split, share):
     """question<answer>answer<problem>: of each module as much, as published."""
     pattern = {"train": "*/train-*/*.txt", "val": "*/*polate/*.txt"}[split]
-    with tarfile.open(fileobj=file) as archive:
-        modules = {each.name: each for each in archive if each.isfile()}
-        modules = [modules[name] for name in sorted(fnmatch.filter(modules, pattern))]
+    with gzip.open(file) as unzipped, tarfile.open(fileobj=unzipped) as archive:
+        modules = [module for module in archive if fnmatch.fnmatch(module.name, pattern)]
+        unzipped.read()  # to its end, where gzip finds out whether it is whole
         for module in modules:
             start = archive.extractfile(module).read(share // len(modules)).decode("ascii")
             lines = start.split("\n")[:-1]
@@ -733,6 +737,7 @@ PUBLISHED = {  # tokens: what the published run reads, and a bit
         what="school mathematics (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
         url="https://storage.googleapis.com/mathematics-dataset/", read=read_problems,
         train=["mathematics_dataset-v1.0.tar.gz"], val=["mathematics_dataset-v1.0.tar.gz"])}
+HELD_OUT = 10_000_000  # tokens
 PAUSES = 0, 2, 10  # seconds before each try of a download
 
 
@@ -773,7 +778,7 @@ def prepare(name, tokens, source=None, tokenizer=None):
         base = Path(base).resolve().as_uri()
     folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
-        for split, share in (("val", 10_000_000), ("train", tokens)):
+        for split, share in (("val", HELD_OUT), ("train", tokens)):
             done, shards = 0, []
             for file in corpus[split]:
                 label = f"{split}-{Path(file).name}"
@@ -782,8 +787,12 @@ def prepare(name, tokens, source=None, tokenizer=None):
                 shards.append(folder / f"{label}.tokens")
                 if not shards[-1].exists():
                     url = f"{base.rstrip('/')}/{Path(file).name if 'file://' in base else file}"
-                    with reading(url), written_whole(shards[-1]) as shard:
-                        write_tokens(shard, corpus["read"](fetch(url), split, share), tokenizer)
+                    with written_whole(shards[-1]) as shard, reading(url):
+                        published = fetch(url)
+                        published.seek(0)
+                        pieces = corpus["read"](published, split, share)
+                        if write_tokens(shard, pieces, tokenizer) == [0]:
+                            raise ValueError("it holds no text")
                 done += shards[-1].stat().st_size // tokenizer.dtype.itemsize
                 say(f"{label}: {done / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
                 if done >= share:
@@ -996,7 +1005,7 @@ def written_whole(path):
     """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one.
 
     Raises UserError where it cannot be written: a full disk, a folder that may not be."""
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     scratch = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it is written over
     if path.exists() and not path.is_file():
         raise UserError(f"cannot write {path}: it is there and is not a file")
@@ -1103,10 +1112,11 @@ class Parser(argparse.ArgumentParser):
 def number(low, below=math.inf, kind=int):
     """A type for argparse: a number from `low` to less than `below`; 4M and 1.6B are numbers."""
     def parse(text):
-        found = re.fullmatch(r"(-?[0-9.]+(?:e[-+]?[0-9]+)?)([KMBT]?)", text, re.IGNORECASE)
         value = math.nan
-        with contextlib.suppress(ValueError, TypeError):
-            value = float(found[1]) * 1000 ** " KMBT".index(found[2].upper() or " ")
+        exact = re.sub("[KMBT]$", lambda unit: f"e{3 * ' KMBT'.index(unit[0])}", text.upper())
+        if re.fullmatch(r"-?[0-9.]+(E[-+]?[0-9]+)?", exact, re.IGNORECASE):
+            with contextlib.suppress(ValueError):
+                value = float(exact)
         if not low <= value < below or kind is int and value != int(value):
             wanted = {int: "a whole number", float: "a number"}[kind] + f", at least {low}"
             if below < math.inf:
