@@ -1,23 +1,20 @@
 """What a checkpoint knows, and where: probes of its answers, its heads and its residual stream.
 
     python eval.py out/code-dyck-s0/ckpt.pt                  every probe that applies to it
-    python eval.py out/*/warmup.pt --probe learned           how much was learned, side by side
-    python eval.py A/ckpt.pt B/ckpt.pt --plot                and as figures
+    python eval.py out/*/warmup.pt --probe learned --plot    how much was learned, side by side
     python eval.py out/code-dyck-s0/ckpt.pt --prompt "def "  go on from one's own words
 
-`evaluate` is how loss and accuracy are computed, in training, too. A probe is a function of an
-opened checkpoint. It returns None where it does not apply, or what it found, as eval.json keeps it:
-labels with numbers and words, which are printed, curves {name: {x: y}}, printed and drawn (their
-label says "y by x"), and Maps, drawn; "n" says of how many rows, answers or tokens.
+A probe takes an opened checkpoint and returns None where it does not apply, or what it found: by
+label numbers, words, curves {name: {x: y}} (label: "y by x") and maps (n_layer, n_head), which are
+drawn only; "n" says of how many rows, answers or tokens. All of it is in eval.json.
 """
 import contextlib
 import math
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 
-# Before torch, of which data.py says how its threads wait.
+# Before torch, for which data.py sets how its threads wait.
 from data import (RANDOM, Parser, UserError, lock, make_data, micro_batches, number, read_json,
                   reading, run_main, write_json, written_whole)
 from model import GPT, attention_maps, find_device, load
@@ -30,8 +27,7 @@ import torch.nn.functional as F
 def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), tokenizer=None):
     """Of rows as held_out_rows gives them: loss, in nats per counted token; accuracy, the share of
     these whose likeliest prediction is right; exact, the share of answers (unbroken runs of counted
-    tokens) that are right throughout, which are just those that greedy decoding gets right;
-    bits_per_byte, of text; and how many tokens count."""
+    tokens) that greedy decoding gets right; bits_per_byte, of text; how many tokens count."""
     training = model.training
     model.eval()
     loss = right = tokens = exact = answers = n_bytes = 0
@@ -65,9 +61,8 @@ def held_out_rows(data, n):
 
 def first_rows(data, n):
     """The first n held-out rows x, y; of text, as many as there are."""
-    if data.kind == "text":
-        n = min(n, len(data.val))
-    return data.val.__getitems__(range(n))
+    rows = range(n)[:len(data.val)] if data.kind == "text" else range(n)
+    return data.val.__getitems__(rows)
 
 
 def perplexity(loss):
@@ -78,11 +73,10 @@ class Opened:
     """A checkpoint with its model and data. spec: other data, on purpose. Raises UserError."""
 
     def __init__(self, path, device=None, spec=None, tokenizer=None):
-        self.path, self.device = Path(path), find_device(device)
+        inside = Path(path) / "ckpt.pt"  # of a run's folder
+        self.path, self.device = inside if inside.exists() else Path(path), find_device(device)
         self.model, state = load(path, self.device)
         self.model.eval().requires_grad_(False)
-        if (self.path / "ckpt.pt").exists():  # a run's folder
-            self.path = self.path / "ckpt.pt"
         self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
         config = self.model.config
         with reading(path):  # what a file says of its data may be anything
@@ -90,28 +84,26 @@ class Opened:
             self.spec = spec or source.get("spec")
             if not self.spec:
                 raise UserError(f"{path} does not say what it was trained on: name --data")
-            self.seed = int(source.get("seed", 0)) % 2 ** 32
+            self.seed = int(source.get("seed", 0))
             self.eval_rows = int(source.get("eval_rows") or max(16, 2 ** 18 // config.block_size))
             self.data = make_data(self.spec, self.seed, config.block_size,
                                   tokenizer or source.get("tokenizer"))
-            seen = (state.get("fingerprint") or [None])[-1 if self.stage == "warmup" else 0]
+            seen = state.get("fingerprint", [None])[-1 if self.stage == "warmup" else 0]
             if not spec and seen not in (None, self.data.fingerprint()):
                 raise UserError(f"{self.spec} is not what {path} was trained on, which may have "
                                 f"seen the held-out rows: --data {self.spec} takes it on purpose")
-        padding = config.vocab_size - self.data.vocab_size  # of text, some pad their vocabulary
-        if padding and not (self.data.kind == "text" and 0 < padding < 256):
+        text, train = self.data.kind == "text", self.data.train
+        padding = config.vocab_size - self.data.vocab_size
+        if not 0 <= padding < (256 if text else 1):  # of text, some pad their vocabulary
             raise UserError(f"{self.spec} has {self.data.vocab_size} tokens, {path} "
                             f"{config.vocab_size}: name its --data, and of text its --tokenizer")
         self.n = max(16, min(256, 2 ** 15 // config.block_size))  # rows to look at
         self.found = {}  # by the probes
-        rows = self.data.train
-        single = self.data.kind != "text" and not rows.shuffled and len(rows.members) == 1
-        _, self.name, self.p = rows.members[0] if single else (1.0, None, {})
-        self.brackets = self.name in BRACKETS
+        one = not text and not train.shuffled and len(train.members) == 1
+        _, self.name, self.p = train.members[0] if one else (1.0, None, {})  # of its only rule
+        self.brackets = self.name in ("dyck", "dyck_shuffle")
         if self.brackets and self.p["length"][0] < self.p["length"][1]:
             self.name, self.brackets = None, False  # nobody knows where they will end
-        chance = self.brackets or self.p.get("rule") == RANDOM
-        self.one_answer = self.name is not None and not chance  # for each prompt
 
     def rows(self, n=None):
         """The first held-out rows x, y: int64 arrays (n, block_size)."""
@@ -138,22 +130,9 @@ class Opened:
             self.model.states(torch.from_numpy(x).to(self.device))
         return torch.stack(maps, 1).cpu().numpy()
 
-    def residual(self, x, model):
-        """What goes into the first block and comes out of each: (n, n_layer + 1, T, n_embd)"""
-        x = torch.from_numpy(x).to(self.device)
-        streams = [model.wte(x) + model.wpe.weight[:x.shape[1]]]
-        for block in model.h:
-            streams.append(block(streams[-1]))
-        return torch.stack(streams, 1).float().detach().cpu().numpy()
-
 
 # --------------------------------------------------------------------------------------------------
 # Probes of its answers, then of its parts
-
-
-# Shares from 0 to 1; `words` are the names of its rows and columns, which else have numbers.
-Map = namedtuple("Map", "matrix ylabel xlabel words", defaults=[None])
-BRACKETS = "dyck", "dyck_shuffle"
 
 
 def means(values, groups):
@@ -164,23 +143,18 @@ def means(values, groups):
 def probe_loss(c):
     """loss, accuracy, and what else says it in one number, on the rows that training looked at"""
     rows = held_out_rows(c.data, c.eval_rows)
-    result = evaluate(c.model, rows, c.device, tokenizer=c.data.tokenizer)
-    found = {"n": f"{result['tokens']:,} counted tokens",
-             "loss (nats per counted token)": result["loss"],
-             "perplexity": perplexity(result["loss"]),
-             "accuracy, counted tokens": result["accuracy"],
-             "exact, whole answers": result["exact"]}
-    if result["bits_per_byte"]:
-        found["bits per byte"] = result["bits_per_byte"]
-    return found
+    found = evaluate(c.model, rows, c.device, tokenizer=c.data.tokenizer)
+    return {"n": f"{found['tokens']:,} counted tokens",
+            "loss (nats per counted token)": found["loss"],
+            "perplexity": perplexity(found["loss"]), "accuracy, counted tokens": found["accuracy"],
+            "exact, whole answers": found["exact"], "bits per byte": found["bits_per_byte"]}
 
 
 def probe_learned(c):
     """how much of what can be learned was learned? The loss beside the smallest possible one
 
-    The smallest possible loss is 0 where the prompt decides the answer. Of brackets it follows from
-    the generator's odds; where each example has a rule of its own, from what its row tells of that.
-    The share that is learned is 1 there, and 0 at the loss of a guess by token frequency."""
+    That is 0 where the prompt decides the answer; of brackets it follows from the generator's odds,
+    of a random rule from what its row has told."""
     if c.name is None:
         return None
     x, y = c.rows()
@@ -191,31 +165,24 @@ def probe_learned(c):
         odds = bracket_facts(x, c.name, c.p)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
-    elif not c.one_answer:
-        floor = math.log(2) * coin_flips(c, x, y) / len(wanted)
+    elif c.p.get("rule") == RANDOM:  # what follows three cells is a fair coin the first time
+        width = c.p["width"]
+        t = np.arange(width, x.shape[1])
+        frame = t - t % width - width  # where the one before begins
+        left, cell, right = (x[:, frame + (t + shift) % width] for shift in (-1, 0, 1))
+        threes = 8 * np.arange(len(x))[:, None] + 4 * left + 2 * cell + right  # of each row
+        floor = math.log(2) * len(np.unique(threes[counted[:, width - 1:-1]])) / len(wanted)
     frequency = np.bincount(wanted) / len(wanted)
     guess = -np.log(frequency[wanted]).mean()
     return {"n": f"{len(x):,} rows", "loss (nats per counted token)": loss,
-            "smallest possible": floor, "above it": loss - floor,
-            "above it, a guess by token frequency": guess - floor,
+            "smallest possible": floor, "of a guess by token frequency": guess,
             "learned (share of what can be)": 1 - (loss - floor) / max(guess - floor, 1e-9),
             "accuracy": hits[counted].mean()}
 
 
-def coin_flips(c, x, y):
-    """How many counted tokens of eca:rule=random no row has told yet: what follows three cells is a
-    fair coin the first time, and known from then on."""
-    width = c.p["width"]
-    t = np.arange(width, x.shape[1])
-    frame = t - t % width - width  # where the one before begins
-    left, cell, right = (x[:, frame + (t + shift) % width] for shift in (-1, 0, 1))
-    threes = np.where(y[:, width - 1:-1] != -1, 4 * left + 2 * cell + right, -1)
-    return sum(len({*row} - {-1}) for row in threes.tolist())  # each kind once a row
-
-
 def probe_answers(c):
     """accuracy by the place of a token in its answer"""
-    if not c.one_answer:
+    if c.name is None or c.brackets or c.p.get("rule") == RANDOM:  # others have one answer
         return None
     x, y = c.rows(1024)
     counted, hit = y != -1, c.predict(x, y)[1]
@@ -230,9 +197,8 @@ def bracket_facts(x, name, p):
     opened, or -1; depth: how many are open before; innermost: the last type open after, or -1."""
     k = p["k"]
     x = x[:, x[0] < 2 * k]  # all rows are of one length
-    n, T = x.shape
-    odds, depth = np.zeros((n, T, 2 * k)), np.zeros((n, T), int)
-    partner, innermost = np.full((2, n, T), -1)
+    T = x.shape[1]
+    odds, (partner, innermost, depth) = np.zeros((*x.shape, 2 * k)), np.full((3, *x.shape), -1)
     for i, row in enumerate(x.tolist()):
         left = []  # the brackets that are open: (type, place)
         for t, token in enumerate(row):
@@ -240,12 +206,12 @@ def bracket_facts(x, name, p):
             kinds = [kind for kind, _ in left]
             full = len(left) == (T - t if name == "dyck" else p["depth"])
             opens = 0.0 if full else p["p"] if left else 1.0  # with this probability
-            may_close = kinds[-1:] if name == "dyck" else sorted(set(kinds))
+            may_close = kinds[-1:] if name == "dyck" else list(set(kinds))
             odds[i, t, :k] = opens / k
             odds[i, t, [k + kind for kind in may_close]] = (1 - opens) / max(1, len(may_close))
             if token < k:
                 left.append((token, t))
-            elif token - k in kinds:
+            else:
                 partner[i, t] = max(place for kind, place in left if kind == token - k)
                 left.remove((token - k, partner[i, t]))
             innermost[i, t] = left[-1][0] if left else -1
@@ -253,25 +219,19 @@ def bracket_facts(x, name, p):
 
 
 def probe_brackets(c):
-    """does it close what is open? The likeliest closing type where a bracket closes
-
-    By depth, and by the distance to the bracket that is closed. And what illegal tokens get."""
+    """does it close what is open? The likeliest closing type where a bracket closes"""
     if not c.brackets:
         return None
     x, k = c.rows()[0], c.p["k"]
     facts = bracket_facts(x, c.name, c.p)
     odds, partner, depth = (facts[key][:, 1:] for key in ("odds", "partner", "depth"))
-    predicted = c.model(torch.from_numpy(x).to(c.device)).float().softmax(-1).cpu().numpy()
-    predicted = predicted[:, :odds.shape[1], :2 * k]
+    logits = c.model(torch.from_numpy(x).to(c.device))[:, :odds.shape[1], k:2 * k]
     closes = partner >= 0
-    allowed = odds[closes][:, k:] > 0  # (closings, k)
-    likeliest = predicted[closes][:, k:].argmax(-1)
-    right = allowed[np.arange(len(allowed)), likeliest]
-    chance = allowed.mean(-1)
+    allowed, likeliest = odds[closes][:, k:] > 0, logits.argmax(-1).cpu().numpy()[closes]
+    right, chance = allowed[np.arange(len(allowed)), likeliest], allowed.mean(-1)
     distance = np.arange(1, partner.shape[1] + 1) - partner
     found = {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
-             "by chance": chance.mean(),
-             "probability of illegal tokens": (predicted * (odds == 0)).sum(-1).mean()}
+             "by chance": chance.mean()}
     for what, values in (("depth", depth), ("distance", distance)):
         bins = 2 ** np.log2(values[closes]).astype(int)  # 1, 2-3, 4-7, ...
         found[f"share of a right type by {what} (brackets) from"] = {
@@ -288,8 +248,6 @@ def repeated(c, length, n):
 
 def probe_copying(c):
     """induction: random tokens, then the same again. Is the second copy easier?"""
-    if c.data.block_size < 8:
-        return None
     tokens = repeated(c, c.data.block_size, c.n)
     half = tokens.shape[1] // 2
     loss, hit = c.predict(tokens[:, :-1], tokens[:, 1:])
@@ -308,57 +266,46 @@ def entropy_of_heads(attention, real):
 
 
 def looks(c, x, attention):
-    """Where a head may look. Yields a name; the attention (n, n_layer, n_head, T, T); the places
-    wanted, bool (n, T, T), from token to token; and the tokens (n, T). The most telling is last."""
+    """Where a head may look. Yields a name, attention (n, n_layer, n_head, T, T), and which places
+    are wanted, bool (n, T, T), from token to token."""
     n, T = x.shape
-    yield "previous token", attention, np.eye(T, k=-1, dtype=bool) & c.real(x)[:, :, None], x
+    yield "previous token", attention, np.eye(T, k=-1, dtype=bool) & c.real(x)[:, :, None]
     twice = repeated(c, min(T, 64), n)
-    wanted = np.tril(twice[:, :, None] == np.roll(twice, 1, axis=1)[:, None, :])
+    wanted = np.tril(twice[:, :, None] == np.roll(twice, 1, axis=1)[:, None, :])  # the one after it
     wanted[:, :twice.shape[1] // 2] = False
     wanted[:, :, 0] = False  # which follows nothing
-    yield "induction", c.attention(twice), wanted, twice
+    yield "induction", c.attention(twice), wanted
     if c.brackets:
         partner = bracket_facts(x, c.name, c.p)["partner"]
         rows, closing = np.nonzero(partner >= 0)
         for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1)):
             wanted = np.zeros((n, T, T), bool)
             wanted[rows, closing - ahead, partner[rows, closing]] = True
-            yield name, attention, wanted, x
+            yield name, attention, wanted
     if c.name == "haystack":
         key = np.where(x >= 128 + c.p["pairs"], x - c.p["pairs"], -1)  # that is asked for here
         wanted = key[:, :, None] == np.roll(x, 1, axis=1)[:, None, :]
-        yield "value of the asked key", attention, wanted, x
+        yield "value of the asked key", attention, wanted
 
 
 def probe_heads(c):
-    """what the attention heads do: how blurred they are, and how much they look at some places
-
-    At the token before; at what followed the same token in the first of two copies; at the bracket
-    that is closed, or closes next; from the key that is asked for at its value. The figure shows
-    all heads, and what the strongest of the last kind attends to in one row."""
+    """what the attention heads do: how blurred they are, and how much they look at some places"""
     T = min(256, c.data.block_size)  # of longer contexts, the beginning
     heads = c.model.config.n_layer * c.model.config.n_head
     x = c.rows(max(4, min(32, 2 ** 26 // (heads * T * T))))[0][:, :T]
     attention = c.attention(x)
     blur = entropy_of_heads(attention, c.real(x))
     found = {"n": f"{len(x)} rows", "entropy (1: all alike), sharpest head": blur.min(),
-             "entropy (1: all alike), mean of heads": blur.mean()}
-    for name, maps, wanted, tokens in looks(c, x, attention):
+             "entropy (1: all alike), mean of heads": blur.mean(), "entropy": blur}
+    for name, maps, wanted in looks(c, x, attention):
         asks = wanted.any(2).sum()
         score = np.einsum("nlhqk,nqk->lh", maps, wanted.astype(np.float32)) / asks
         layer, head = np.unravel_index(score.argmax(), score.shape)
         alike = (wanted.sum(2) / np.arange(1, wanted.shape[1] + 1)).sum() / asks
         found |= {f"{name}, strongest head": score.max(),
                   f"{name}, which (layer.head)": f"{layer}.{head}",
-                  f"{name}, if all were attended to alike": alike}
-    most = 20 if wanted[:, :20].any() else wanted.shape[1]
-    row = wanted[:, :most].any((1, 2)).argmax()  # one in whose beginning something is wanted
-    end = min(most, c.real(tokens)[row].sum())
-    words = c.data.words(tokens[row, :end]) if end <= 20 else None
-    return found | {"entropy (1: all alike)": Map(blur, "layer", "head"),
-                    f"{name}: attention": Map(score, "layer", "head"),
-                    f"{name}: head {layer}.{head}": Map(maps[row, layer, head, :end, :end],
-                                                        "from token", "to token", words)}
+                  f"{name}, if all were attended to alike": alike, name: score}
+    return found
 
 
 def linear_accuracy(features, labels, train):
@@ -375,31 +322,30 @@ def linear_accuracy(features, labels, train):
 
 
 def probe_linear(c):
-    """what a linear map can read of the rule's state in the residual stream, layer by layer
-
-    Of brackets, which is open last; of rules on a list of symbols, whether one was there before.
-    Beside it stands an untrained model."""
+    """what a linear map can read of the rule's state in the residual stream, layer by layer"""
     x = c.rows(max(8, min(c.n, 2 ** 13 // c.data.block_size)))[0]
     if c.brackets:
-        name, state = "innermost open bracket", bracket_facts(x, c.name, c.p)["innermost"]
+        what, state = "innermost open bracket", bracket_facts(x, c.name, c.p)["innermost"]
     elif "vocab" in c.p and c.name != "stack":
         before = np.tril(x[:, :, None] == x[:, None, :], -1).any(2)
         inside = (x < c.p["vocab"]).cumprod(1) == 1  # before the first separator
-        name, state = "seen before", np.where(inside, before, -1)
+        what, state = "seen before", np.where(inside, before, -1)
     else:
         return None
     rows, t = np.nonzero(state >= 0)
     labels, train = state[rows, t], rows % 2 == 0
     torch.manual_seed(c.seed)
-    untrained = GPT(c.model.config).to(c.device).eval()
-    curves = {}
-    for label, model in (("model", c.model), ("untrained", untrained)):
-        stream = c.residual(x, model)
-        curves[label] = {layer: linear_accuracy(stream[rows, layer, t], labels, train)
-                         for layer in range(stream.shape[1])}
+    untrained = GPT(c.model.config).to(c.device).eval().requires_grad_(False)
+    x, curves = torch.from_numpy(x).to(c.device), {}
+    for name, model in (("model", c.model), ("untrained", untrained)):
+        streams = [model.wte(x) + model.wpe.weight[:x.shape[1]]]
+        for block in model.h:
+            streams.append(block(streams[-1]))
+        curves[name] = {layer: linear_accuracy(stream.cpu().numpy()[rows, t], labels, train)
+                        for layer, stream in enumerate(streams)}
     return {"n": f"{len(x)} rows; the map comes from every other one",
-            f"{name}: chance": 1 / len(np.unique(labels)),
-            f"{name}, share right by layers passed": curves}
+            f"{what}: chance": 1 / len(np.unique(labels)),
+            f"{what}, share right by layers passed": curves}
 
 
 PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, copying=probe_copying,
@@ -411,39 +357,35 @@ PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, cop
 
 
 def print_table(name, findings):
-    """A row for each label, a column for each checkpoint; then the curves, 9 places at most."""
-    question, _, more = PROBES[name].__doc__.partition("\n\n")
+    """A row for each label, a column for each checkpoint; then the curves, 8 points at most."""
+    question = PROBES[name].__doc__.splitlines()[0]
     print(f"\n{name}: {question} ({next(each['n'] for each in findings if each)})")
-    if more:  # what its words mean
-        print(" ".join(more.split()))
     numbers, curves = {"": [f"[{i}]" for i in range(1, len(findings) + 1)]}, []
     for i, finding in enumerate(findings):
         for label, value in finding.items():
             if isinstance(value, dict):
-                places = list(next(iter(value.values())))
-                places = places[::math.ceil(len(places) / 9)]
-                curves += [(f"[{i + 1}] {label}", []), ("", places)]
+                curves.append((f"[{i + 1}] {label}", []))
                 for each, curve in value.items():
-                    curves.append((f"    {each}", [f"{curve[x]:.3f}" for x in places]))
-            elif not isinstance(value, Map) and label != "n":
+                    places = list(curve)[::math.ceil(len(curve) / 8)]
+                    points = "".join(f"{x:>5}: {curve[x]:.3f}" for x in places)
+                    curves.append((f"{each:>10}{points}", []))
+            elif isinstance(value, (str, float, np.floating)) and label != "n":
                 said = value if isinstance(value, str) else f"{value:.4f}"
                 numbers.setdefault(label, ["-"] * len(findings))[i] = said
-    for rows, width in ((numbers.items(), max(map(len, numbers))), (curves, 16)):
-        for label, cells in rows:
-            print(label.ljust(width) + "".join(f"{cell:>9}" for cell in cells))
+    width = max(map(len, numbers))
+    for label, cells in [*numbers.items(), *curves]:
+        print(label.ljust(width) + "".join(f"{cell:>9}" for cell in cells))
 
 
-def keep(folder, opened):
-    """Puts what was found into eval.json beside the checkpoints, or says why it cannot."""
-    path = folder / "eval.json"
+def keep(c):
+    """Puts what was found into eval.json beside the checkpoint, or says why it cannot."""
+    path = c.path.with_name("eval.json")
     try:
         # Another eval.py may be adding to it. The folder's `.lock` is train.py's.
-        with lock(folder / ".eval.lock", wait=True), reading(path):
+        with lock(path.with_name(".eval.lock"), wait=True), reading(path):
             there = read_json(path) if path.exists() else {}
-            for c in opened:
-                probes = there.setdefault(c.path.name, {}).setdefault(c.spec, {})
-                for name, finding in c.found.items():
-                    probes[name] = {"step": c.step, **finding}
+            probes = there.setdefault(c.path.name, {}).setdefault(c.spec, {})
+            probes |= {name: {"step": c.step, **finding} for name, finding in c.found.items()}
             write_json(path, there)
     except UserError as error:
         print(f"\nnot kept: {error}")
@@ -458,17 +400,15 @@ def pyplot():
     plt.rcParams.update({
         "font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
         "axes.spines.right": False, "savefig.dpi": 150, "figure.constrained_layout.use": True,
-        "text.parse_math": False,  # a token may be a $
         "axes.prop_cycle": plt.cycler(color=[f"#{colour}" for colour in colours.split()])})
     return plt
 
 
 def keep_figure(figure, path):
     """Writes a figure whole, in the format that its name ends in. Raises UserError."""
-    path, formats = Path(path), figure.canvas.get_supported_filetypes()
-    ending = path.suffix.lower().removeprefix(".")
-    if ending not in formats:
-        raise UserError(f"{path}: a figure's name ends in one of {', '.join(formats)}")
+    ending = Path(path).suffix.lower().removeprefix(".")
+    if ending not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"{path}: a figure's name ends in .png, .pdf or .svg")
     with written_whole(path) as file:
         figure.savefig(file, format=ending)
     pyplot().close(figure)
@@ -477,59 +417,49 @@ def keep_figure(figure, path):
 
 def draw_finding(c, name, finding):
     """The curves and maps of a finding, as a figure of a slide's width beside the checkpoint."""
-    panels = {key: each for key, each in finding.items() if isinstance(each, (dict, Map))}
+    panels = {key: each for key, each in finding.items() if isinstance(each, (dict, np.ndarray))}
     if not panels:
         return
     figure, axes = pyplot().subplots(1, len(panels), squeeze=False, figsize=(13.3, 5))
     figure.suptitle(f"{name}: {c.spec} ({c.path}: {finding['n']}, seed {c.seed})", fontsize=11)
     for axis, (key, panel) in zip(axes[0], panels.items()):
-        if isinstance(panel, Map):
-            draw_map(axis, key, panel)
-            continue
-        for label, curve in panel.items():
-            # Few x are words, at equal distances: many go up as 1, 2, 4, 8.
-            places = [str(x) for x in curve] if len(curve) <= 16 else list(curve)
-            axis.plot(places, list(curve.values()), marker=".", label=label)
-        ylabel, xlabel = key.split(" by ")
-        axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+        if isinstance(panel, dict):
+            for label, curve in panel.items():
+                axis.plot(list(curve), list(curve.values()), marker=".", label=label)
+            ylabel, xlabel = key.split(" by ")
+            axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+            axis.legend()
+        else:
+            figure.colorbar(axis.imshow(panel, cmap="Greys", vmin=0, vmax=1), ax=axis)
+            axis.set(title=key, xlabel="head", ylabel="layer")
+            axis.grid(False)
+            axis.locator_params("y", integer=True)
+        axis.locator_params("x", integer=True)
     keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-{name}.png"))
-
-
-def draw_map(axis, key, panel):
-    axis.grid(False)
-    most = max(0.2, panel.matrix.max())  # so that small shares are seen, and noise is not
-    image = axis.imshow(panel.matrix, cmap="Greys", vmin=0, vmax=most, aspect="auto")
-    axis.figure.colorbar(image, ax=axis)
-    axis.set(title=key, xlabel=panel.xlabel, ylabel=panel.ylabel)
-    for put, n in zip((axis.set_yticks, axis.set_xticks), panel.matrix.shape):
-        step = 1 if panel.words else math.ceil(n / 12)  # more labels would collide
-        put(range(0, n, step), (panel.words or range(n))[::step], fontsize=9)
-    axis.tick_params(axis="x", rotation=90 if panel.words else 0)
 
 
 def print_sample(c, i, args):
     """Goes on from one's own words, or from held-out row i; where that asks for an answer, with the
     likeliest one, which is right or wrong. Raises UserError."""
     length, temperature, wanted = args.tokens, args.temperature, []
-    if args.prompt is None:
-        x, y = c.data.val[i]
-        begin, first = x[:min(64, len(x) // 2)], int((y != -1).int().argmax())
-        if c.data.kind != "text" and first > 0:  # brackets ask nothing
-            begin, wanted = x[:first + 1], y[y != -1].tolist()
-            length, temperature = len(wanted), 0
-    elif c.data.kind == "text" and c.data.tokenizer.encode and args.prompt:
+    if args.prompt is not None:
+        if c.data.kind != "text" or not args.prompt:
+            raise UserError(f"--prompt is for text, and not {args.prompt!r} for {c.spec}")
         begin = torch.tensor(np.array(c.data.tokenizer.encode(args.prompt), np.int64))
     else:
-        raise UserError(f"--prompt is for text, and not {args.prompt!r} for {c.spec}")
+        x, y = c.data.val[i]
+        asks = int((y != -1).int().argmax())
+        begin = x[:min(64, len(x) // 2)]
+        if c.data.kind != "text" and asks > 0:  # brackets ask nothing
+            begin, wanted = x[:asks + 1], y[y != -1].tolist()
+            length, temperature = len(wanted), 0
     generator = torch.Generator(c.device).manual_seed(c.seed + i)
     idx = begin[None].to(c.device)
     out = c.model.generate(idx, length, temperature, args.top_k, generator)[0, len(begin):].tolist()
     out = [token for token in out if token < c.data.vocab_size]  # a padded one has no word
-    line = f"{c.data.write(begin)} ▶ {c.data.write(out)}"
+    print("-" * 80, f"{c.data.write(begin)} ▶ {c.data.write(out)}", sep="\n")
     if wanted:
-        line += "   right" if out == wanted else f"   wrong: {c.data.write(wanted)}"
-    print("-" * 80, line, sep="\n")
+        print("right" if out == wanted else f"wrong: {c.data.write(wanted)}")
 
 
 def main():
@@ -551,10 +481,9 @@ def main():
     if not PROBES.keys() >= set(names):
         raise UserError(f"unknown probe in {args.probe!r}: there are {', '.join(PROBES)}")
     opened = [Opened(path, args.device, args.data, args.tokenizer) for path in args.checkpoints]
-    samples = args.sample if args.prompt is None else max(1, args.sample)
+    samples = args.sample or int(args.prompt is not None)
     for i, c in enumerate(opened, 1):
-        n = sum(p.numel() for p in c.model.parameters())
-        print(f"[{i}] {c.path}: {c.stage} step {c.step}, {n:,} parameters, held-out {c.spec}")
+        print(f"[{i}] {c.path}: {c.stage} step {c.step}, held-out {c.spec}")
         for row in range(samples):
             print_sample(c, row, args)
     if samples:
@@ -568,12 +497,11 @@ def main():
         for c, finding in zip(opened, findings):
             if finding:
                 c.found[name] = finding
-    for folder in dict.fromkeys(c.path.parent for c in opened):
-        keep(folder, [c for c in opened if c.path.parent == folder])
-    if args.plot:
-        for c in opened:
-            for name, finding in c.found.items():
-                draw_finding(c, name, finding)
+    for c in opened:
+        keep(c)
+    for c in opened if args.plot else []:
+        for name, finding in c.found.items():
+            draw_finding(c, name, finding)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import math
 import pickle
 import re
 import tempfile
-import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -163,7 +162,7 @@ class GPT(nn.Module):
             if top_k:
                 kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature:
+            if temperature > 1e-6:  # to divide by less would overflow
                 probability = (logits / temperature).softmax(-1)
                 token = torch.multinomial(probability, 1, generator=generator)
             else:
@@ -205,10 +204,8 @@ def part_of(name):
 def parse_parts(text):
     """"full", "all" or "attn,norm" -> a list of parts. Raises UserError."""
     parts = ["attn", "mlp", "norm"] if text in ("full", "all") else text.replace(" ", "").split(",")
-    for part in parts:
-        if part not in ("attn", "mlp", "norm"):
-            raise UserError(f"unknown part {part!r}: --transfer takes full, all, or a list of "
-                            "attn, mlp and norm")
+    if not set(parts) <= {"attn", "mlp", "norm"}:
+        raise UserError(f"unknown part in {text!r}: full, all, or a list of attn, mlp and norm")
     return parts
 
 
@@ -231,8 +228,7 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
             p.copy_(source.get_parameter(name))
     enough = old.block_size >= new.block_size
     if positions == "moved" and not enough:
-        raise UserError(f"{new.block_size} positions cannot come from {old.block_size}: "
-                        "--positions random leaves them")
+        raise UserError(f"{new.block_size} positions cannot come from {old.block_size}")
     moved = positions != "random" and enough
     if moved:
         target.wpe.weight.copy_(source.wpe.weight[:new.block_size])
@@ -252,15 +248,12 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
 
 def find_device(name=None):
     """The accelerator that is here: CUDA, Apple's MPS, or the CPU. Raises UserError."""
-    here = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    if name is None:
-        return next(kind for kind in here if here[kind])
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name, re.ASCII):
-        raise UserError(f"unknown --device {name}: cuda, mps or cpu")
-    kind, _, place = name.partition(":")
-    if int(place or 0) >= here[kind]:
-        raise UserError(f"--device {name} is not here: without the flag it is {find_device()}")
-    return name
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cuda", *gpus] if gpus else []
+    here += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    if name not in (None, *here):
+        raise UserError(f"--device {name} is not here, but {', '.join(here)}")
+    return name or here[0]
 
 
 def save(path, model, **more):
@@ -268,8 +261,7 @@ def save(path, model, **more):
     is not finite: from such a checkpoint no run can go on."""
     weights = model.state_dict()
     if not all(weight.isfinite().all() for weight in weights.values()):
-        raise UserError(f"a weight is not finite, so {path} was not written: a lower learning rate "
-                        "may help")
+        raise UserError(f"a weight is not finite, so {path} was not written: lower the rate")
     with written_whole(path) as file:
         torch.save({"config": vars(model.config), "model": weights, **more}, file)
 
@@ -283,8 +275,8 @@ def load(path, device="cpu"):
     with reading(path):
         config, weights, state = read_folder(path) if path.is_dir() else read_file(path)
         weights = our_names(weights)
-        ours = [field for field in fields(GPTConfig) if field.name in config]  # others have more
-        config = GPTConfig(**{field.name: field.type(config[field.name]) for field in ours})
+        ours = [field.name for field in fields(GPTConfig) if field.name in config]  # all but theirs
+        config = GPTConfig(**{name: config[name] for name in ours})
         config.tied &= torch.equal(weights["wte.weight"], weights["lm_head.weight"])
         if f"h.{config.n_layer - 1}.ln_1.weight" not in weights:
             raise ValueError(f"it does not have the {config.n_layer} layers of its config")
@@ -301,18 +293,13 @@ def read_file(path):
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")  # a pipe would make us wait for ever
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of odd pickles, which are refused
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # it has a page of advice
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found[1] if found else "something"
-        raise ValueError(f"{what} in it is no tensor, number or string: nothing in it was run")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch has a page of advice
+        raise ValueError("it is no file of tensors, numbers and strings: nothing in it was run")
     if "model_args" in state:
         return state["model_args"], state["model"], {}  # nanoGPT's
-    if not {"config", "model"} <= state.keys():
-        raise ValueError("it holds weights without a model's config: checkpoints of nanowarm and "
-                         "nanoGPT have one, and so have Hugging Face's folders")
+    if "config" not in state:
+        raise ValueError("it holds no model's config, as checkpoints of nanowarm and nanoGPT do")
     return state.pop("config"), state.pop("model"), state
 
 
@@ -323,8 +310,7 @@ GPT2 = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_at
 
 def read_folder(path):
     """A Hugging Face GPT-2 folder -> (config, weights, {})."""
-    whole = path / "model.safetensors"
-    files = [whole] if whole.exists() else sorted(path.glob("model-*.safetensors"))
+    files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise ValueError("it holds neither a run's ckpt.pt nor Hugging Face's model.safetensors")
     from safetensors.torch import load_file  # comes with transformers
@@ -334,8 +320,8 @@ def read_folder(path):
     for name in filter(TRANSPOSED.search, weights):
         weights[name] = weights[name].t().contiguous()
     config = read_json(path / "config.json")
-    for key, value in (GPT2 | {"n_inner": 4 * config["n_embd"]}).items():
-        if config.get(key) not in (None, value):
+    for key, value in GPT2.items():
+        if config.get(key, value) != value:
             raise ValueError(f"its {key} is {config[key]!r}; only {value!r} is known here")
     config |= {"block_size": config["n_positions"], "dropout": config["resid_pdrop"],
                "tied": config.get("tie_word_embeddings", True)}
@@ -347,13 +333,8 @@ def our_names(weights):
     ours = {}
     for name, tensor in weights.items():
         name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
-        if re.search(r"\.attn\.(masked_)?bias$", name):  # the causal mask in old checkpoints
-            continue
-        # Contiguous: a file of one number can claim that it is repeated for gigabytes.
-        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        if not plain or not tensor.is_floating_point() or not tensor.is_contiguous():
-            raise ValueError(f"its {name} is no plain tensor of floating-point numbers")
-        ours[name] = tensor.float()
+        if not re.search(r"\.attn\.(masked_)?bias$", name):  # the causal mask in old checkpoints
+            ours[name] = tensor.float()
     ours.setdefault("lm_head.weight", ours["wte.weight"])  # of a tied pair, one is enough
     for name in list(ours):
         if name.startswith(("h.", "ln_f.")):  # nanoGPT's bias=False has none: they are zeros
@@ -368,11 +349,10 @@ def as_hugging_face(model):
     except ImportError:
         raise UserError("Hugging Face's models need: pip install transformers") from None
     c = model.config
-    end = 50256 if c.vocab_size == 50257 else None  # GPT-2's <|endoftext|>
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        tie_word_embeddings=c.tied, bos_token_id=end, eos_token_id=end, **GPT2))
+        tie_word_embeddings=c.tied, bos_token_id=None, eos_token_id=None, **GPT2))
     weights = {}
     for name, tensor in model.state_dict().items():
         ours = name if name == "lm_head.weight" else f"transformer.{name}"
@@ -387,18 +367,16 @@ def main():
     parser.add_argument("checkpoint", help="a run's folder, or a file of weights")
     parser.add_argument("folder", type=Path, help="the folder to make")
     args = parser.parse_args()
-    folder = args.folder
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there, and is no empty folder: choose another")
+    if args.folder.exists():
+        raise UserError(f"{args.folder} is there: choose another")
     theirs = as_hugging_face(load(args.checkpoint)[0])
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".", dir=args.folder.parent) as scratch:
             theirs.save_pretrained(f"{scratch}/whole")
-            Path(scratch, "whole").replace(folder)
+            Path(scratch, "whole").replace(args.folder)
     except Exception as error:  # of a full disk, safetensors has kinds of its own
-        raise UserError(f"cannot write {folder}: {reason_of(error)}") from None
-    print(f"{folder}: config.json and model.safetensors; it has no tokenizer of its own")
+        raise UserError(f"cannot write {args.folder}: {reason_of(error)}") from None
+    print(f"{args.folder}: config.json and model.safetensors; it has no tokenizer of its own")
 
 
 if __name__ == "__main__":

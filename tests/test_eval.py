@@ -106,19 +106,6 @@ def test_evaluation_counts_as_one_counts_by_hand_in_any_number_of_parts(n):
     assert script.evaluate(model, [(x, y)])["bits_per_byte"] is None, "it is not said to be text"
 
 
-def test_a_greedy_answer_is_right_exactly_where_exact_says_so(opened):
-    def sorts_half(x, y, vocab_size):
-        wanted = np.stack([[0, 0, *sorted(row[:2])][:len(row)] + [0] * (len(row) - 4) if row[0] < 50
-                           else [1] * len(row) for row in x.tolist()])
-        return right(x, wanted, vocab_size)
-    c, greedy = opened("sorting:numbers=2", sorts_half), []
-    for x, y in zip(*c.rows(64)):
-        begin = torch.from_numpy(x[:3])[None]
-        greedy.append(c.model.generate(begin, 2, temperature=0)[0, 3:].tolist() == y[2:4].tolist())
-    exact = script.evaluate(c.model, script.held_out_rows(c.data, 64))["exact"]
-    assert exact == np.mean(greedy) and 0.2 < exact < 0.8
-
-
 def test_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was():
     model, (_, x, y, _) = GPT(GPTConfig(4, 13, 1, 1, 8, dropout=0.5)), bigrams()
     assert script.evaluate(model, [(x, y)]) == script.evaluate(model, [(x, y)])
@@ -162,11 +149,10 @@ def test_bracket_facts_give_each_row_the_probability_with_which_it_is_made(name,
         odds = script.bracket_facts(np.array([row]), name, p)["odds"][0]
         assert np.allclose(odds.sum(1), 1)
         assert math.prod(odds[t, token] for t, token in enumerate(row)) == pytest.approx(chance)
-    r, n, make = random.Random(0), 20_000, data.RULES[name].make
+    r, n, make = random.Random(0), 5_000, data.RULES[name].make
     came = collections.Counter(tuple(make(r, **p)[1]) for _ in range(n))
-    assert came.keys() <= chances.keys()
-    for row, chance in chances.items():
-        assert came[row] / n == pytest.approx(chance, abs=5 * math.sqrt(chance / n))
+    for row in came | chances:
+        assert came[row] / n == pytest.approx(chances[row], abs=5 * math.sqrt(chances[row] / n))
 
 
 def test_bracket_facts_say_what_closes_what():
@@ -188,13 +174,13 @@ def test_who_knows_the_rules_of_brackets_closes_right_and_who_errs_does_not(spec
         return np.log(np.maximum(odds, 1e-12))
     c = opened(spec, lambda *asked: knows(*asked))
     learned, found = script.probe_learned(c), script.probe_brackets(c)
-    assert learned["above it"] == pytest.approx(0, abs=1e-5) and learned["smallest possible"] > 0.3
+    assert learned["loss (nats per counted token)"] == pytest.approx(learned["smallest possible"])
+    assert learned["smallest possible"] > 0.3
     assert learned["learned (share of what can be)"] == pytest.approx(1, abs=1e-4)
     assert found["closing bracket of a right type"] == 1
     for what in ("depth", "distance"):
         shares = found[f"share of a right type by {what} (brackets) from"]["model"]
         assert set(shares.values()) == {1}
-    assert found["probability of illegal tokens"] == pytest.approx(0, abs=1e-6)
     if c.name == "dyck":  # only one type may close: the other is never right
         other = opened(spec, lambda *asked: -knows(*asked))
         assert script.probe_brackets(other)["closing bracket of a right type"] == 0
@@ -227,13 +213,13 @@ def who_weighs_all_rules(x, y, vocab_size):
 def test_what_can_be_known_of_a_rule_of_its_own_is_what_the_row_has_told(opened):
     c = opened("eca:rule=random,width=5,length=20", who_weighs_all_rules)
     found = script.probe_learned(c)
-    assert found["above it"] == pytest.approx(0, abs=1e-5)
-    assert 0.2 < found["smallest possible"] < 0.4 < found["above it, a guess by token frequency"]
+    floor = found["smallest possible"]
+    assert found["loss (nats per counted token)"] == pytest.approx(floor, abs=1e-5)
+    assert 0.2 < floor < 0.4 < found["of a guess by token frequency"]
     assert script.probe_answers(c) is None, "the first of its answers are a coin's"
 
 
-@pytest.mark.parametrize("spec", ["set:length=5", "stack:length=6", "haystack:pairs=3",
-                                  "addition:digits=2", "eca:width=4,length=12"])
+@pytest.mark.parametrize("spec", ["set:length=5", "haystack:pairs=3", "eca:width=4,length=12"])
 def test_who_always_answers_right_has_learned_it_and_who_guesses_has_not(spec, opened):
     c = opened(spec, right)
     found = script.probe_learned(c)
@@ -243,14 +229,6 @@ def test_who_always_answers_right_has_learned_it_and_who_guesses_has_not(spec, o
     found = script.probe_learned(opened(spec, knows_nothing))
     assert found["learned (share of what can be)"] < 0.1
     assert found["loss (nats per counted token)"] == pytest.approx(math.log(c.data.vocab_size))
-
-
-def test_a_guess_by_token_frequency_has_learned_nothing(opened):
-    def guesses(x, y, vocab_size):
-        return knows_nothing(x, y, vocab_size) + np.array([0, 0, -30, -30])
-    found = script.probe_learned(opened("dyck:k=1,length=128", guesses))
-    assert found["learned (share of what can be)"] == pytest.approx(0, abs=1e-3)
-    assert 0.4 < found["accuracy"] < 0.6
 
 
 def test_answers_are_counted_by_the_place_in_the_answer(opened):
@@ -338,17 +316,6 @@ def test_a_head_that_looks_where_a_probe_looks_gets_one_and_others_nothing(spec,
         found[f"{name}, if all were attended to alike"])
 
 
-def test_after_recall_the_figure_shows_the_way_from_the_asked_key_to_its_value(opened):
-    c = opened("haystack:pairs=30")
-    c.attention = looks_at(value_of_asked)
-    panels = [each for each in script.probe_heads(c).values() if isinstance(each, script.Map)]
-    assert len(panels) <= 4
-    words = panels[-1].words
-    asks = next(t for t, word in enumerate(words) if word.startswith("?"))
-    assert words[asks + 1] == words[words.index(words[asks][1:] + ":") + 1], "the answer"
-    assert panels[-1].matrix.shape == (len(words), len(words)) and len(words) <= 20
-
-
 def test_a_head_built_by_hand_to_look_at_the_token_before_is_found(opened):
     c = opened("set:length=7", size=(2, 2, 32))
     with torch.no_grad():
@@ -375,32 +342,23 @@ def test_a_linear_map_reads_what_was_planted_and_nothing_else():
     assert script.linear_accuracy(noise, labels, train) == pytest.approx(1 / 4, abs=0.05)
 
 
-def test_a_state_planted_in_the_residual_stream_is_read_there_alone(opened):
-    c, rng = opened("set:length=20,vocab=9"), np.random.default_rng(0)
+def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
+    class Planted(torch.nn.Module):
+        def forward(self, stream):
+            tokens = stream[..., :11].argmax(-1)
+            before = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2)
+            return torch.cat([stream[..., :-1], before[..., None].float()], -1)
 
-    def planted(x, model):
-        stream = rng.normal(size=(len(x), 3, x.shape[1], 16))
-        if model is c.model:
-            for row, each in zip(x.tolist(), stream[:, 1]):
-                each[:, 0] += [1000 * (token in row[:t]) for t, token in enumerate(row)]
-        return stream
-    c.residual = planted
+    c = opened("set:length=20,vocab=9")
+    with torch.no_grad():
+        c.model.wpe.weight.zero_()
+        c.model.wte.weight.copy_(torch.eye(11, 16))  # a token is a direction
+    c.model.h = torch.nn.ModuleList([torch.nn.Identity(), Planted()])
     found = script.probe_linear(c)
     assert found["seen before: chance"] == 0.5
-    chance = pytest.approx(0.5, abs=0.08)
-    assert found["seen before, share right by layers passed"] == {
-        "model": {0: chance, 1: 1, 2: chance}, "untrained": {0: chance, 1: chance, 2: chance}}
-
-
-def test_the_residual_stream_is_what_goes_through_the_blocks(opened):
-    c = opened("set:length=5")
-    x = torch.from_numpy(c.rows(4)[0])
-    for model in (c.model, GPT(c.model.config)):
-        stream = torch.from_numpy(c.residual(x.numpy(), model))
-        with torch.no_grad():
-            torch.testing.assert_close(stream[:, 0], model.wte(x) + model.wpe.weight)
-            torch.testing.assert_close(model.h[1](stream[:, 1]), stream[:, 2])
-            torch.testing.assert_close(model.lm_head(model.ln_f(stream[:, 2])), model(x))
+    shares = found["seen before, share right by layers passed"]
+    assert shares["model"][0] == shares["model"][1] < 0.8 and shares["model"][2] == 1
+    assert len(shares["untrained"]) == 3 and max(shares["untrained"].values()) < 0.9
 
 
 # The command
@@ -490,7 +448,7 @@ def add_many(path, name):
     c = script.Opened(path, "cpu")
     for i in range(20):
         c.found = {f"{name}{i}": {"n": 1}}
-        script.keep(path.parent, [c])
+        script.keep(c)
 
 
 def test_two_at_once_lose_nothing(checkpoints):
@@ -504,16 +462,14 @@ def test_two_at_once_lose_nothing(checkpoints):
     assert kept.keys() == {f"{name}{i}" for name in "ab" for i in range(20)}
 
 
-@pytest.mark.parametrize("text", ["{damaged", "[]", '{"rule.pt": null}',
-                                  '{"rule.pt": {"set:length=4": 7}}', None])
+@pytest.mark.parametrize("text", ["{damaged", '{"rule.pt": {"set:length=4": 7}}', None])
 def test_what_cannot_be_kept_is_printed_and_said_once(text, checkpoints, printed):
-    rule, task = checkpoints["rule"], checkpoints["task"]
-    path = rule.parent / "eval.json"
+    path = checkpoints["rule"].with_name("eval.json")
     if text is None:
         path.mkdir()  # nobody can write there
     else:
         path.write_text(text)
-    lines = printed(rule, task, "--probe", "loss,learned").splitlines()
+    lines = printed(checkpoints["rule"], "--probe", "loss,learned").splitlines()
     assert {"loss", "accuracy", "smallest"} <= {line.partition(" ")[0] for line in lines}
     assert sum("not kept" in line and "eval.json" in line for line in lines) == 1
     assert path.is_dir() if text is None else path.read_text() == text
@@ -522,27 +478,23 @@ def test_what_cannot_be_kept_is_printed_and_said_once(text, checkpoints, printed
 @pytest.mark.parametrize("kind,arguments,reason", [
     ("rule", ["--probe", "vibes"], "there are loss"),
     ("rule", ["--probe", "loss,brackets"], "does not apply"),
-    ("brackets", ["--data", "set:length=3"], "tokens"), ("rule", ["--data", "dyke"], "dyke"),
-    ("text", ["--tokenizer", "klingon"], "klingon"), ("rule", ["--temperature", "-1"], "-1"),
+    ("brackets", ["--data", "set:length=3"], "tokens"),
     ("task", ["--prompt", "k0: 17 ?k0"], "--prompt"), ("text", ["--prompt", ""], "''")])
 def test_what_cannot_be_asked_is_refused_in_one_line(kind, arguments, reason, checkpoints, refused):
     assert reason in refused(script, checkpoints[kind], *arguments)
 
 
-@pytest.mark.parametrize("told", [{}, {"source": {"tokenizer": "bytes"}}])
-def test_who_says_not_what_it_was_trained_on_needs_data(told, tmp_path, prose, printed, refused):
+def test_who_says_not_what_it_was_trained_on_needs_data(tmp_path, prose, printed, refused):
     torch.manual_seed(0)
-    save(tmp_path / "a.pt", GPT(GPTConfig(264, 32, 1, 1, 8)), **told)  # a padded vocabulary
+    save(tmp_path / "a.pt", GPT(GPTConfig(264, 32, 1, 1, 8)))  # a padded vocabulary
     assert "--data" in refused(script, tmp_path / "a.pt")
     assert "bits per byte" in printed(tmp_path / "a.pt", "--data", prose, "--probe", "loss")
-    save(tmp_path / "b.pt", GPT(GPTConfig(50257, 32, 1, 1, 8)), **told)
+    save(tmp_path / "b.pt", GPT(GPTConfig(50257, 32, 1, 1, 8)))
     assert "--tokenizer" in refused(script, tmp_path / "b.pt", "--data", prose)
 
 
-@pytest.mark.parametrize("source", [{"spec": 3}, {"seed": "x"}, {"seed": None}, [3]])
+@pytest.mark.parametrize("source", [{"spec": 3}, {"spec": "set", "seed": "x"}, [3]])
 def test_odd_words_in_a_checkpoint_are_one_line(source, tmp_path, checkpoints, refused):
-    if isinstance(source, dict):
-        source = {"spec": "set:length=4", "seed": 0} | source
     save(tmp_path / "a.pt", load(checkpoints["rule"])[0], source=source)
     assert "a.pt" in refused(script, tmp_path / "a.pt")
 
@@ -593,12 +545,12 @@ def test_answers_of_a_task_are_said_to_be_right_or_wrong(checkpoints, printed, m
     fake = Fake(model.config, finds_large_values)
     monkeypatch.setattr(script, "load", lambda *_: (fake, state))
     lines = printed(checkpoints["task"], "--sample", 20).splitlines()
-    assert len(lines) == 41, "no probe was asked"
-    assert len({line.endswith("right") for line in lines[2::2]}) == 2
-    for line in lines[2::2]:
+    assert len(lines) == 61 and len(set(lines[3::3])) > 1, "no probe was asked"
+    for line, verdict in zip(lines[2::3], lines[3::3]):
         *pairs, last = line.partition(" ▶ ")[0].split()
         value = int(pairs[pairs.index(last.removeprefix("?") + ":") + 1])
-        assert line.endswith(f" ▶ {value}   right" if value > 40 else f"   wrong: {value}")
+        assert line.endswith(f" ▶ {value}") == (value > 40)
+        assert verdict == ("right" if value > 40 else f"wrong: {value}")
 
 
 def test_samples_of_text_go_on_from_held_out_text_and_a_prompt_from_words(checkpoints, printed,
@@ -630,7 +582,7 @@ def test_a_figure_is_of_its_names_format_and_written_whole(tmp_path):
     script.keep_figure(script.pyplot().figure(), tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     for name in ("a", "a.txt", os.devnull):
-        with pytest.raises(UserError, match="pdf, .*png"):
+        with pytest.raises(UserError, match="png, .pdf"):
             script.keep_figure(script.pyplot().figure(), tmp_path / name)
     assert not os.path.isfile(os.devnull)
     path, limits = tmp_path / "a.png", resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,10 +1,8 @@
 """GPT-2 against two others, its loss and parts, and checkpoints from friends and enemies."""
-import contextlib
 import json
 import math
 import os
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -179,6 +177,7 @@ def test_temperature_0_takes_the_likeliest_token_also_beyond_the_context():
     for t in range(5, 45):
         seen = out[:, max(0, t - 24):t]
         assert torch.equal(out[:, t], model(seen)[:, -1].argmax(-1))
+    assert torch.equal(model.generate(idx, 40, temperature=1e-45), out), "no division by it"
 
 
 @pytest.mark.parametrize("temperature,top_k", [(1.0, 0), (0.5, 0), (2.0, 5), (1.0, 1), (1.0, 999)])
@@ -208,7 +207,7 @@ def test_every_parameter_is_in_exactly_one_part(tied):
                      "norm": 5 * 2 * d, "embed": (50 + 24 + (0 if tied else 50)) * d}
 
 
-@pytest.mark.parametrize("parts", [[], ["attn"], ["mlp"], ["norm"], ["attn", "mlp", "norm"]])
+@pytest.mark.parametrize("parts", [[], ["attn"], ["mlp"], ["attn", "norm"]])
 def test_transfer_moves_exactly_the_named_parts(parts):
     source, target, before = small(1, vocab_size=30), small(2), small(2)
     transfer(source, target, parts, positions="random")
@@ -250,25 +249,19 @@ def test_what_does_not_fit_is_not_moved(source, how, reason):
 
 
 def test_sizes_and_parts_have_names_or_are_written_out():
-    assert parse_size("gpt2") == (12, 12, 768) and parse_size("1.3b") == (24, 16, 2048)
-    assert parse_size("2_4_16") == (2, 4, 16)
+    assert parse_size("gpt2") == (12, 12, 768) and parse_size("2_4_16") == (2, 4, 16)
     assert parse_parts("full") == parse_parts("all") == ["attn", "mlp", "norm"]
     assert parse_parts("attn, norm") == ["attn", "norm"]
-
-
-@pytest.mark.parametrize("parse,text", [
-    *[(parse_size, text) for text in ("huge", "2_4", "2_4_x", "0_4_16", "", "2_4_16_1")],
-    *[(parse_parts, text) for text in ("attn,heads", "", "attn,", "embed")]])
-def test_unknown_sizes_and_parts_are_refused(parse, text):
-    with pytest.raises(UserError, match="unknown"):
-        parse(text)
+    for parse, texts in ((parse_size, ("huge", "2_4", "0_4_16", "")), (parse_parts, ("heads", ""))):
+        for text in texts:
+            with pytest.raises(UserError, match="unknown"):
+                parse(text)
 
 
 @pytest.mark.parametrize("asked,cuda,mps,found", [
     (None, 0, False, "cpu"), (None, 0, True, "mps"), (None, 2, True, "cuda"),
     ("cpu", 2, False, "cpu"), ("cuda:1", 2, False, "cuda:1"), ("mps", 0, True, "mps"),
-    ("cuda", 0, False, None), ("cuda:2", 2, False, None), ("mps", 1, False, None),
-    ("abacus", 1, True, None), ("cpu:0", 1, True, None)])
+    ("cuda", 0, False, None), ("cuda:2", 2, False, None), ("abacus", 1, True, None)])
 def test_the_device_is_the_best_or_the_named_one_or_refused(asked, cuda, mps, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -279,7 +272,7 @@ def test_the_device_is_the_best_or_the_named_one_or_refused(asked, cuda, mps, fo
         find_device(asked)
 
 
-@pytest.mark.parametrize("n_head", [0, 3, -4])
+@pytest.mark.parametrize("n_head", [0, 3])
 def test_a_width_is_a_multiple_of_the_heads(n_head):
     with pytest.raises(UserError, match="heads"):
         GPTConfig(50, 24, 2, n_head, 32)
@@ -300,37 +293,27 @@ def test_a_checkpoint_brings_back_the_model_and_what_else_was_saved(tied, tmp_pa
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_never_saved(value, tmp_path):
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     model = small()
-    model.h[1].mlp.c_fc.bias.data[3] = value
+    model.h[1].mlp.c_fc.bias.data[3] = math.nan
     with pytest.raises(UserError, match="not finite"):
         save(tmp_path / "a.pt", model)
     assert not os.listdir(tmp_path)
 
 
-def nanogpt(model, prefix="", bias=True):
-    """What nanoGPT's ckpt.pt would hold of the model."""
-    weights = {}
-    for name, p in model.state_dict().items():
-        if bias or not name.endswith("bias"):
-            within = "" if name.startswith("lm_head") else "transformer."
-            weights[f"{prefix}{within}{name}"] = p
-    args = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50, bias=bias)
-    return {"model": weights, "optimizer": {}, "model_args": args, "iter_num": 5,
-            "best_val_loss": torch.tensor(2.0), "config": {"dataset": "openwebtext"}}
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nanogpts_checkpoints_are_read_with_any_prefixes(dtype, bias, prefix, tmp_path):
-    model = small()
+@pytest.mark.parametrize("prefix,bias,dtype", [
+    ("", True, torch.float32), ("module.", False, torch.float32),
+    ("_orig_mod.module.", True, torch.bfloat16)])
+def test_nanogpts_checkpoints_are_read(prefix, bias, dtype, tmp_path):
+    model, weights = small(), {}
     for name, p in model.named_parameters():
         p.data = p.data.to(dtype).float() if bias or "weight" in name else torch.zeros_like(p)
-    state = nanogpt(model, prefix, bias)
-    state["model"] = {name: weight.to(dtype) for name, weight in state["model"].items()}
-    torch.save(state, tmp_path / "ckpt.pt")
+        if bias or "weight" in name:
+            weights[f"{prefix}transformer.{name}"] = p.data.to(dtype)
+    weights[f"{prefix}lm_head.weight"] = weights[f"{prefix}transformer.wte.weight"]
+    args = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50, bias=bias)
+    torch.save({"model": weights, "model_args": args, "iter_num": 5,
+                "config": {"dataset": "openwebtext"}}, tmp_path / "ckpt.pt")
     again, _ = load(tmp_path / "ckpt.pt")
     assert same(model, again) and again.lm_head.weight is again.wte.weight
     assert again(tokens()).dtype == torch.float32
@@ -349,34 +332,21 @@ def is_refused(path, reason):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("share", [0, 1e-5, 0.01, 0.5, 0.999])
-def test_a_checkpoint_that_was_cut_is_refused(share, tmp_path):
-    path, _ = whole(tmp_path)
-    os.truncate(path, int(share * path.stat().st_size))
-    is_refused(path, "")
-
-
 @pytest.mark.parametrize("value,reason", [
-    (small().state_dict(), "without a model's config"), ({"epoch": 3}, "without a model's config"),
-    ([1, 2], "list"), (torch.zeros(3), "Tensor"), ({"model": {}, "config": {}}, "wte.weight"),
-    ({"model": {}, "config": {}, "path": Path("x")}, "Path in it .* nothing in it was run")])
+    (small().state_dict(), "no model's config"), ([1, 2], "no model's config"),
+    ({"model": {}, "config": {}}, "wte.weight"),
+    ({"model": {}, "config": {}, "path": Path("x")}, "nothing in it was run")])
 def test_other_things_are_refused_for_what_they_are(value, reason, tmp_path):
     torch.save(value, tmp_path / "a.pt")
     is_refused(tmp_path / "a.pt", reason)
 
 
-ODD = {"one number, repeated": torch.zeros(1).expand(32), "sparse": torch.zeros(32).to_sparse(),
-       "whole numbers": torch.zeros(32, dtype=torch.int), "none": None, "a list": [torch.zeros(32)]}
-
-
 @pytest.mark.parametrize("change,named", [
-    *[(lambda state, odd=odd: state["model"].update({"h.0.ln_1.bias": odd}), "h.0.ln_1.bias is no")
-      for odd in ODD.values()],
     *[(lambda state, key=key, value=value: state["config"].update({key: value}), named)
       for key, value, named in (
-          ("n_layer", 3, "3 layers"), ("n_layer", 10 ** 9, "layers"), ("n_layer", 1, "h.1"),
-          ("vocab_size", 10 ** 12, "wte.weight"), ("n_embd", "wide", "wide"),
-          ("block_size", None, "NoneType"), ("dropout", 2.0, "dropout"))],
+          ("n_layer", 10 ** 9, "layers"), ("n_layer", 1, "h.1"), ("n_embd", "wide", "TypeError"),
+          ("vocab_size", 10 ** 12, "wte.weight"), ("dropout", 2.0, "dropout"))],
+    (lambda state: state["model"].update({"h.0.ln_1.bias": None}), "NoneType"),
     (lambda state: state["model"].pop("h.1.mlp.c_fc.weight"), "h.1.mlp.c_fc.weight"),
     (lambda state: state["model"].update({"h.9.strange": torch.zeros(3)}), "h.9.strange")])
 def test_weights_that_are_not_those_of_the_config_are_named(change, named, tmp_path):
@@ -386,22 +356,16 @@ def test_weights_that_are_not_those_of_the_config_are_named(change, named, tmp_p
     is_refused(path, named)
 
 
-def test_a_config_that_lies_costs_no_memory(tmp_path):
-    resource = pytest.importorskip("resource", reason="measures memory, as POSIX can")
-    path, state = whole(tmp_path)
-    state["config"].update(vocab_size=2_000_000, n_embd=1024)  # 8 GB, if it were made
-    torch.save(state, path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    is_refused(path, "wte.weight")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
-
-
 def test_what_cannot_be_read_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "text").write_text("no checkpoint")
     for path, reason in ((tmp_path / "missing.pt", "No such file"), (tmp_path, "neither"),
-                         (tmp_path / "fifo", "not a file"), (tmp_path / "text", "something in it")):
+                         (tmp_path / "fifo", "not a file"), (tmp_path / "text", "no file of")):
         is_refused(path, reason)
+    path, _ = whole(tmp_path)
+    for share in (0.99, 0.5, 0.001, 0):
+        os.truncate(path, int(share * path.stat().st_size))
+        is_refused(path, "")
 
 
 class Trap:
@@ -413,41 +377,22 @@ class Trap:
         return self.call
 
 
-def traps(path):
-    """Objects that each make the file when they are unpickled."""
-    touch = f"open({str(path)!r}, 'w')"
-    return {"system": Trap(os.system, f"touch {path}"), "eval": Trap(eval, touch),
-            "copy": Trap(shutil.copyfile, __file__, str(path)), "method": Trap(Path.touch, path),
-            "torch": Trap(torch.storage._load_from_bytes, pickle.dumps(Trap(eval, touch)))}
-
-
-@pytest.mark.parametrize("trick", traps(Path("x")))
-def test_no_function_in_a_checkpoint_is_ever_called(trick, tmp_path):
-    path, state = whole(tmp_path)
-    sprung = tmp_path / "sprung"
-    trap = traps(sprung)[trick]
-    state["model"]["h.0.ln_1.weight"] = trap
-    for written in (trap, {"config": trap, "model": trap}, {**state, "more": [{"deep": (trap,)}]}):
-        for legacy in (False, True):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_no_function_in_a_checkpoint_is_ever_called(legacy, tmp_path):
+    (path, state), sprung = whole(tmp_path), tmp_path / "sprung"
+    touch = Trap(eval, f"open({str(sprung)!r}, 'w')")
+    inner = Trap(torch.storage._load_from_bytes, pickle.dumps(touch))
+    for trap in (touch, Trap(os.system, f"touch {sprung}"), Trap(Path.touch, sprung), inner):
+        state["model"]["h.0.ln_1.weight"] = trap
+        for written in (trap, {"config": trap, "model": trap}, {**state, "more": [{"deep": trap}]}):
             torch.save(written, path, _use_new_zipfile_serialization=not legacy)
-            with pytest.raises(UserError, match="nothing in it was run"):
-                load(path)
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        path.write_bytes(pickle.dumps(trap, protocol))
-        with pytest.raises(UserError):
-            load(path)
+            is_refused(path, "nothing in it was run")
     assert not sprung.exists()
-    with contextlib.suppress(RuntimeError):  # torch, after it has sprung
-        pickle.loads(pickle.dumps(trap))
+    pickle.loads(pickle.dumps(touch))
     assert sprung.exists(), "this is no trap"
 
 
 # Hugging Face's folders
-
-
-def export(monkeypatch, source, folder):
-    monkeypatch.setattr("sys.argv", ["model.py", "export", str(source), str(folder)])
-    script.main()
 
 
 @pytest.fixture
@@ -463,8 +408,9 @@ def test_what_is_exported_transformers_loads_and_load_brings_back(tied, tmp_path
     transformers = pytest.importorskip("transformers", reason="exports to transformers")
     model, idx = small(tied=tied, dropout=0.25).eval(), tokens()
     save(tmp_path / "a.pt", model, step=3)
-    (tmp_path / "hf").mkdir()
-    export(monkeypatch, tmp_path / "a.pt", tmp_path / "hf")
+    paths = str(tmp_path / "a.pt"), str(tmp_path / "hf")
+    monkeypatch.setattr("sys.argv", ["model.py", "export", *paths])
+    script.main()
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
     torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-4, rtol=1e-4)
     again, _ = load(tmp_path / "hf")
@@ -477,8 +423,8 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_behind(tmp_path, refuse
     path, _ = whole(tmp_path)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "thesis.txt").write_text("precious")
-    for taken in (tmp_path / "hf", tmp_path / "hf" / "thesis.txt", "/dev/null"):
-        assert "no empty folder" in refused(script, "export", path, taken)
+    for taken in (tmp_path / "hf", tmp_path / "hf" / "thesis.txt", os.devnull):
+        assert "choose another" in refused(script, "export", path, taken)
     assert (tmp_path / "hf" / "thesis.txt").read_text() == "precious"
 
     def full(model, folder):
@@ -508,10 +454,8 @@ def config_says(**changes):
 @pytest.mark.parametrize("damage,reason", [
     (config_says(activation_function="relu"), "activation_function"),
     (config_says(layer_norm_epsilon=1e-6), "layer_norm_epsilon"),
-    (config_says(scale_attn_weights=False), "scale_attn_weights"),
     (config_says(scale_attn_by_inverse_layer_idx=True), "inverse_layer"),
-    (config_says(n_inner=16), "n_inner"), (config_says(n_layer=3), "3 layers"),
-    (config_says(n_layer=1), "h.1"), (config_says(vocab_size=51), "wte.weight"),
+    (config_says(n_layer=3), "3 layers"), (config_says(vocab_size=51), "wte.weight"),
     (lambda folder: (folder / "config.json").write_text("{damaged"), "config.json"),
     (lambda folder: os.truncate(folder / "model.safetensors", 5000), ""),
     (lambda folder: (folder / "model.safetensors").unlink(), "neither")])
