@@ -416,13 +416,14 @@ def keep_figure(figure, path):
 
 
 def draw_finding(c, name, finding):
-    """The curves and maps of a finding, as a figure of a slide's width beside the checkpoint."""
-    panels = {key: each for key, each in finding.items() if isinstance(each, (dict, np.ndarray))}
+    """The curves, or four maps, of a finding as a figure of a slide's width beside its checkpoint."""
+    panels = [(key, each) for key, each in finding.items() if isinstance(each, (dict, np.ndarray))]
+    panels = panels[:1] + panels[1:][-3:]
     if not panels:
         return
-    figure, axes = pyplot().subplots(1, len(panels), squeeze=False, figsize=(13.3, 5))
-    figure.suptitle(f"{name}: {c.spec} ({c.path}: {finding['n']}, seed {c.seed})", fontsize=11)
-    for axis, (key, panel) in zip(axes[0], panels.items()):
+    figure, axes = pyplot().subplots(1, len(panels), squeeze=False, figsize=(13.3, 4.5))
+    figure.suptitle(f"{name}: {c.spec}, {c.stage} step {c.step:,}, seed {c.seed} ({finding['n']})")
+    for axis, (key, panel) in zip(axes[0], panels):
         if isinstance(panel, dict):
             for label, curve in panel.items():
                 axis.plot(list(curve), list(curve.values()), marker=".", label=label)
@@ -430,11 +431,13 @@ def draw_finding(c, name, finding):
             axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
             axis.legend()
         else:
-            figure.colorbar(axis.imshow(panel, cmap="Greys", vmin=0, vmax=1), ax=axis)
+            image = axis.imshow(panel, cmap="Greys", vmin=0, vmax=1, aspect="auto")
             axis.set(title=key, xlabel="head", ylabel="layer")
             axis.grid(False)
             axis.locator_params("y", integer=True)
         axis.locator_params("x", integer=True)
+    if not isinstance(panel, dict):
+        figure.colorbar(image, ax=axes[0])
     keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-{name}.png"))
 
 
