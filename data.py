@@ -331,20 +331,19 @@ def can_grow(spec):
 
 def word(token, name, p):
     """A symbol of a rule or task as a person would write it."""
-    if name in ("dyck", "dyck_shuffle"):
+    if "k" in p:
         kind, closes = token % p["k"], token >= p["k"]
         if p["k"] <= 4:
             return "()[]{}<>"[2 * kind + closes]
         return f"{kind})" if closes else f"({kind}"
-    if name == "eca" and token < 2:
-        return "·█"[token]
     if name == "haystack" and token >= 128:
         key = token - 128
         return f"k{key}:" if key < p["pairs"] else f"?k{key - p['pairs']}"
-    if name in ("addition", "reversed_addition", "multiplication"):
-        signs = {10: "*" if name == "multiplication" else "+", 11: "=", 12: "_", 30: "."}
-        return signs.get(token, str(token % 10))
-    special = {("stack", 0): "pop", ("haystack", 0): "_", ("sorting", p.get("below")): "|"}
+    if "digits" in p:
+        sign = "*" if name == "multiplication" else "+"
+        return f"0123456789{sign}=_       0123456789."[token]
+    special = {("eca", 0): "·", ("eca", 1): "█", ("stack", 0): "pop", ("haystack", 0): "_",
+               ("sorting", p.get("below")): "|"}
     return special.get((name, token), str(token))
 
 
@@ -448,7 +447,14 @@ def micro_batches(x, y, n, trim=True):
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokenizers
+# Texts: every one becomes nanoGPT's folder: train.bin, val.bin, and a meta.json that names the
+# tokenizer. Until then it is a stream of pieces: (text, whether a document ends after it).
+
+ANSWER, PROBLEM = 96, 95  # tokens of DeepMind-Math: the marks after a question and after an answer
+PIECE = 50_000  # characters; a million spaces at once make tiktoken panic
+LONG = 1 << 26  # characters of a line of JSON, at most
+END = "<|endoftext|>"
+VERSION = 6  # to be raised where the same text becomes other tokens
 
 
 @dataclass
@@ -464,14 +470,8 @@ class Tokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
 
-# DeepMind-Math's alphabet is printable ASCII, and a mark after each question and each answer.
-ANSWER, PROBLEM = 96, 95
-AFTER_QUESTION, AFTER_ANSWER = chr(32 + ANSWER), chr(32 + PROBLEM)
-PIECE = 50_000  # characters; a million spaces at once make tiktoken panic
-
-
 def load_tokenizer(name):
-    """`bytes` (needs no network), `characters`, or one that tiktoken knows. Raises UserError."""
+    """`bytes`, `characters` (of DeepMind-Math) or one that tiktoken knows. Raises UserError."""
     if name == "bytes":
         encode = lambda text: np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
         words = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
@@ -483,9 +483,9 @@ def load_tokenizer(name):
     try:
         encoding = tiktoken.get_encoding(name)
     except Exception as error:  # an unknown name, requests' errors, a damaged download
-        known = ", ".join(tiktoken.list_encoding_names())
         raise UserError(f"the vocabulary of {name!r} could not be had ({type(error).__name__}): "
-                        f"there are bytes, which needs no network, {known}") from None
+                        "--tokenizer bytes needs no network, and tiktoken knows "
+                        + ", ".join(tiktoken.list_encoding_names())) from None
 
     def encode(text):
         pieces = [text[start:start + PIECE] for start in range(0, len(text), PIECE)]
@@ -494,54 +494,48 @@ def load_tokenizer(name):
     return Tokenizer(name, encoding.n_vocab, encode, encoding.decode_bytes, encoding.eot_token)
 
 
-# --------------------------------------------------------------------------------------------------
-# Texts: every one becomes nanoGPT's folder: train.bin, val.bin, and a meta.json that names the
-# tokenizer. Until then it is a stream of pieces: (text, whether a document ends after it).
-
-LONG = 1 << 26  # characters of a line of JSON, at most
-END = "<|endoftext|>"
-VERSION = 5  # to be raised where the same text becomes other tokens
-
-
 def cache_folder():
-    with reading("the home folder"):  # there may be none
+    with reading("$NANOWARM_CACHE, the cache folder"):  # there may be no home
         return Path(os.environ.get("NANOWARM_CACHE") or "~/.cache/nanowarm").expanduser()
 
 
-def pieces_of(file, name):
-    """An open file, gzipped or not: lines of JSON with `text` or `content`, a document each, as
-    .json in its name or its first line says; else plain text, in which <|endoftext|> ends one."""
+def pieces_of(file):
+    """An open file, gzipped or not: lines of JSON with `text` or `content`, a document each, if it
+    begins as such; else plain text, in which <|endoftext|> ends a document."""
     zipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     file = io.TextIOWrapper(gzip.open(file) if zipped else file, "utf-8-sig", newline="\n")
-    line, number = file.readline(PIECE), 1
-    if ".json" in name or line.lstrip().startswith("{"):
-        line += "" if line.endswith("\n") else file.readline(LONG)
-    if ".json" in name or isinstance(parsed(line), dict):
-        while line:
-            record = parsed(line) if line.strip() else {"text": ""}
-            if not isinstance(record, dict) or not {"text", "content"} & record.keys():
-                raise ValueError(f"line {number} is no JSON object with a text or content")
-            yield (record.get("text") or record.get("content") or "") + "", True
-            line, number = file.readline(LONG), number + 1
+    is_json = re.match(r'\s*\[?\s*{\s*"', file.read(100))
+    file.seek(0)
+    if is_json:
+        for n, line in enumerate(iter(lambda: file.readline(LONG), ""), 1):
+            try:
+                record = json.loads(line) if line.strip() else {"text": ""}
+                text = record["text" if "text" in record else "content"] or ""
+                yield text + "", True  # a number is no text
+            except (ValueError, LookupError, TypeError, RecursionError):
+                raise ValueError(f"line {n} is no JSON object with a text or content") from None
         return
     held = ""
-    while line:
-        if "\0" in line:
+    for piece in iter(lambda: file.read(PIECE), ""):
+        if "\0" in piece:
             raise ValueError("it holds a NUL, which no text does")
-        *documents, held = (held + line).split(END)
+        *documents, held = (held + piece).split(END)
         for text in documents:
             yield text, True
-        half = held.rfind("<", -len(END), len(held))  # this may be half of a mark
+        half = held.rfind("<", -len(END))  # this may be half of a mark
         sure = len(held) if half < 0 else half
         yield held[:sure], False
-        line, held = file.read(PIECE), held[sure:]
+        held = held[sure:]
     yield held, True
 
 
 def file_pieces(path):
-    with reading(path), open(path, "rb") as file:
-        yield from pieces_of(file, path.name)
+    with reading(path):
+        if not path.is_file():
+            raise ValueError("it is no file")  # a pipe would make us wait for ever
+        with open(path, "rb") as file:
+            yield from pieces_of(file)
 
 
 def python_files(*packages):
@@ -593,17 +587,20 @@ def questions(split):
 def users_files(root):
     """The text files of a path: (train, val) where names of files or folders say which they are,
     else (all, []). What is left out is said. Raises UserError."""
-    left_out, paths = [], [root]
+    left_out, paths, texts = [], [root], {"train": [], "val": [], "other": []}
     if root.is_dir():
         paths = []
         for folder, folders, names in os.walk(root, onerror=lambda e: left_out.append(e.filename)):
             folders[:] = [name for name in folders if not name.startswith(".")]
             paths += [Path(folder, name) for name in names if not name.startswith(".")]
-    texts = {"train": [], "val": [], "other": []}
     for path in sorted(paths):
         place = re.sub("valid(ation)?|dev|test", "val", str(path.relative_to(root)).lower())
         split = next((split for split in texts if split in re.split("[^a-z]+", place)), "other")
-        (texts[split] if is_text(path) else left_out).append(path)
+        try:
+            next(file_pieces(path), None)
+            texts[split].append(path)
+        except UserError:
+            left_out.append(path)
     if texts["train"] and texts["val"]:
         left_out += texts["other"]
     else:
@@ -611,16 +608,9 @@ def users_files(root):
     if not texts["train"]:
         raise UserError(f"{root} has no files of UTF-8 text")
     if left_out:
-        names = [Path(path).name for path in left_out]
-        say(f"left out of {root}: {', '.join(names[:9])}" + (", ..." if len(names) > 9 else ""))
+        names = [Path(path).name for path in left_out[:9]]
+        say(f"left out of {root}: {len(left_out)} that are no text, such as {', '.join(names)}")
     return texts["train"], texts["val"]
-
-
-def is_text(path):
-    """Whether a file, and no pipe, begins as one that can be read."""
-    with contextlib.suppress(UserError):
-        return path.is_file() and next(file_pieces(path), None) is not None
-    return False
 
 
 def tokenise(spec, tokenizer):
@@ -641,32 +631,33 @@ def tokenise(spec, tokenizer):
             key.update(hashlib.file_digest(file, "sha256").digest())
     folder = cache_folder() / key.hexdigest()[:24]
     with lock(cache_folder() / "lock", wait=True):
-        if (folder / "meta.json").exists():
+        if folder.exists():
             return folder
         say(f"tokenising {spec} into {folder}, once")
         scratch = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)  # what a kill left of the same
         scratch.mkdir()
         random.Random(0).shuffle(train)
-        for split, paths in (("train", train), ("val", val)):
-            with reading(spec), open(scratch / f"{split}.bin", "wb") as file:
-                pieces = itertools.chain.from_iterable(map(read, paths))
-                ends = write_tokens(file, pieces, tokenizer)
-            if split == "train" and not val:
-                hold_out(scratch, ends, tokenizer.dtype.itemsize)
-                break
+        with open(scratch / "train.bin", "w+b") as file, open(scratch / "val.bin", "wb") as other:
+            ends = write_tokens(file, map(read, train), tokenizer)
+            write_tokens(other, map(read, val), tokenizer)
+            if not val:  # the last tenth, from where a document ends if that is near
+                cut = ends[-1] - ends[-1] // 10
+                near = min(ends, key=lambda end: abs(end - cut))
+                cut = near if abs(near - cut) <= ends[-1] // 100 else cut
+                file.seek(cut * tokenizer.dtype.itemsize)
+                shutil.copyfileobj(file, other)
+                file.truncate(cut * tokenizer.dtype.itemsize)
         write_json(scratch / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
         scratch.rename(folder)
     return folder
 
 
-def write_tokens(file, pieces, tokenizer):
-    """Pieces of text -> tokens in a file. Returns the places where documents end, and its end."""
-    n, ends, began, said = 0, [0], time.monotonic(), time.monotonic()
-    for text, ends_here in pieces:
+def write_tokens(file, texts, tokenizer):
+    """Streams of pieces -> tokens in a file. Returns where documents end, and where all ends."""
+    n, ends, said = 0, [0], time.monotonic()
+    for text, ends_here in itertools.chain.from_iterable(texts):
         tokens = np.asarray(tokenizer.encode(text), tokenizer.dtype)
-        if tokens.max(initial=0) >= tokenizer.vocab_size:
-            raise ValueError("it holds a letter that its alphabet lacks")
         if ends_here and n + len(tokens) > ends[-1]:  # else the document is empty
             tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
             ends.append(n + len(tokens))
@@ -674,71 +665,56 @@ def write_tokens(file, pieces, tokenizer):
         n += len(tokens)
         if time.monotonic() - said > 5:
             said = time.monotonic()
-            say(f"{n / 1e6:,.1f} M tokens, {n / (said - began) / 1e6:.2f} M/s")
+            say(f"{n / 1e6:,.1f} M tokens")
     return [*ends[1:], n]
-
-
-def hold_out(folder, ends, itemsize):
-    """Moves the last tenth of train.bin to val.bin, from where a document ends if that is near."""
-    n = ends[-1]
-    cut = n - n // 10
-    near = min(ends, key=lambda end: abs(end - cut))
-    if abs(near - cut) <= n // 100:
-        cut = near
-    with open(folder / "train.bin", "r+b") as train, open(folder / "val.bin", "wb") as val:
-        train.seek(cut * itemsize)
-        shutil.copyfileobj(train, val)
-        train.truncate(cut * itemsize)
 
 
 # --------------------------------------------------------------------------------------------------
 # Published corpora: each published file becomes a shard of tokens, and all shards one train.bin
 
-
-def read_lines(file, split, share):
-    return pieces_of(file, ".json")
-
-
-def read_wikitext(file, split, share):
-    with zipfile.ZipFile(file) as archive:
-        for name in fnmatch.filter(archive.namelist(), f"*/wiki.{split}*.raw"):
-            yield from pieces_of(archive.open(name), name)
-
-
-def read_problems(file, split, share):
-    """question<answer>answer<problem>: of each module as much, as published."""
-    pattern = {"train": "*/train-*/*.txt", "val": "*/*polate/*.txt"}[split]
-    with gzip.open(file) as unzipped, tarfile.open(fileobj=unzipped) as archive:
-        modules = [module for module in archive if fnmatch.fnmatch(module.name, pattern)]
-        unzipped.read()  # to its end, where gzip finds out whether it is whole
-        for module in modules:
-            start = archive.extractfile(module).read(share // len(modules)).decode("ascii")
-            lines = start.split("\n")[:-1]
-            yield "".join(question + AFTER_QUESTION + answer + AFTER_ANSWER
-                          for question, answer in zip(lines[::2], lines[1::2])), False
-
-
 PUBLISHED = {  # tokens: what the published run reads, and a bit
     "c4": dict(
-        what="English from the web (C4)", tokenizer="gpt2", tokens=700_000_000, read=read_lines,
+        what="English from the web (C4)", tokenizer="gpt2", tokens=700_000_000,
         url="https://huggingface.co/datasets/allenai/c4/resolve/main/en/",
         train=[f"c4-train.{i:05}-of-01024.json.gz" for i in range(1024)],
         val=[f"c4-validation.{i:05}-of-00008.json.gz" for i in range(8)]),
     "codeparrot": dict(
         what="Python from GitHub (CodeParrot, cleaned)", tokenizer="gpt2", tokens=1_000_000_000,
-        url="https://huggingface.co/datasets/codeparrot/", read=read_lines,
+        url="https://huggingface.co/datasets/codeparrot/",
         train=[f"codeparrot-clean-train/resolve/main/file-{i:012}.json.gz" for i in range(1, 54)],
         val=["codeparrot-clean-valid/resolve/main/file-000000000054.json.gz"]),
     "wikitext103": dict(
         what="Wikipedia's good articles (WikiText-103, raw)", tokenizer="gpt2", tokens=120_000_000,
-        url="https://wikitext.smerity.com/", read=read_wikitext,
+        url="https://wikitext.smerity.com/",
         train=["wikitext-103-raw-v1.zip"], val=["wikitext-103-raw-v1.zip"]),
     "deepmind_math": dict(
         what="school mathematics (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
-        url="https://storage.googleapis.com/mathematics-dataset/", read=read_problems,
+        url="https://storage.googleapis.com/mathematics-dataset/",
         train=["mathematics_dataset-v1.0.tar.gz"], val=["mathematics_dataset-v1.0.tar.gz"])}
 HELD_OUT = 10_000_000  # tokens
 PAUSES = 0, 2, 10  # seconds before each try of a download
+
+
+def published_pieces(file, name, split, share):
+    """A published file: lines of JSON, WikiText's archive, or DeepMind-Math's, where a piece is
+    question<answer>answer<problem>... of a module, of each as much, as published."""
+    file.seek(0)
+    if name.endswith(".json.gz"):
+        yield from pieces_of(file)
+    elif name.endswith(".zip"):
+        archive = zipfile.ZipFile(file)
+        for member in fnmatch.filter(archive.namelist(), f"*/wiki.{split}*.raw"):
+            yield from pieces_of(archive.open(member))
+    else:
+        pattern = {"train": "*/train-*/*.txt", "val": "*/*polate/*.txt"}[split]
+        with gzip.open(file) as unzipped, tarfile.open(fileobj=unzipped) as archive:
+            modules = [module for module in archive if fnmatch.fnmatch(module.name, pattern)]
+            unzipped.read()  # to its end, where gzip finds out whether it is whole
+            for module in modules:
+                start = archive.extractfile(module).read(share // len(modules)).decode("ascii")
+                lines = start.split("\n")[:-1]
+                yield "".join(question + chr(32 + ANSWER) + answer + chr(32 + PROBLEM)
+                              for question, answer in zip(lines[::2], lines[1::2])), False
 
 
 @functools.lru_cache(maxsize=1)  # both splits of an archive are in one file
@@ -749,11 +725,11 @@ def fetch(url):
         file = tempfile.TemporaryFile()
         try:
             with urllib.request.urlopen(url, timeout=30) as answer:
-                wanted = answer.headers["Content-Length"]
-                say(f"fetching {url}, {int(wanted or 0) / 1e6:,.0f} MB")
+                wanted = int(answer.headers["Content-Length"] or 0)
+                say(f"fetching {url}, {wanted / 1e6:,.0f} MB")
                 shutil.copyfileobj(answer, file, 1 << 20)
-            if wanted and file.tell() != int(wanted):
-                raise ConnectionError(f"{file.tell():,} of {wanted} bytes came")
+            if wanted and file.tell() != wanted:
+                raise ConnectionError(f"{file.tell():,} of {wanted:,} bytes came")
             return file
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = reason_of(error)
@@ -766,35 +742,30 @@ def fetch(url):
 def prepare(name, tokens, source=None, tokenizer=None):
     """Fetches and tokenises a published corpus into the cache. Returns its folder.
 
-    tokens: to train on; whole files are read until there are as many, and 10 M held-out ones.
-    source: a mirror's address or a folder. A shard is there whole or not at all: the same command
-    goes on from where it was stopped, and asking for more adds to it. Raises UserError."""
+    tokens: to train on; whole files are read until there are as many. A shard is there whole or not
+    at all: the same command goes on where it was stopped, or adds to it. Raises UserError."""
     corpus = PUBLISHED[name]
     tokenizer = load_tokenizer(tokenizer or corpus["tokenizer"])
     if (tokenizer.name == "characters") != (corpus["tokenizer"] == "characters"):
         raise UserError(f"--tokenizer {tokenizer.name} does not go with {name}")
     base = source or corpus["url"]
-    if "://" not in base:
-        base = Path(base).resolve().as_uri()
+    base = base.rstrip("/") if "://" in base else Path(base).resolve().as_uri()
     folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
         for split, share in (("val", HELD_OUT), ("train", tokens)):
             done, shards = 0, []
             for file in corpus[split]:
-                label = f"{split}-{Path(file).name}"
-                if corpus["read"] == read_problems:
-                    label += f"-{share}"
-                shards.append(folder / f"{label}.tokens")
+                name_there = Path(file).name if base.startswith("file://") else file
+                url = f"{base}/{name_there}"
+                size = f"-{share}" if name == "deepmind_math" else ""  # decides what is read of it
+                shards.append(folder / f"{split}-{Path(file).name}{size}.tokens")
                 if not shards[-1].exists():
-                    url = f"{base.rstrip('/')}/{Path(file).name if 'file://' in base else file}"
                     with written_whole(shards[-1]) as shard, reading(url):
-                        published = fetch(url)
-                        published.seek(0)
-                        pieces = corpus["read"](published, split, share)
-                        if write_tokens(shard, pieces, tokenizer) == [0]:
+                        pieces = published_pieces(fetch(url), file, split, share)
+                        if write_tokens(shard, [pieces], tokenizer) == [0]:
                             raise ValueError("it holds no text")
                 done += shards[-1].stat().st_size // tokenizer.dtype.itemsize
-                say(f"{label}: {done / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
+                say(f"{shards[-1].name}: {done / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
                 if done >= share:
                     break
             with written_whole(folder / f"{split}.bin") as whole:
@@ -805,40 +776,29 @@ def prepare(name, tokens, source=None, tokenizer=None):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows of text
-
-
-@functools.cache
-def open_tokens(path, dtype):
-    """The tokens of a file, left on the disk. Raises UserError."""
-    with reading(path):
-        if path.stat().st_size % dtype.itemsize:
-            raise ValueError(f"its size is no whole number of {dtype}")
-        return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
-
-
 class Windows(Dataset):
     """Windows of block_size + 1 tokens of a file, each once per epoch, in an order that the seed
-    decides.
+    decides; of validation one order for every seed. The split `warmup` reads the training windows
+    from the other end: text that the run itself comes to last, if ever (`--warmup text`)."""
 
-    Validation has one order for every seed. The split `warmup` reads the training windows from the
-    other end: text that the run itself comes to last, if ever (`--warmup text`)."""
-
-    def __init__(self, path, dtype, block_size, seed, split):
+    def __init__(self, path, tokenizer, block_size, seed, split):
         """Raises UserError."""
-        self.path, self.dtype, self.block_size, self.split = path, dtype, block_size, split
-        self.seed = 0 if split == "val" else seed
-        if not len(self):
-            raise UserError(f"{path}: the text is too short: {len(self.tokens)} tokens, and a row "
-                            f"of {block_size} needs {block_size + 1}")
+        self.path, self.dtype, self.block_size = path, tokenizer.dtype, block_size
+        self.seed, self.split = seed, split
+        with reading(path):
+            n = path.stat().st_size // self.dtype.itemsize
+            self.n = (n - 1) // block_size
+            if self.n < 1:
+                raise UserError(f"{path} is too short: {n} tokens for rows of {block_size} + 1")
+            if self.tokens.max() >= tokenizer.vocab_size:
+                raise ValueError(f"it holds tokens that {tokenizer.name} does not know")
 
     @property
-    def tokens(self):  # no attribute: a worker that is spawned would get a copy of them all
-        return open_tokens(self.path, self.dtype)
+    def tokens(self):  # opened anew: a worker that is spawned would get a copy of an attribute
+        return np.memmap(self.path, self.dtype, "r")
 
     def __len__(self):
-        return max(0, len(self.tokens) - 1) // self.block_size
+        return self.n
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
@@ -853,13 +813,12 @@ class Windows(Dataset):
 
     def __getitems__(self, rows):
         """Row numbers -> x, y: int64 tensors (rows, block_size)."""
-        both = np.stack([self.tokens[self.start(i):][:self.block_size + 1] for i in rows])
+        tokens = self.tokens
+        both = np.stack([tokens[self.start(i):][:self.block_size + 1] for i in rows])
         both = torch.from_numpy(both.astype(np.int64))
         return both[:, :-1], both[:, 1:]
 
-    def __getitem__(self, i):
-        x, y = self.__getitems__([i])
-        return x[0], y[0]
+    __getitem__ = Rows.__getitem__
 
     def fingerprint(self):
         """Of the first 16 M tokens."""
@@ -871,11 +830,11 @@ class Problems(Windows):
     token that ends each. A row begins where the first problem of its window ends."""
 
     def __getitems__(self, rows):
-        both = np.full((len(rows), self.block_size + 1), PROBLEM)
+        both, tokens = np.full((len(rows), self.block_size + 1), PROBLEM), self.tokens
         for j, i in enumerate(rows):
             start = self.start(i)
-            start += int(np.argmax(self.tokens[start:start + 256] == PROBLEM))  # none is longer
-            row = self.tokens[start:start + self.block_size + 1]
+            start += int(np.argmax(tokens[start:start + 256] == PROBLEM))  # none is longer
+            row = tokens[start:start + self.block_size + 1]
             both[j, :len(row)] = row
         # A token counts if the last mark before it was <answer>.
         places = np.where(both >= PROBLEM, np.arange(both.shape[1]), 0)
@@ -927,17 +886,16 @@ class Data:
         """A row as a person would write it; what counts (bool) stands between « and »."""
         if self.kind == "text" and counted is None:
             return self.tokenizer.decode([int(t) for t in tokens]).decode("utf-8", "replace")
-        words = self.words(tokens)
+        words, gap = self.words(tokens), ""
         if counted is not None:
             words = [f"«{word}»" if counts else word for word, counts in zip(words, counted)]
-        side_by_side = self.kind == "text"
-        if not side_by_side and len(self.train.members) == 1:
+        if self.kind != "text":
             _, name, p = self.train.members[0]
-            side_by_side = name in ("eca", "addition", "reversed_addition", "multiplication")
-            if name == "eca":  # a line for each of its rows
-                for start in range(p["width"], len(words), p["width"]):
-                    words[start] = f"\n{words[start]}"
-        return re.sub(r"»(\s*)«", r"\1", ("" if side_by_side else " ").join(words))
+            alone = len(self.train.members) == 1
+            gap = "" if alone and (name == "eca" or "digits" in p) else " "
+            if alone and name == "eca":  # a line for each of its rows
+                words[p["width"]::p["width"]] = ["\n" + w for w in words[p["width"]::p["width"]]]
+        return re.sub(r"»(\s*)«", r"\1", gap.join(words))
 
 
 def kind_of(spec):
@@ -948,36 +906,12 @@ def kind_of(spec):
         return "task" if name in TASKS else "rule"
     if spec in CORPORA or spec and os.path.exists(spec):
         return "text"
-    known = ", ".join([*RULES_AND_TASKS, *CORPORA])
-    raise UserError(f"unknown data {spec!r}: a path, or one of {known}")
+    raise UserError(f"unknown data {spec!r}: a path, or one of "
+                    + ", ".join([*RULES_AND_TASKS, *CORPORA]))
 
 
 def default_tokenizer(spec):
     return PUBLISHED[spec]["tokenizer"] if spec in PUBLISHED else "bytes"
-
-
-def text_folder(spec, tokenizer):
-    """The folder of tokens that a text is, or is made into -> (folder, Tokenizer)."""
-    folder = Path(spec)
-    if spec in PUBLISHED:
-        folder = cache_folder() / f"{spec}-{tokenizer}"
-        if not (folder / "meta.json").exists():
-            raise UserError(f"{spec} is not prepared here: python data.py prepare {spec} "
-                            f"--tokenizer {tokenizer}")
-        return folder, load_tokenizer(tokenizer)
-    if spec in CORPORA or not (folder / "train.bin").exists():
-        tokenizer = load_tokenizer(tokenizer)
-        return tokenise(spec, tokenizer), tokenizer
-    if (folder / "meta.pkl").exists():
-        raise UserError(f"{folder} has a vocabulary of its own (meta.pkl): point at its text")
-    meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
-    tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))
-    for path in (folder / "train.bin", folder / "val.bin"):
-        largest = open_tokens(path, tokenizer.dtype).max(initial=0)
-        if largest >= tokenizer.vocab_size:
-            raise UserError(f"{path} holds the token {largest}, and {tokenizer.name} has "
-                            f"{tokenizer.vocab_size}")
-    return folder, tokenizer
 
 
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
@@ -989,21 +923,33 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     if kind != "text":
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
-    folder, tokenizer = text_folder(spec, tokenizer or default_tokenizer(spec))
-    windows = Problems if tokenizer.name == "characters" else Windows
-    train, val = (windows(folder / f"{part}.bin", tokenizer.dtype, block_size or 256, seed, of)
-                  for part, of in (("train", split), ("val", "val")))
-    return Data(spec, kind, train, val, tokenizer.vocab_size, block_size or 256, tokenizer)
+    tokenizer, folder = tokenizer or default_tokenizer(spec), Path(spec)
+    if spec in PUBLISHED:
+        folder = cache_folder() / f"{spec}-{tokenizer}"
+        if not (folder / "meta.json").exists():
+            raise UserError(f"{spec} is not prepared here: python data.py prepare {spec} "
+                            f"--tokenizer {tokenizer}")
+    elif spec in CORPORA or not (folder / "train.bin").exists():
+        if tokenizer == "characters":
+            raise UserError("--tokenizer characters is for deepmind_math alone")
+        folder = tokenise(spec, load_tokenizer(tokenizer))
+    elif (folder / "meta.pkl").exists():
+        raise UserError(f"{folder} has a vocabulary of its own (meta.pkl): point at its text")
+    meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
+    tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))
+    windows, size = Problems if tokenizer.name == "characters" else Windows, block_size or 256
+    train = windows(folder / "train.bin", tokenizer, size, seed, split)
+    val = windows(folder / "val.bin", tokenizer, size, 0, "val")
+    return Data(spec, kind, train, val, tokenizer.vocab_size, size, tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
-# What all scripts share: files, which are written whole and held by one process
+# What all scripts share: files, which are written whole and held by one process, and errors
 
 
 @contextlib.contextmanager
 def written_whole(path):
     """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one.
-
     Raises UserError where it cannot be written: a full disk, a folder that may not be."""
     path = Path(path).resolve()  # a link stays one
     scratch = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it is written over
@@ -1039,8 +985,6 @@ def reading(path):
         yield
     except UserError:
         raise
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
     except Exception as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
 
@@ -1058,29 +1002,21 @@ def read_json(path):
     with reading(path):
         if not Path(path).is_file():
             raise ValueError("there is no such file")  # a pipe would make us wait for ever
-        value = json.loads(Path(path).read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
-        return value
-
-
-def parsed(line):
-    """What a line of JSON says; None where it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(line)
+        return {**json.loads(Path(path).read_bytes())}
 
 
 def json_lines(path):
     """The values in a file of JSON lines, without what is none: a kill may leave half a line."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return [value for value in map(parsed, lines) if value is not None]
+    values = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            values.append(json.loads(line))
+    return values
 
 
 def lock(path, wait=False):
-    """Holds a file until it is closed, or this process ends, however it ends.
-
-    Another process that has it is waited for, or refused: Busy. Windows locks nothing, and some
-    file systems cannot. Raises UserError."""
+    """Holds a file until it is closed, or this process ends, however it ends. Another process that
+    has it is waited for, or refused: Busy. Windows locks nothing, and some file systems cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
@@ -1098,10 +1034,6 @@ def lock(path, wait=False):
     return file
 
 
-# --------------------------------------------------------------------------------------------------
-# ... and the command line
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a bad flag is one line like every other error."""
 
@@ -1111,17 +1043,16 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, below=math.inf, kind=int):
     """A type for argparse: a number from `low` to less than `below`; 4M and 1.6B are numbers."""
+    powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
+
     def parse(text):
         value = math.nan
-        exact = re.sub("[KMBT]$", lambda unit: f"e{3 * ' KMBT'.index(unit[0])}", text.upper())
-        if re.fullmatch(r"-?[0-9.]+(E[-+]?[0-9]+)?", exact, re.IGNORECASE):
-            with contextlib.suppress(ValueError):
-                value = float(exact)
+        with contextlib.suppress(ValueError):
+            value = float(text[:-1].replace("_", "x") + powers.get(text[-1:].upper(), text[-1:]))
         if not low <= value < below or kind is int and value != int(value):
-            wanted = {int: "a whole number", float: "a number"}[kind] + f", at least {low}"
-            if below < math.inf:
-                wanted += f", below {below:g}"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not accepted: {wanted}")
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not accepted: {wanted} from {low}"
+                                             f" to below {below:g}")
         return kind(value)
     return parse
 
@@ -1132,60 +1063,42 @@ def say(line):
         try:
             print(line, flush=True)
         except BrokenPipeError:  # python train.py ... | head
-            silence()
-
-
-def silence():
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def show(spec, n, seed, tokenizer):
-    data = make_data(spec, seed, tokenizer=tokenizer)
-    print(f"{spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; what the loss "
-          "counts is between « and », or all of a row that has none")
-    for i in range(n):
-        x, y = data.train[i]
-        counted = None if (y != -1).all() else [False, *(y[:-1] != -1).tolist()]
-        print("\n" + data.write(x, counted))
-
-
-def list_everything():
-    for title, rules in (("rules (--warmup)", RULES), ("tasks (--data)", TASKS)):
-        print(title)
-        for name, rule in rules.items():
-            takes = str(inspect.signature(rule.make)).removeprefix("(r, ").removesuffix(")")
-            print(f"  {name:18} {inspect.getdoc(rule.make)}\n{'':21}{takes}")
-    print("  mixtures           set+union, 0.7*set:length=32+0.3*union:length=32\n"
-          "  shuffled control   shuffled:dyck:k=16\n"
-          "  varying lengths    set:length=2-20\ntexts (--data)")
-    for name, line in CORPORA.items():
-        print(f"  {name:18} {line}")
-    print("  PATH               a file or folder of text or of lines of JSON, or nanoGPT's folder")
+            sys.stdout = None
 
 
 def main():
     parser = Parser(description="Look at the data, or prepare a published corpus.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="every rule, task and corpus with its parameters")
+    commands.add_parser("list", help="every rule, task and corpus, with its parameters")
     shower = commands.add_parser("show", help="print rows as a person would write them")
     shower.add_argument("spec", help="such as dyck:k=3,length=32, haystack:pairs=4, code, a path")
     shower.add_argument("-n", type=number(1, 10_001), default=3, help="how many (default 3)")
     shower.add_argument("--seed", type=number(0, 2 ** 32), default=0)
-    shower.add_argument("--tokenizer", help="of text (default bytes, or the published one)")
     preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
     preparer.add_argument("name", choices=PUBLISHED)
-    preparer.add_argument("--tokens", type=number(1), help="such as 700M, rounded up to whole "
-                          "files (default: what the published run reads)")
+    preparer.add_argument("--tokens", type=number(1), help="such as 700M (default: as published)")
     preparer.add_argument("--source", help="a mirror's address, or a folder with the same files")
-    preparer.add_argument("--tokenizer", help="bytes, or one that tiktoken knows")
+    for each in (shower, preparer):
+        each.add_argument("--tokenizer", help="of text: bytes, or one that tiktoken knows")
     args = parser.parse_args()
     if args.command == "list":
-        list_everything()
+        for name, rule in RULES_AND_TASKS.items():
+            takes = str(inspect.signature(rule.make)).removeprefix("(r, ").removesuffix(")")
+            print(f"{name:18} {inspect.getdoc(rule.make)}\n{'':19}{takes}")
+        for name, line in CORPORA.items():
+            print(f"{name:18} {line}")
+        print("PATH               a file or folder of text or lines of JSON, or nanoGPT's folder\n"
+              "mixtures, controls 0.7*set:length=2-20+0.3*union, shuffled:dyck:k=16")
     elif args.command == "show":
-        show(args.spec, args.n, args.seed, args.tokenizer)
+        data = make_data(args.spec, args.seed, tokenizer=args.tokenizer)
+        print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; what "
+              "the loss counts is between « and », or all of a row that has none")
+        for x, y in map(data.train.__getitem__, range(args.n)):
+            counted = None if (y != -1).all() else [False, *(y[:-1] != -1).tolist()]
+            print("\n" + data.write(x, counted))
     else:
-        tokens = args.tokens or PUBLISHED[args.name]["tokens"]
-        folder = prepare(args.name, tokens, args.source, args.tokenizer)
+        folder = prepare(args.name, args.tokens or PUBLISHED[args.name]["tokens"], args.source,
+                         args.tokenizer)
         print(f"{args.name} is in {folder}; next: python train.py --preset {args.name}")
 
 
@@ -1196,22 +1109,22 @@ def run_main(main):
             stream.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
-        if sys.stdout:
-            sys.stdout.flush()
+        print(end="", flush=True)
         return
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # python data.py list | head
-        return silence()
+        sys.stdout = None
+        return
     except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
         line, status = str(error), getattr(error, "status", 2)
     except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
-        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
+        if not re.search("allocate|out of memory|^$", str(error)):
             raise
         line, status = "not enough memory: smaller batches or models, or --grad_accum, need less", 2
     rank = os.environ.get("RANK", "0")
-    line = " ".join(line.split()) + (f" (process {rank})" if rank != "0" else "")
-    print(f"error: {line}", file=sys.stderr)
+    process = f" (process {rank})" if rank != "0" else ""
+    print(f"error: {' '.join(line.split())}{process}", file=sys.stderr)
     sys.exit(status)
 
 
