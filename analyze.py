@@ -5,23 +5,22 @@
     python analyze.py table --show                                its table and figure; runs nothing
     python analyze.py claims                                      what the paper says, what is found
 
-An experiment is a list of settings, and a setting is a command line of train.py, which is run once
-for each seed in a folder of its own below --results. The settings of a column, a task or a text,
-are compared with its first, which has no warm-up.
+An experiment is a list of settings. A setting is a command line of train.py, run once for each seed
+in a folder of its own below --results. In each column, a task or a text, the first setting has no
+warm-up, and the others are compared with it.
 """
 import contextlib
 import functools
 import gzip
-import itertools
 import json
 import math
 import re
 import shlex
 import subprocess
 import sys
-import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, combinations, cycle, pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +31,10 @@ from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
 import numpy as np
 import torch
-from train import (OPERATIONAL, PRESETS, Stopped, clock, new_model, open_data, parse,
-                   start_from_checkpoints)
+from train import OPERATIONAL, Stopped, new_model, open_data, parse, start_from_checkpoints
 
 # --------------------------------------------------------------------------------------------------
-# Settings are command lines
+# Experiments are settings, and settings are command lines
 
 
 def as_dict(flags):
@@ -48,7 +46,7 @@ def as_dict(flags):
 def join(*flags):
     """Flags one after another; of one that comes twice, the later value counts."""
     merged = as_dict(" ".join(flags))
-    return shlex.join(itertools.chain.from_iterable(merged.items()))
+    return shlex.join(chain.from_iterable(merged.items()))
 
 
 def folder_of(seed, train, warmup="", change="", mlp_from="", warmup_seeds=()):
@@ -85,9 +83,8 @@ class Setting(NamedTuple):
 
 # The quick budget (ours) is for two CPU cores: minutes a run. Its tasks have the published model
 # and a quarter of the published rows at twice the rate. Recall stops once it is solved; arithmetic
-# and sorting have a fixed budget, as published. Their warm-ups are shorter than train.py's, and of
-# brackets as long as recall's rows; those before text have the published batch and rate, and as
-# many tokens as are best in the paper.
+# and sorting have a fixed budget, as published. Warm-ups before tasks are shorter than train.py's,
+# with brackets as long as recall's rows; those before text have the published batch and rate.
 TASK = "--batch_size 250 --lr 2e-3"
 STOPPED = f"{TASK} --eval_every 100 --stop_at 0.9"
 FIXED = f"{TASK} --eval_every 500 --steps 6000"
@@ -116,21 +113,16 @@ TEXTS = ("code", "english", "math")
 TASK_COLUMNS = ("recall", "recall of 15", "addition", "reversed_addition", "multiplication",
                 "sorting")
 
-# How a task starts from its warm-up. Two ways are published: the whole model, with embeddings at
-# the mean of the warm-up's and positions if it has enough; its attention alone, and all else fresh.
-# Ours, train.py's default before haystack, was the best of four on seeds 0 to 2 of brackets.
+# How a task starts from its warm-up: the first two are published, the third is ours, train.py's
+# default before haystack: the best of four on seeds 0 to 2 of brackets.
 FRESH = "--embeddings random --positions random"
 STARTS = {"whole": "--transfer full --embeddings mean --positions fit",
           "attention": f"--transfer attn {FRESH}",
           "attention, positions": "--transfer attn --embeddings random --positions fit"}
 
-# --------------------------------------------------------------------------------------------------
-# Experiments
-
 
 class Line(NamedTuple):
-    """Some settings. Braces in the name list alternatives, and each combination is a setting; in
-    what follows the name, {0} is the one that was chosen in the first braces."""
+    """Settings: each combination of the alternatives in braces, which {0}, {1} are further on."""
     columns: tuple
     name: str
     warmup: str = "none"  # its spec, and flags of it; equal: as many tokens as BEFORE_TASK's dyck
@@ -138,14 +130,7 @@ class Line(NamedTuple):
     change: str = ""
     mlp_from: str = ""    # a second warm-up
     warmup_seeds: tuple = ()
-    share: str = "1"      # of the column's steps
     budget: str = ""      # which alone has it
-
-
-class Experiment(NamedTuple):
-    question: str
-    lines: list
-    seeds: int = 10  # of tasks; of text six
 
 
 RECALL, RECALL_15, RECALLS = ("recall",), ("recall of 15",), ("recall", "recall of 15")
@@ -156,142 +141,123 @@ MOVED = "--transfer {0} --embeddings {1} --positions fit"
 CHANGES = "{as it is|shuffled|redrawn|noise 0.1|noise 0.3|noise 1|scaled 0.5|scaled 2}"
 HEADS = ("{as it is|only sharp|only blurred|only random|without sharp|without blurred|"
          "without random}")
-EXPERIMENTS = {
-    # Named before the runs, on five starts that were tried: of two warm-ups that start in one way,
-    # the one with the smaller share_that_differs is to find the needle later (Spearman's rank
-    # correlation, within each start that moves MLPs).
-    "starts": Experiment("which part makes it, and which breaks it: the MLPs (ours)", [
+EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
+    # Said before the runs, of five starts that were tried: in each that moves MLPs, a warm-up with
+    # a smaller share_that_differs is to find the needle later (Spearman's rank correlation).
+    "starts": ("which part makes it, and which breaks it: the MLPs (ours)", 10, [
         Line(RECALL_15, "dyck, {attn|attn,norm|attn,mlp|full}, embeddings {random|mean}", "dyck",
              MOVED),
         Line(RECALL, "dyck, {attn|attn,norm}, embeddings {random}", "dyck", MOVED),
         Line(RECALL, "dyck, {full}, embeddings {mean}", "dyck", MOVED),
         Line(RECALL, "none, steps 13500", flags="--steps 13500")]),  # ten of these are there
-    "repeats": Experiment("how much of the spread is the warm-up's, and how much the task's", [
+    "repeats": ("how much of the spread is the warm-up's, and how much the task's", 3, [
         Line(RECALL_15, f"dyck, as published, warm-up {seed}", "dyck", warmup_seeds=(seed,))
-        for seed in range(10)], seeds=3),
-    "strangers": Experiment("is it these MLPs, or that they and the attention are strangers?", [
+        for seed in range(10)]),
+    "strangers": ("is it these MLPs, or that they and the attention are strangers?", 2, [
         Line(RECALL_15, f"attention of {a}, MLPs of {b}", "dyck",
              "--embeddings random --positions fit", mlp_from="dyck", warmup_seeds=(a, b))
-        for a, b in itertools.permutations((0, 1, 4, 7), 2)], seeds=2),
-    "budgets": Experiment("the warm-up's tokens as further steps, and other rates and ramps", [
+        for a, b in permutations((0, 1, 4, 7), 2)]),
+    "budgets": ("the warm-up's tokens as further steps, and other rates and ramps", 10, [
         Line(RECALL_15, "dyck, attention, positions", "dyck", OURS),
         Line(RECALL_15, "none, steps 12144", flags="--steps 12144"),
         Line(TEXTS, "none, steps 3500", flags="--steps 3500", budget="quick"),
         Line((*RECALLS, *TEXTS), "none, {lr 1e-3|lr 4e-3|lr 8e-3|lr_ramp 0|lr_ramp 1000}",
              flags="--{0}")]),
-    "tasks": Experiment("which rule helps which task, all after 49.2 M tokens of warm-up", [
+    "tasks": ("which rule helps which task, all after 49.2 M tokens of warm-up", 6, [
         Line(DIAGNOSTICS, "{dyck|identity|set|union|delete|eca}, {whole|attention}", "{0} equal",
-             "{1}", budget="quick")], seeds=6),
-    "table": Experiment("which warm-up helps which task, moved over as published, or as ours", [
+             "{1}", budget="quick")]),
+    "table": ("which warm-up helps which task, moved over as published, or as ours", 10, [
         Line(TASK_COLUMNS, "{dyck|identity|set|eca|eca:rule=random,length=64}, "
              "{whole|attention|attention, positions}", "{0}", "{1}", budget="quick"),
         # It can no longer be run: its ten results are kept.
         Line(RECALL_15, "{nca:states=2,grid=6,length=64}, attention, positions", "{0}", OURS),
         Line(TASK_COLUMNS, f"{{{'|'.join(RULES)}|eca:rule=random}}, "
              "{whole|attention|attention, positions}", "{0}", "{1}", budget="paper")]),
-    "transfer": Experiment("what has to move over: the whole model, attention, MLPs or norms", [
+    "transfer": ("what has to move over: the whole model, attention, MLPs or norms", 10, [
         Line((*RECALL, *TEXTS), "{set|dyck}, {full|attn|mlp|norm}", "{0}", "--transfer {1}")]),
-    "embeddings": Experiment("where token embeddings and positions begin", [
-        Line(RECALL, "{dyck|identity|set}, {full|attn}, {random|mean}, {fit|random}", "{0}",
-             "--transfer {1} --embeddings {2} --positions {3}")]),
-    "controls": Experiment("the critics' controls: shuffled rows, as many tokens of text", [
+    "controls": ("the critics' controls: shuffled rows, as many tokens of text", 10, [
         Line((*RECALLS, *TEXTS), "{dyck|shuffled:dyck|set|shuffled:set}", "{0}"),
         Line(RECALLS, "{dyck|shuffled:dyck}, attention, positions", "{0}", OURS),
         Line(RECALLS, "dyck, lr 1e-3", "dyck", "--lr 1e-3"),
         Line(TEXTS, "text", "text"),
         Line(TEXTS, "set, lr 1e-3", "set", "--lr 1e-3")]),
-    "weights": Experiment("is it the values of the weights, or their scale", [
+    "weights": ("is it the values of the weights, or their scale", 10, [
         Line(RECALL_15, CHANGES, "dyck", OURS, "{0}"),
         Line(("code",), CHANGES, "set", change="{0}")]),
-    "heads": Experiment("which quarter of the heads carries it: the sharpest, most blurred, any", [
+    "heads": ("which quarter of the heads carries it: the sharpest, most blurred, any", 6, [
         Line(RECALL_15, f"long warm-up, {HEADS}", f"dyck {LONG}", OURS, "{0}"),
-        Line(("code",), HEADS, "set", change="{0}")], seeds=6),
-    "sharpen": Experiment("no warm-up, but a penalty on the attention's entropy in its place", [
+        Line(("code",), HEADS, "set", change="{0}")]),
+    "sharpen": ("no warm-up, but a penalty on the attention's entropy in its place", 6, [
         Line(RECALL_15, "dyck", "dyck", OURS),
         Line(("english",), "set", "set"),
-        Line((*RECALL_15, "english"), "penalty {0.01|0.1|1}", flags="--sharpen {0}")], seeds=6),
-    "length": Experiment("how much warm-up is best, and where more becomes worse", [
+        Line((*RECALL_15, "english"), "penalty {0.01|0.1|1}", flags="--sharpen {0}")]),
+    "length": ("how much warm-up is best, and where more becomes worse", 10, [
         Line(TEXTS, "{dyck|set}, {1M|2M|4M|8M|16M}", "{0} --warmup_tokens {1}")]),
-    "mix": Experiment("set and union in proportions; attention of one warm-up, MLPs of another", [
+    "mix": ("set and union in proportions; attention of one warm-up, MLPs of another", 6, [
         Line(TEXTS, "{set|union}", "{0}"),
-        Line(TEXTS, "{0.25} set, the rest union", "{0}*set:length=64+0.75*union:length=64"),
-        Line(TEXTS, "{0.5} set, the rest union", "{0}*set:length=64+0.5*union:length=64"),
-        Line(TEXTS, "{0.75} set, the rest union", "{0}*set:length=64+0.25*union:length=64"),
+        *(Line(TEXTS, f"{x} set, the rest union", f"{x}*set:length=64+{1 - x}*union:length=64")
+          for x in (0.25, 0.5, 0.75)),
         Line(DIAGNOSTICS, "rule 110, MLPs", "eca equal", f"--transfer mlp {FRESH}", budget="quick"),
         Line(DIAGNOSTICS, "{dyck|set}, attention", "{0} equal", "attention", budget="quick"),
         Line(DIAGNOSTICS, "attention of {dyck|set}, MLPs of rule 110", "{0} equal", FRESH,
-             mlp_from="eca equal", budget="quick")], seeds=6),
-    "efficiency": Experiment("how much less text does it take to reach the baseline's loss", [
+             mlp_from="eca equal", budget="quick")]),
+    "efficiency": ("how much less text does it take to reach the baseline's loss", 10, [
         Line(TEXTS, "{set|union|sort|dyck|dyck_shuffle|eca|eca:rule=random|text}", "{0}"),
-        Line(TEXTS, "{set|union}, {85|70|55}% of the text", "{0}", share="0.{1}")]),
-    "tuned": Experiment("what rate and ramp are worth to the baseline and beside a warm-up", [
+        *(Line(TEXTS, f"{rule}, {share}% of the text", rule, f"--steps {25 * share}",
+               budget="quick") for rule in ("set", "union") for share in (85, 70, 55))]),
+    "tuned": ("what rate and ramp are worth to the baseline and beside a warm-up", 10, [
         Line(TEXTS, "{none|set|union}, {5e-4|1e-3|3e-3}, ramp {0|200}", "{0}",
              "--lr {1} --lr_ramp {2}")]),
-    "grid": Experiment("learning rate by weight decay, for none and a warm-up: best against best", [
+    "grid": ("learning rate by weight decay, for none and a warm-up: best against best", 10, [
         Line(("english",), "{none|set}, {1e-3|2e-3|4e-3|8e-3}, decay {0|0.1}", "{0}",
              "--lr {1} --weight_decay {2}")]),
-    "scale": Experiment("the gain over sizes of the model", [
+    "scale": ("the gain over sizes of the model", 10, [
         Line(("english, smaller", "english", "english, larger"), "{dyck|set}", "{0}")]),
 }
 
 
 def settings_in(name, budget):
-    """The settings of an experiment, column by column; a budget may lack some of these. First in
-    each comes the one without a warm-up, which the others are compared with."""
-    columns, (_, lines, seeds) = {}, EXPERIMENTS[name]
+    """The settings of an experiment, by columns, as far as a budget has these; the base first."""
+    columns, (_, seeds, lines) = {}, EXPERIMENTS[name]
     for line in lines:
-        for column in line.columns:
-            if column in COLUMNS[budget] and line.budget in ("", budget):
-                columns.setdefault(column, [Line((), "none")]).extend(expand(line))
+        pieces = re.split(r"{(.*?)}", line.name)  # every second one was in braces
+        for chosen in product(*(piece.split("|") for piece in pieces[1::2])):
+            pieces[1::2] = chosen
+            filled = [part.format(*chosen) for part in line[2:5]]
+            one = Line(line.columns, "".join(pieces), *filled, *line[5:])
+            for column in line.columns:
+                if column in COLUMNS[budget] and line.budget in ("", budget):
+                    columns.setdefault(column, [Line((), "none")]).append(one)
     return [setting(line, column, budget, seeds) for column in columns for line in columns[column]]
 
 
-def expand(line):
-    """A line for each combination of its name's alternatives."""
-    pieces = re.split(r"{(.*?)}", line.name)  # every second one was in braces
-    for chosen in itertools.product(*(piece.split("|") for piece in pieces[1::2])):
-        pieces[1::2] = chosen
-        filled = [part.format(*chosen) if isinstance(part, str) else part for part in line[2:]]
-        yield Line(line.columns, "".join(pieces), *filled)
-
-
 def setting(line, column, budget, seeds):
-    """What one line says of one column. A warm-up moves over as published, the whole model, before
-    text with fresh positions, unless the line says otherwise."""
+    """A warm-up moves over as published, the whole model, unless the line says otherwise."""
     own, on_task = COLUMNS[budget][column], column in TASK_COLUMNS
     how = STARTS["whole"] if on_task else "--positions random"
-    if line.warmup == "none":
-        how = "--warmup none"
-    elif line.warmup == "text":
-        how = "--transfer all"
-    elif line.mlp_from:  # it says itself what moves
+    how = {"none": "--warmup none", "text": "--transfer all"}.get(line.warmup, how)
+    if line.mlp_from:  # it says itself what moves
         how = ""
-    flags = join(own, how, STARTS.get(line.flags, line.flags))
-    if line.share != "1":
-        steps = as_dict(own).get("--steps") or PRESETS[as_dict(own)["--preset"]]["steps"]
-        flags = join(flags, f"--steps {int(steps) * float(line.share):.0f}")
-    warmups = [warmup_flags(each, own, budget, on_task) for each in (line.warmup, line.mlp_from)]
-    change = line.change.replace("as it is", "")
-    return Setting(column, line.name, flags, warmups[0], change, warmups[1], line.warmup_seeds,
+    return Setting(column, line.name, join(own, how, STARTS.get(line.flags, line.flags)),
+                   warmup_flags(line.warmup, own, budget, on_task),
+                   line.change.replace("as it is", ""),
+                   warmup_flags(line.mlp_from, own, budget, on_task), line.warmup_seeds,
                    seeds if on_task else 6)
 
 
 def warmup_flags(warmup, own, budget, on_task):
-    """The flags of a run that stops after its warm-up. Its --data matters to the warm-up `text`
-    alone: before others, quick columns name the same data, and share warm-ups."""
+    """The flags of a run that stops after its warm-up, which quick columns share."""
     spec, _, flags = warmup.partition(" ")
+    rule = spec.removeprefix("shuffled:")
     if spec in ("", "none"):
         return ""
-    quick, rule = budget == "quick", spec.removeprefix("shuffled:")
-    if quick and on_task:
-        own = BEFORE_TASK
+    if budget == "quick" and on_task:
+        own = "--data haystack --warmup_tokens 49152000" if flags == "equal" else BEFORE_TASK
         if rule == "dyck":
-            spec += ":length=64"
-        elif flags == "equal":
-            own = "--data haystack --warmup_tokens 49152000"
-    elif quick:
-        own = f"{own} --warmup_tokens 4M" if spec == "text" else (
-            f"{BEFORE_TEXT} --size {as_dict(own)['--size']}")
+            own, spec = BEFORE_TASK, f"{spec}:length=64"
+    elif budget == "quick":
+        before = f"{BEFORE_TEXT} --size {as_dict(own)['--size']}"
+        own = f"{own} --warmup_tokens 4M" if spec == "text" else before
     if not on_task and rule in ("identity", "sort", "set", "union"):
         spec += ":length=64"  # as published; before tasks it is 20
     return join(own, flags.removeprefix("equal"), f"--warmup {spec} --steps 0")
@@ -303,12 +269,10 @@ def warmup_flags(warmup, own, budget, on_task):
 
 @torch.no_grad()
 def change_weights(model, change, seed, blur):
-    """Changes attention and MLPs of a GPT in place; the rest stays.
-
-    "shuffled": the values of each tensor in another order; "redrawn": normal numbers of its mean
-    and spread; "noise x": x times its spread is added; "scaled x": times x; "only" or "without"
-    "sharp", "blurred" or "random": that quarter of the heads is kept, or drawn afresh (the others
-    the other way round), by `blur`, the entropy of each head (n_layer, n_head)."""
+    """Changes attention and MLPs of a GPT in place. "shuffled": the values of each tensor in
+    another order; "redrawn": normal numbers of its mean and spread; "noise x": x times its spread
+    is added; "scaled x": times x; "only" or "without" "sharp", "blurred" or "random": that quarter
+    of the heads is kept, or drawn afresh, by `blur`, the entropy of each head (n_layer, n_head)."""
     what, _, which = change.partition(" ")
     if what in ("only", "without"):
         return replace_heads(model, what == "without", which, seed, blur)
@@ -357,11 +321,11 @@ def share_that_differs(setting, seed, results):
     """Right after the transfer, of the power of the states that the head reads where the key is
     asked for, the share that differs between 1,000 held-out rows (ours). Small where the MLPs
     answer what they never saw with one large constant."""
-    flags = shlex.split(with_checkpoints(setting, seed, results, results))
-    s, _ = parse([*flags, "--seed", str(seed), "--device", "cpu"])
-    data, _ = open_data(s)
-    model = new_model(data, s.size, s.tied, s.dropout, s.seed).eval()
-    with contextlib.redirect_stdout(None):  # it says what moved
+    with contextlib.chdir(results), contextlib.redirect_stdout(None):  # it says what moved
+        flags = with_checkpoints(setting, seed, Path())
+        s, _ = parse([*shlex.split(flags), "--seed", str(seed), "--device", "cpu"])
+        data, _ = open_data(s)
+        model = new_model(data, s.size, s.tied, s.dropout, s.seed).eval()
         start_from_checkpoints(model, s)
     with torch.no_grad():
         states, _ = model.counted_states(*data.val.__getitems__(range(1000)))
@@ -369,7 +333,7 @@ def share_that_differs(setting, seed, results):
 
 
 # --------------------------------------------------------------------------------------------------
-# Running
+# Running, and what was run
 
 
 def call_train(flags, folder, seed, device):
@@ -396,72 +360,61 @@ def make_warmup(flags, seed, results, device):
         write_json(folder / "learned.json", found or {})
 
 
-def with_checkpoints(setting, seed, results, seen_from=Path()):
+def with_checkpoints(setting, seed, results):
     """The flags of a setting, and in them the checkpoints of its warm-ups, as they are called in
     `results`, where they are. One that is to be changed is copied first, beside the run."""
     paths = [f"{folder_of(of, warmup)}/warmup.pt" for warmup, of in setting.warmups(seed)]
     if setting.change:
-        copy = f"{setting.folder(seed)}.changed.pt"
-        changed_checkpoint(results / paths[0], setting.change, seed, results / copy)
-        paths = [copy]
+        made_from, paths = paths[0], [f"{setting.folder(seed)}.changed.pt"]
+        changed_checkpoint(results / made_from, setting.change, seed, results / paths[0])
     names = ("--attn_from", "--mlp_from") if setting.mlp_from else ("--init",)
-    named = [f"{name} {shlex.quote(str(seen_from / path))}" for name, path in zip(names, paths)]
-    return " ".join([setting.train, *named])
+    return " ".join([setting.train, *map("{} {}".format, names, paths)])
 
 
 def missing(settings, seeds, results):
     """{folder: (setting, seed)} of what has no result yet, all settings of a seed first."""
     found, runs = read_results(results), {}
-    for seed, setting in itertools.product(range(seeds or 10), settings):
+    for seed, setting in product(range(seeds or 10), settings):
         if seed < (seeds or setting.seeds) and setting.folder(seed) not in found:
             runs[setting.folder(seed)] = setting, seed
     return runs
 
 
-def run_one(setting, seed, warmups, results, device):
-    """Waits for its warm-ups, and runs it -> in a word what came of it."""
-    try:
-        for warmup in setting.warmups(seed):
-            warmups[warmup].result()  # raises what making it raised
-        name = setting.folder(seed)
-        call_train(with_checkpoints(setting, seed, results), results / name, seed, device)
-        (results / f"{name}.changed.pt").unlink(missing_ok=True)
-        return "done"
-    except Stopped:
-        return "stopped"
-    except UserError as error:
-        return f"failed: {error}"
-
-
 def run_all(settings, seeds, results, jobs, device):
-    """Every setting with every seed that has no result yet, `jobs` at a time, and before it the
-    warm-ups that it takes up."""
-    runs = missing(settings, seeds, results)
+    """Runs what has no result yet, `jobs` at a time, each after the warm-ups that it takes up."""
+    runs, warmups = missing(settings, seeds, results), {}
+
+    def run(folder, setting, seed):
+        try:
+            for warmup in setting.warmups(seed):
+                warmups[warmup].result()  # raises what making it raised
+            flags = with_checkpoints(setting, seed, results)
+            call_train(flags, results / folder, seed, device)
+            (results / f"{folder}.changed.pt").unlink(missing_ok=True)
+            said = "done"
+        except Stopped:
+            said = "stopped"
+        except UserError as error:
+            said = f"failed: {error}"
+        print(f"{setting.column} | {setting.name} | seed {seed}: {said}", flush=True)
+
     print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
-    began, pool, warmups, futures = time.monotonic(), ThreadPoolExecutor(jobs), {}, {}
-    for setting, seed in runs.values():
+    pool = ThreadPoolExecutor(jobs)
+    for folder, (setting, seed) in runs.items():
         for warmup in setting.warmups(seed):
             if warmup not in warmups:
                 warmups[warmup] = pool.submit(make_warmup, *warmup, results, device)
-        future = pool.submit(run_one, setting, seed, warmups, results, device)
-        futures[future] = f"{setting.column} | {setting.name} | seed {seed}"
+        runs[folder] = pool.submit(run, folder, setting, seed)
     try:
-        for n, future in enumerate(as_completed(futures), 1):
-            left = clock((time.monotonic() - began) / n * (len(runs) - n))
-            print(f"[{n}/{len(runs)}] {futures[future]}: {future.result()}; {left} left",
-                  flush=True)
+        for future in runs.values():
+            future.result()
     finally:  # after Ctrl-C, which the runs got, too: each saves and stops
         pool.shutdown(cancel_futures=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# Results
-
-
 def read_run(path):
-    """A run's folder -> {"result": result.json, or what of it config.json has if it is not there
-    yet, "log": evaluations, "learned": of a warm-up, "environment": what it ran on, if that is
-    known}"""
+    """A run's folder -> {"result": result.json, or config.json while there is none, "log": its
+    evaluations, "learned": of a warm-up, "environment": what it ran on, if that is known}"""
     config, result, learned = (path / f"{name}.json" for name in ("config", "result", "learned"))
     with reading(path / "log.jsonl"):
         log = [entry for entry in json_lines(path / "log.jsonl")
@@ -472,31 +425,28 @@ def read_run(path):
 
 
 def read_results(where):
-    """{folder name: what read_run says} of a folder of runs and the packed files in it, or of one
-    packed file. Raises UserError."""
+    """{folder name: what read_run says} of a folder with runs and packed files, or of one file."""
     where, found = Path(where), {}
     with reading(where):
-        paths = [where] if where.is_file() else sorted(where.iterdir())
-    for path in paths:
-        if path == where or path.suffix == ".gz":
-            with reading(path), gzip.open(path, "rt") as file:
-                records = [json.loads(line) for line in file]
-                found |= {each.pop("name"): each for each in records if not each.get("failed")}
-        elif (path / "result.json").exists():
-            found[path.name] = read_run(path)
+        for path in [where] if where.is_file() else sorted(where.iterdir()):
+            if path == where or path.suffix == ".gz":
+                with reading(path), gzip.open(path, "rt") as file:
+                    records = [json.loads(line) for line in file]
+                    found |= {each.pop("name"): each for each in records}
+            elif (path / "result.json").exists():
+                found[path.name] = read_run(path)
     return found
 
 
 def pack(where, to):
     """All results of a folder in one small file, from which everything can be drawn again."""
     found = read_results(where)
-    for setting in settings_in("starts", "quick"):
-        for seed in range(setting.seeds):
-            record = found.get(setting.folder(seed))
-            warmups = [Path(where, folder_of(of, flags)) for flags, of in setting.warmups(seed)]
-            moves = as_dict(setting.train).get("--transfer") in ("full", "attn,mlp")
-            if record and "share" not in record and moves and warmups[0].exists():
-                record["share"] = share_that_differs(setting, seed, Path(where))
+    for setting, seed in product(settings_in("starts", "quick"), range(10)):
+        record = found.get(setting.folder(seed))
+        moves_mlps = as_dict(setting.train).get("--transfer") in ("full", "attn,mlp")
+        if record and moves_mlps and "share" not in record:
+            if Path(where, folder_of(seed, setting.warmup)).exists():
+                record["share"] = share_that_differs(setting, seed, where)
     text = "".join(json.dumps({"name": name, **record}) + "\n" for name, record in found.items())
     with written_whole(to) as file:
         file.write(gzip.compress(text.encode(), mtime=0))
@@ -521,7 +471,7 @@ BITS = Measure("bits per byte", "{:z.4f}", -1)
 
 
 def measure_of(column):
-    """Recall is measured by steps: runs find the answer suddenly, each at its own time, so that the
+    """Of recall the steps: runs find the answer suddenly, each at its own time, so that the
     accuracy at the end only tells where the budget cut them off."""
     if column not in TASK_COLUMNS:
         return BITS
@@ -529,44 +479,35 @@ def measure_of(column):
 
 
 def value_of(record, measure):
-    """Steps are those until it was learned, as two evaluations in a row say, or all if it never
-    was."""
+    """Steps until it was learned, as two evaluations in a row say, or all if it never was."""
     result = record["result"]
     if measure is not STEPS:
         return result["val_bits_per_byte" if measure is BITS else "val_accuracy"]
-    for first, second in itertools.pairwise(record["log"]):
+    for first, second in pairwise(record["log"]):
         if min(first["val_accuracy"], second["val_accuracy"]) >= FOUND:
             return first["step"]
     return result["settings"]["steps"]
 
 
-def data_of(record):
-    """A number that is another where the run was trained on other data."""
-    return record["result"]["fingerprint"][0]
-
-
 @functools.cache
 def choices(n, of):
-    """All ways to choose n of so many places, or 100,000 random ones: (ways, n). The first way is
-    the first n places."""
+    """All ways to choose n places, the first n first, or 100,000 random ones: (ways, n)."""
     if math.comb(of, n) <= 200_000:
-        return np.array(list(itertools.combinations(range(of), n)))
+        return np.array(list(combinations(range(of), n)))
     chosen = np.random.default_rng(0).random((100_000, of)).argsort(1)[:, :n]
     chosen[0] = range(n)  # what happened is one of the ways: p is never 0
     return chosen
 
 
 def differences(a, b):
-    """Mean of the first values less mean of the others, for every way to give them to two groups;
-    as they were given first."""
+    """Mean of a less mean of b, as they are, and for every other way to give out their values."""
     both = np.array([*a, *b], float)
     sums = both[choices(len(a), len(both))].sum(1)
     return sums / len(a) - (both.sum() - sums) / len(b)
 
 
 def permutation_p(a, b):
-    """Two-sided p that a and b differ in their mean by chance: the share of all ways to give their
-    values to two groups in which the means differ as much or more."""
+    """Two-sided p: the share of all ways in which the means differ as much as they do, or more."""
     if min(len(a), len(b)) < 2:
         return math.nan
     found = np.abs(differences(a, b))
@@ -577,16 +518,15 @@ def permutation_interval(a, b):
     """The 95 % interval of how much larger the mean of a is than that of b: all shifts of a that
     permutation_p does not reject at 5 %. So 0 is outside exactly where p < 0.05.
 
-    Shift a until its mean is u below that of b. What happened is then a difference of -u, another
-    way to give the values one of e - c * u (below). That is as large up to some u, its bound; so p
-    falls as u grows, and the interval ends where 5 % of all ways have a bound that is larger."""
+    With a shifted until its mean is u below that of b, what happened is a difference of -u, another
+    way to give the values one of e - c * u, which is as large up to some u, its bound. So the
+    interval ends where 5 % of all ways have a bound that is larger."""
     if min(len(a), len(b)) < 2:
         return math.nan, math.nan
     e = differences(a - np.mean(a), b - np.mean(b))
     c = differences(np.ones(len(a)), np.zeros(len(b)))
     always = np.abs(c) > 1 - 1e-9  # what happened itself, or with the groups exchanged
-    c[always] = 0
-    ends = []
+    c[always], ends = 0, []
     for sign in (-1, 1):
         bounds = np.maximum(sign * e / (1 + c), -sign * e / (1 - c))
         bounds[always] = math.inf  # with few values nothing is ever rejected
@@ -596,80 +536,71 @@ def permutation_interval(a, b):
 
 def rank_correlation(x, y):
     """Spearman's rank correlation, and its two-sided p by 100,000 random orders."""
-    scaled = []
-    for values in (x, y):
-        _, place, times = np.unique(values, return_inverse=True, return_counts=True)
-        ranks = (times.cumsum() - (times - 1) / 2)[place]  # equal values share their mean rank
-        scaled.append((ranks - ranks.mean()) / max(ranks.std(), 1e-9) / len(ranks) ** 0.5)
-    orders = np.random.default_rng(0).permuted(np.tile(scaled[1], (100_000, 1)), axis=1)
-    rho = scaled[0] @ scaled[1]
-    return rho, float((np.abs(orders @ scaled[0]) >= abs(rho) - 1e-9).mean())
+    # Ranks, but for their scale: of how many it is the larger, less of how many the smaller.
+    x, y = (np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y))
+    orders = np.random.default_rng(0).permuted(np.tile(y, (100_000, 1)), axis=1)
+    p = float((np.abs(orders @ x) >= abs(x @ y) - 1e-9).mean())
+    return x @ y / max(math.sqrt(x @ x * (y @ y)), 1e-9), p
 
 
 class Outcome:
-    """What came of a setting with each seed, as far as there are results. base: what it is compared
-    with; runs on other data than its are left out. counting_warmup: its tokens are steps, too."""
+    """The runs of a setting that are there, without those on other data than `base` had."""
 
-    def __init__(self, setting, seeds, found, base=None, counting_warmup=False):
+    def __init__(self, setting, seeds, found, base=None):
         self.setting, self.measure = setting, measure_of(setting.column)
-        self.runs, self.left_out, self.learned = {}, [], []
+        self.runs, self.left_out, learned = {}, [], []
         for seed in range(seeds or setting.seeds):
-            record = found.get(setting.folder(seed))
-            theirs = base.runs.get(seed) if base else None
-            if record and theirs and data_of(record) != data_of(theirs):
+            record, theirs = found.get(setting.folder(seed)), base and base.runs.get(seed)
+            if record and theirs and (record["result"]["fingerprint"][0]  # of its data
+                                      != theirs["result"]["fingerprint"][0]):
                 self.left_out.append(seed)
             elif record:
                 self.runs[seed] = record
                 names = [folder_of(of, warmup) for warmup, of in setting.warmups(seed)[:1]]
-                self.learned += [found[name]["learned"] for name in names if name in found]
-        self.n, records = len(self.runs), list(self.runs.values())
-        if not records:
-            return
-        self.values = np.array([value_of(record, self.measure) for record in records], float)
-        self.budget = records[0]["result"]["settings"]["steps"]
-        self.warmup_tokens, self.accuracy = np.mean(
-            [(each["result"]["tokens"]["procedural"], each["result"]["val_accuracy"])
-             for each in records], 0)
-        if counting_warmup:
-            last = records[0]["log"][-1]
-            steps = self.warmup_tokens * last["step"] / last["tokens"]
-            self.values, self.budget = self.values + steps, self.budget + steps
-        steps = self.measure is STEPS
-        self.found = int((self.values < self.budget).sum()) if steps else self.n
+                learned += [found[name]["learned"] for name in names if name in found]
+        self.n, results = len(self.runs), [each["result"] for each in self.runs.values()]
+        if results:
+            values = [value_of(each, self.measure) for each in self.runs.values()]
+            self.values = np.array(values, float)
+            self.budget = results[0]["settings"]["steps"]
+            self.accuracy = np.mean([each["val_accuracy"] for each in results])
+            self.warmup_tokens = np.mean([each["tokens"]["procedural"] for each in results])
+            self.learned = shown_learned(learned)
+            steps, number = self.measure is STEPS, (self.values < self.budget).sum()
+            self.all_found = not steps or number == self.n
+            self.number = f"{number} of {self.n} found" if steps else f"n = {self.n}"
+
+    def count_warmup(self):
+        """Counts what the warm-ups took as steps, too."""
+        last = next(iter(self.runs.values()))["log"][-1]
+        steps = self.warmup_tokens * last["step"] / last["tokens"]
+        self.values, self.budget = self.values + steps, self.budget + steps
 
     def show(self, value):
         return self.measure.form.format(value)
 
-    def together(self, base):
-        """The values of both. Never is the same number of steps for both, the smaller budget."""
-        if self.measure is not STEPS:
-            return self.values, base.values
-        budget = min(self.budget, base.budget)
-        return np.minimum(self.values, budget), np.minimum(base.values, budget)
-
     def against(self, base):
-        """How much better this is than a baseline; its 95 % interval, low and high; p; and the same
-        in three words. A gain is a lower bound where the baseline did not get there."""
-        ours, theirs = self.together(base)
-        never = self.measure is STEPS and theirs.max() == min(self.budget, base.budget)
-        bound = "at least " if never and ours.max() < theirs.max() else ""
-        ours, theirs = ours * self.measure.better, theirs * self.measure.better
-        gain, p = ours.mean() - theirs.mean(), permutation_p(ours, theirs)
-        low, high = permutation_interval(ours, theirs)
-        shown_p = "" if math.isnan(p) else f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
-        return gain, low, high, p, [f"{bound}{self.show(gain)}",
-                                    f"{self.show(low)} to {self.show(high)}", shown_p]
+        """The means of a baseline and of this; how much better this is, its 95 % interval, low and
+        high, and p; these in three words. A gain is a lower bound where the baseline never got
+        there; never is the same number of steps for both, the smaller budget."""
+        never = min(self.budget, base.budget) if self.measure is STEPS else math.inf
+        theirs, ours = np.minimum(base.values, never), np.minimum(self.values, never)
+        bound = "at least " if theirs.max() == never > ours.max() else ""
+        signed = ours * self.measure.better, theirs * self.measure.better
+        gain, p = signed[0].mean() - signed[1].mean(), permutation_p(*signed)
+        low, high = permutation_interval(*signed)
+        words = [f"{bound}{self.show(gain)}", f"{self.show(low)} to {self.show(high)}",
+                 "" if math.isnan(p) else f"{p:.4f}" if p >= 1e-4 else "< 0.0001"]
+        return theirs.mean(), ours.mean(), gain, low, high, p, words
 
 
-def compare(settings, seeds, found, counting_warmup=False):
-    """{column: outcomes of its settings}, which come column by column, the base of each first; of
-    two that are the same run, the first."""
+def compare(settings, seeds, found):
+    """{column: outcomes of its settings, the base first}; of two that are one run, the first."""
     columns, seen = {}, set()
     for setting in settings:
-        outcomes = columns.setdefault(setting.column, [])
         if setting.folder(0) not in seen:
-            base = outcomes[0] if outcomes else None
-            outcomes.append(Outcome(setting, seeds, found, base, counting_warmup))
+            outcomes = columns.setdefault(setting.column, [])
+            outcomes.append(Outcome(setting, seeds, found, *outcomes[:1]))
         seen.add(setting.folder(0))
     return columns
 
@@ -686,7 +617,7 @@ COLOURS = dict(zip(  # of a warm-up, in all figures: pyplot's, and six of Tol's 
 
 def colour_of(warmup):
     """"dyck:k=3" -> that of dyck; of a mixture, that of its first rule."""
-    return COLOURS.get(re.search(r"^(?:[\d.]+\*)?(\w*)", warmup)[1], "#CC6677")
+    return COLOURS.get(re.search(r"[a-z]\w*", warmup)[0], "#CC6677")
 
 
 def markdown(head, rows):
@@ -697,72 +628,66 @@ def markdown(head, rows):
 def table_lines(columns):
     lines = []
     for column, outcomes in columns.items():
-        first, rows = outcomes[0], []
-        steps = ["found", "accuracy"] if first.measure is STEPS else []
+        first, rows, notes = outcomes[0], [], []
         for each in [each for each in outcomes if each.n]:
-            row = [each.setting.name, each.show(each.values.mean())]
-            row += [f"{each.found} of {each.n}", f"{each.accuracy:.1%}"] if steps else []
-            row += [str(each.n)]
-            row += each.against(first)[-1] if first.n and each is not first else [""] * 3
-            row += [f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""]
-            rows.append([*row, shown_learned(each.learned)])
-        head = [column, first.measure.name, *steps, "n", f"gain over {first.setting.name}", "95 %",
-                "p", "tokens of warm-up", "learned"]
-        lines += ["", *markdown(head, rows)] if rows else []
-        without = [each.setting.name for each in outcomes if not each.n]
-        lines += ["", f"no result yet of {column}: {'; '.join(without)}"] if without else []
-        for each in outcomes:
-            if each.left_out:
-                lines.append(f"left out: {column} | {each.setting.name} | seeds {each.left_out}: "
-                             f"their data are not those of {first.setting.name} (code and docs of "
-                             "another Python, or other files)")
+            gain = each.against(first)[-1] if first.n and each is not first else [""] * 3
+            warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
+            rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
+                         each.number, *gain, warmup, each.learned])
             shares = [record["share"] for record in each.runs.values() if "share" in record]
             if len(shares) == each.n > 2:
                 rho, p = rank_correlation(shares, each.values)
-                lines.append(f"share that differs after the transfer, and steps: {column} | "
+                notes.append("share that differs after the transfer, and steps: "
                              f"{each.setting.name}: rank correlation {rho:.2f}, p {p:.4f}")
+        if rows:
+            head = [column, first.measure.name, "accuracy", "seeds", f"gain over "
+                    f"{first.setting.name}", "95 %", "p", "tokens of warm-up", "learned"]
+            lines += ["", *markdown(head, rows)]
+        without = [each.setting.name for each in outcomes if not each.n]
+        notes += [f"no result yet of {column}: {'; '.join(without)}"] if without else []
+        notes += [f"left out: {column} | {each.setting.name} | seeds {each.left_out}: not the data "
+                  f"of {first.setting.name} (another Python's code and docs, or other files)"
+                  for each in outcomes if each.left_out]
+        lines += ["", *notes] if notes else []
     return lines
 
 
 def shown_learned(probed):
-    """The mean share that warm-ups learned of what can be, and how many answer tokens are right."""
-    new = [each for each in probed if "accuracy" in each]
-    old = [each for each in probed if "above it, the blind" in each]
-    shares = [each["learned (share of what can be)"] for each in new]
-    shares += [1 - each["above it"] / each["above it, the blind"] for each in old]
-    right = f", {np.mean([each['accuracy'] for each in new]):.0%} right" if new else ""
-    return f"{np.mean(shares):.0%}{right}" if shares else ""
+    """The mean share learned of what can be; the tokens right, unless the records are old."""
+    shares = [1 - each["above it"] / each["above it, the blind"] if "above it, the blind" in each
+              else each["learned (share of what can be)"] for each in probed if each]
+    right = [each["accuracy"] for each in probed if "accuracy" in each]
+    words = [f"{np.mean(shares):.0%}"] if shares else []
+    return ", ".join(words + [f"{np.mean(right):.0%} right"] if right else words)
 
 
-def draw_settings(columns, path):
+def draw(name, columns, path):
     """A panel for each column, and in it a line for each setting: every seed a dot, or a ring where
     the weights of its warm-up were changed. A bar is the mean, unless some seeds are never."""
-    panels = {column: [each for each in outcomes if each.n] for column, outcomes in columns.items()}
-    panels = {column: there for column, there in panels.items() if there}
-    sizes = [len(there) + 2 for there in panels.values()]
+    if name == "tasks":
+        return draw_gains(columns, path)
+    panels = [[each for each in outcomes if each.n] for outcomes in columns.values()]
+    panels = [there for there in panels if there]
+    sizes = [len(there) + 2 for there in panels]
     figure, axes = pyplot().subplots(len(panels), 1, squeeze=False, height_ratios=sizes,
-                                     figsize=(9, 0.45 * sum(sizes)), layout="constrained")
-    for axis, (column, there) in zip(axes[:, 0], panels.items()):
-        first, steps, labels = columns[column][0], there[0].measure is STEPS, []
+                                     figsize=(9, 0.45 * sum(sizes)))
+    for axis, there in zip(axes[:, 0], panels):
+        first, steps, rows = there[0], there[0].measure is STEPS, np.arange(len(there))
         for y, each in enumerate(there):
             warmup = as_dict(each.setting.warmup or each.setting.train)["--warmup"]
             places = y + np.linspace(-0.3, 0.3, each.n + 2)[1:-1]  # else equal values are one dot
             axis.plot(each.values, places, "o", color=colour_of(warmup), alpha=0.7,
                       fillstyle="none" if each.setting.change else "full")
-            if each.found == each.n:
+            if each.all_found:
                 axis.plot(each.values.mean(), y, "|k", markersize=18, markeredgewidth=2)
-            number = f"{each.found} of {each.n} found" if steps else f"n = {each.n}"
-            labels.append(f"{each.setting.name} ({number})")
-            if steps or first.n:
-                x = each.budget if steps else first.values.mean()
-                axis.plot([x, x], [y - 0.5, y + 0.5], color="grey", linestyle=":")
-                if y == 0:
-                    axis.text(x, -0.55, "never" if steps else f"mean of {first.setting.name}",
-                              color="grey", ha="center", va="bottom")
+        line = [each.budget if steps else first.values.mean() for each in there]
+        axis.vlines(line, rows - 0.5, rows + 0.5, "grey", ":", zorder=0)
+        axis.text(line[0], -0.55, "never" if steps else f"mean of {first.setting.name}",
+                  color="grey", ha="center", va="bottom")
+        axis.set_yticks(rows, [f"{each.setting.name} ({each.number})" for each in there])
+        axis.set(ylim=(len(there) - 0.5, -0.5), xlabel=first.measure.name)
         axis.set_xlim(left=0 if steps else None)
-        axis.set_yticks(range(len(there)), labels)
-        axis.set(ylim=(len(there) - 0.5, -0.5), xlabel=there[0].measure.name)
-        axis.set_title(TITLES.get(column, column), pad=18)
+        axis.set_title(TITLES.get(first.setting.column, first.setting.column), pad=18)
     keep_figure(figure, path)
 
 
@@ -779,10 +704,10 @@ def draw_gains(columns, path):
     found = {(column, each.setting.name): each for column, outcomes in columns.items()
              for each in outcomes}
     rules = list(dict.fromkeys(name.split(", ")[0] for _, name in found if name != "none"))
-    figure, axes = pyplot().subplots(1, 2, figsize=(14, 1 + len(rules)), layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(14, 1 + len(rules)))
     for axis, start in zip(axes, ("whole", "attention")):
         gains = np.full((len(rules), len(columns)), np.nan)
-        for (j, column), (i, rule) in itertools.product(enumerate(columns), enumerate(rules)):
+        for (i, rule), (j, column) in product(enumerate(rules), enumerate(columns)):
             base, each = found[column, "none"], found.get((column, f"{rule}, {start}"))
             text, place = "not run", DIAGNOSTICS.index(column)
             if each and each.n and base.n:
@@ -792,8 +717,8 @@ def draw_gains(columns, path):
                 text += f"\npaper {published - PUBLISHED['none'][place]:+.1f}"
             axis.text(j, i, text, ha="center", va="center")
         image = axis.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
-        axis.set_xticks(range(len(columns)), [TITLES.get(column, column).replace(" ", "\n", 1)
-                                              for column in columns])
+        titles = [TITLES.get(column, column).replace(" ", "\n", 1) for column in columns]
+        axis.set_xticks(range(len(columns)), titles)
         axis.set_yticks(range(len(rules)), rules)
         axis.grid(False)
         axis.set_title(f"{start} moved")
@@ -801,53 +726,40 @@ def draw_gains(columns, path):
     keep_figure(figure, path)
 
 
-def draw(name, columns, path):
-    (draw_gains if name == "tasks" else draw_settings)(columns, path)
-
-
 def curves(runs, picture):
     """Held-out loss or accuracy by tokens: a thin line for each run, a thick one for the mean of
-    those that differ in the seed alone. runs: {name: record}. Raises UserError."""
+    those that differ in the seed alone, as far as all of them go. runs: {name: record}."""
     data = {record["result"]["settings"]["data"] for record in runs.values()}
-    seeds = {record["result"]["settings"]["seed"]: data_of(record) for record in runs.values()}
-    if len(data) > 1 or any(data_of(record) != seeds[record["result"]["settings"]["seed"]]
-                            for record in runs.values()):
-        raise UserError("these runs are on different data, or on other files of that name, and do "
-                        f"not compare: {', '.join(sorted(data))}")
+    if len(data) > 1:
+        raise UserError(f"these runs are on different data: {', '.join(sorted(data))}")
     metric, ylabel = "val_loss", "held-out loss (nats per token)"
     if min(data).partition(":")[0] in TASKS:
         metric, ylabel = "val_accuracy", "accuracy on held-out answers"
-    # What the runs of a group may differ in, and what its label says.
-    free = OPERATIONAL | {"seed", "init", "attn_from", "mlp_from", "transfer", "embeddings",
-                          "positions"}
-    groups, colours = {}, []
-    print(f"{'run':44} {'warm-up':20} {'seed':>4} {'tokens':>13} {'loss':>8} {'accuracy':>9}")
+    groups, styles, free = {}, {}, OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
     for name, record in runs.items():
-        if not record["log"]:
+        s, label, log = record["result"]["settings"], record["result"]["warmup"], record["log"]
+        if not log:
             raise UserError(f"{name} has no evaluation of its training yet")
-        s, label, last = record["result"]["settings"], record["result"]["warmup"], record["log"][-1]
-        print(f"{name:44} {label:20} {s['seed']:4} {last['tokens']:13,} {last['val_loss']:8.4f} "
-              f"{last['val_accuracy']:9.2%}")
+        print(f"{name}: warm-up {label}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, loss "
+              f"{log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
         if label != "none":
             label += f": {s['transfer']}, embeddings {s['embeddings']}, positions {s['positions']}"
         alike = label, repr([s[key] for key in sorted(s.keys() - free)])
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
-        points = record["log"][1:] or record["log"]
-        groups.setdefault(alike, []).append({each["tokens"]: each[metric] for each in points})
+        curve = {each["tokens"]: each[metric] for each in log[1:] or log}
+        groups.setdefault(alike, []).append(curve)
     figure, axis = pyplot().subplots(figsize=(9, 6.5))
     for (label, _), group in groups.items():
-        colours.append(colour_of(label))  # one for each warm-up, whose groups differ in style
-        style = ("-", "--", ":", "-.")[(colours.count(colours[-1]) - 1) % 4]
-        look = {"color": colours[-1], "linestyle": style}
+        colour = colour_of(label)  # one for each warm-up, whose groups differ in style
+        style = next(styles.setdefault(colour, cycle(("-", "--", ":", "-."))))
         for curve in group:
-            axis.plot(list(curve), list(curve.values()), **look, alpha=0.5, linewidth=1)
-        # Of some that stopped when they had learned it, the mean of the others would mislead.
-        level = len({max(curve) for curve in group}) == 1
-        shared = sorted(set(group[0]).intersection(*group)) if level else []
+            axis.plot(list(curve), list(curve.values()), style, color=colour, alpha=0.5, lw=1)
+        shared = sorted(set(group[0]).intersection(*group))
         mean = [np.mean([curve[tokens] for curve in group]) for tokens in shared]
-        axis.plot(shared, mean, **look, linewidth=2.5, label=f"{label} (n = {len(group)})")
+        axis.plot(shared, mean, style, color=colour, lw=2.5, label=f"{label} (n = {len(group)})")
     axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
-    axis.set(title=min(data), xlabel="tokens of training", ylabel=ylabel)
+    axis.set(title=f"{min(data)} (thick: means, as far as all their runs go)",
+             xlabel="tokens of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)
 
@@ -867,9 +779,8 @@ class Claim(NamedTuple):
 
 
 # Written down before the runs that decide them, but for what the report says of the first seven.
-# On text, rate and ramp suit the baseline, but where it says so. Published perplexities in bits per
-# byte: 62.0 -> 59.9 is 0.034 nats a token of GPT-2, which has 4.4 bytes of English; 5.47 -> 5.15 is
-# 0.060 nats a token of CodeParrot's, which has some 3 bytes of Python (ours).
+# Published perplexities in bits per byte: 62.0 -> 59.9 is 0.034 nats a token of GPT-2, of 4.4 bytes
+# of English; 5.47 -> 5.15 is 0.060 nats a token of CodeParrot's, of some 3 bytes of Python.
 CODE, ENGLISH = "gain 0.029 bits per byte", "gain 0.011 bits per byte"
 RIGHT = "11.3 -> 96.9 % right"
 OTHERS = "others, 410 M parameters: text is better"
@@ -916,19 +827,21 @@ def judge(claim, seeds, found):
     """A claim -> what was measured, in words; n; p; the verdict."""
     settings = {each.name: each for each in settings_in(claim.experiment, "quick")
                 if each.column == claim.column}
-    base, ours = compare([settings[claim.worse], settings[claim.better]], seeds, found,
-                         claim.counting_warmup)[claim.column]
+    both = [settings[claim.worse], settings[claim.better]]
+    base, ours = outcomes = compare(both, seeds, found)[claim.column]
     if not ours.n or not base.n:
         return ["", "0", "", "not run"]
-    gain, low, high, p, (gained, limits, shown_p) = ours.against(base)
+    if claim.counting_warmup:
+        for each in outcomes:
+            each.count_warmup()
+    before, after, gain, low, high, p, (gained, limits, shown_p) = ours.against(base)
     verdict = "undecided"
     if p < 0.05 / len(CLAIMS):  # Bonferroni: one false finding in 20 such lists of claims
         verdict = "supported" if gain > 0 else "contradicted"
     elif ours.measure is BITS and -MARGIN < low and high < MARGIN:
         verdict = "no difference beyond the margin"
-    after, before = (ours.show(values.mean()) for values in ours.together(base))
-    words = (f"{before} ({base.setting.name}) -> {after} {ours.measure.name}, gain {gained} "
-             f"({limits})")
+    words = (f"{ours.show(before)} ({base.setting.name}) -> {ours.show(after)} "
+             f"{ours.measure.name}, gain {gained} ({limits})")
     if ours.measure is STEPS:
         words += f"; {base.accuracy:.1%} -> {ours.accuracy:.1%} right"
     return [words, str(min(base.n, ours.n)), shown_p, verdict]
@@ -941,28 +854,33 @@ def claims_lines(found, seeds):
          f"`{claim.experiment} --only {shlex.quote(claim.column)}`"] for claim in CLAIMS])
 
 
+MARK = "<!-- written by analyze.py report from here on -->"
+
+
 def report(results, seeds):
-    """All claims, tables and figures that there are results for, in report.md beside them."""
+    """What there are results for, in report.md beside them, below MARK: what is above it stays."""
     found, folder = read_results(results), results if results.is_dir() else results.parent
-    lines = ["# What was found", "", *claims_lines(found, seeds), "",
-             "In the figures: a dot for each seed, a ring where the weights of its warm-up were "
-             "changed, a bar for the mean."]
-    shown = set()  # runs, which several experiments may have
-    for budget, name in itertools.product(COLUMNS, EXPERIMENTS):
+    path, shown = folder / "report.md", set()
+    lines = path.read_text("utf-8").split("\n") if path.exists() else []
+    lines = lines[:lines.index(MARK)] if MARK in lines else []
+    lines += [MARK, "", "# What was found", "", *claims_lines(found, seeds), "",
+              "In the figures: a dot for each seed, a ring where the weights of its warm-up were "
+              "changed, a bar for the mean."]
+    for budget, name in product(COLUMNS, EXPERIMENTS):
         columns = compare(settings_in(name, budget), seeds, found)
         columns = {column: outcomes for column, outcomes in columns.items()
                    if any(each.n for each in outcomes[1:])}
         runs = {each.setting.folder(0) for each in sum(columns.values(), []) if each.n}
-        if runs - shown:
+        if runs - shown:  # several experiments may have a run
             shown |= runs
             draw(name, columns, folder / f"{name}-{budget}.png")
-            lines += ["", f"## {name} ({budget}): {EXPERIMENTS[name].question}",
+            lines += ["", f"## {name} ({budget}): {EXPERIMENTS[name][0]}",
                       *table_lines(columns), "", f"![{name}]({name}-{budget}.png)"]
     if not shown:
         raise UserError(f"{results} has no result of any experiment")
-    with written_whole(folder / "report.md") as file:
+    with written_whole(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
-    print(folder / "report.md")
+    print(path)
 
 
 def experiment(name, args):
@@ -970,7 +888,7 @@ def experiment(name, args):
     settings, results = settings_in(name, args.budget), Path(args.results)
     wanted = [each for each in settings if args.only in f"{each.column} | {each.name}"]
     if not wanted:
-        raise UserError(f"--only {args.only} is in no \"column | setting\" of {name}, such as "
+        raise UserError(f"--only {args.only} is in no setting of {name}, such as "
                         f"\"{settings[0].column} | {settings[0].name}\"")
     columns = {each.column for each in wanted}
     settings = [each for each in settings  # a column's first, too, which it is compared with
@@ -982,56 +900,55 @@ def experiment(name, args):
     with reading(results):  # a record is checked by being used
         columns = compare(settings, args.seeds, read_results(results))
         lines = table_lines(columns)
-    print(f"\n{name} ({args.budget}): {EXPERIMENTS[name].question}", *lines, sep="\n")
+    print(f"\n{name} ({args.budget}): {EXPERIMENTS[name][0]}", *lines, sep="\n")
     if any(each.n for outcomes in columns.values() for each in outcomes):
         folder = results if results.is_dir() else Path()
         draw(name, columns, folder / f"{name}-{args.budget}.png")
 
 
+COMMANDS = {name: question for name, (question, *_) in EXPERIMENTS.items()} | {
+    "curves": "held-out loss or accuracy by tokens, of any runs",
+    "claims": "each claim: supported, contradicted or undecided here",
+    "report": "all tables and figures, in report.md beside the results",
+    "pack": "all results in one small file"}
+
+
 def main():
     parser = Parser(description="What many runs say.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shared = Parser(add_help=False)
-    shared.add_argument("--results", default="results", help="a folder, or a packed file (default "
-                        "results)")
-    shared.add_argument("--seeds", type=number(1, 1000), help="at most (default: as planned)")
-    drawer = commands.add_parser("curves", help="held-out loss or accuracy by tokens, of any runs")
-    drawer.add_argument("runs", nargs="+", help="folders, or with --results parts of names")
-    drawer.add_argument("--results", help="a folder of many runs, or a packed file")
-    drawer.add_argument("--picture", default="curves.png", help="(default curves.png)")
-    for name, (question, *_) in EXPERIMENTS.items():
-        runner = commands.add_parser(name, help=question, parents=[shared])
-        runner.add_argument("--budget", choices=COLUMNS, default="quick",
-                            help="for two CPU cores, or as published (default quick)")
-        runner.add_argument("--only", default="", metavar="TEXT", help="settings with this in "
-                            "\"column | setting\", and what they are compared with")
-        runner.add_argument("--jobs", type=number(1, 1000), default=1, help="runs at a time")
-        runner.add_argument("--show", action="store_true", help="run nothing")
-        runner.add_argument("--device", help="cuda, mps or cpu")
-    commands.add_parser("claims", parents=[shared],
-                        help="each claim: supported, contradicted or undecided here")
-    commands.add_parser("report", parents=[shared],
-                        help="all tables and figures, in report.md beside the results")
-    packer = commands.add_parser("pack", parents=[shared], help="all results in one small file")
-    packer.add_argument("to", help="such as results.jsonl.gz")
+    for name, text in COMMANDS.items():
+        flag = commands.add_parser(name, help=text).add_argument
+        flag("--results", default=None if name == "curves" else "results",
+             help="a folder, or a packed file (default %(default)s)")
+        if name == "curves":
+            flag("runs", nargs="+", help="folders, or with --results parts of names")
+            flag("--picture", default="curves.png", help="(default %(default)s)")
+        elif name == "pack":
+            flag("to", help="such as results.jsonl.gz")
+        else:
+            flag("--seeds", type=number(1, 1000), help="at most (default: as planned)")
+        if name in EXPERIMENTS:
+            flag("--budget", choices=COLUMNS, default="quick", help="for CPUs, or as published")
+            flag("--only", default="", help="settings with this in \"column | setting\"")
+            flag("--jobs", type=number(1, 1000), default=1, help="runs at a time")
+            flag("--show", action="store_true", help="run nothing")
+            flag("--device", help="cuda, mps or cpu")
     args = parser.parse_args()
     if args.command in EXPERIMENTS:
         return experiment(args.command, args)
-    if args.command == "pack":
-        return pack(args.results, args.to)
     with reading(args.results or ", ".join(args.runs)):  # as above
+        if args.command == "pack":
+            return pack(args.results, args.to)
+        if args.command == "report":
+            return report(Path(args.results), args.seeds)
         if args.command == "claims":
-            print("\n".join(claims_lines(read_results(args.results), args.seeds)))
-        elif args.command == "report":
-            report(Path(args.results), args.seeds)
-        elif args.results:
-            found = read_results(args.results)
-            names = [name for name in found if any(part in name for part in args.runs)]
-            if not names:
-                raise UserError(f"no run in {args.results} is named like {', '.join(args.runs)}")
-            curves({name: found[name] for name in names}, args.picture)
-        else:
-            curves({run: read_run(Path(run)) for run in args.runs}, args.picture)
+            return print("\n".join(claims_lines(read_results(args.results), args.seeds)))
+        found = (read_results(args.results) if args.results
+                 else {run: read_run(Path(run)) for run in args.runs})
+        runs = {name: found[name] for name in found if any(part in name for part in args.runs)}
+        if not runs:
+            raise UserError(f"no run in {args.results} is named like {', '.join(args.runs)}")
+        curves(runs, args.picture)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
     python train.py --preset c4 --warmup union     a published run (first: data.py prepare c4)
     torchrun --nproc_per_node=8 train.py ...       on eight GPUs: the same batches
 
-Read from `run`, which has two stages, through `train`, which is one, to the end of `Log`; the rest
-is there to be looked up. Settings, such as the learning rate, are in `DEFAULTS`. `s` are all of
-them, `stage` the same as a stage sees them: `stage.lr` of the warm-up is `s.warmup_lr`.
+Read from `run`, which has two stages, through `train`, which is one, to the end of `Log`. Settings,
+such as the learning rate, are in `DEFAULTS`. `s` are all of them, `stage` the same as a stage sees
+them: `stage.lr` of the warm-up is `s.warmup_lr`.
 """
 import contextlib
 import datetime
@@ -28,10 +28,10 @@ from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from pathlib import Path
 
 # Before torch, since data.py sets how its threads wait, which torch reads when it is imported.
-from data import (Parser, UserError, can_grow, default_tokenizer, json_lines, kind_of, lock,
-                  make_data, micro_batches, number, read_json, reading, run_main, say,
-                  write_json, written_whole)
-from eval import evaluate, held_out_rows, perplexity
+from data import (Parser, UserError, default_tokenizer, json_lines, kind_of, lock, make_data,
+                  micro_batches, number, read_json, reading, run_main, say, write_json,
+                  written_whole)
+from eval import evaluate, held_out_rows
 from model import (GPT, GPTConfig, attention_maps, find_device, load, parse_parts, parse_size, save,
                    transfer)
 
@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader
 
 def run(s):
     """Everything that the settings say -> the content of result.json. Raises UserError, Stopped."""
-    out = Path(s.out)
+    out, parts = Path(s.out), parse_parts(s.transfer)
     join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
     data, rule = open_data(s)
@@ -57,26 +57,23 @@ def run(s):
     warmed = start_from_checkpoints(model, s)
     if rule:
         warm_stage = stage_of(s, "warmup", rule)
-        other_seed = s.seed + 2 ** 32
-        warm_model = new_model(rule, s.size, True, s.warmup_dropout, other_seed)
+        warm_model = new_model(rule, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
         # A trial: what does not fit is refused now, not after hours of warm-up.
-        transfer(warm_model, model, parse_parts(s.transfer), s.embeddings, s.positions)
+        transfer(warm_model, model, parts, s.embeddings, s.positions)
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
-        with first_process_first():
-            finished = open_run(out, s, fingerprint, warmed["spec"])
-        if finished is not None:
+        finished = open_run(out, s, fingerprint, warmed["spec"]) if rank() == 0 else None
+        if total(finished is not None)[0]:
             say(f"{out}: finished in an earlier run")
             return finished
         listen()
         n = sum(p.numel() for p in model.parameters())
-        say(f"{out}: {s.size} GPT, {n:,} parameters, context {data.block_size}; {s.device}, "
-            f"{s.dtype}, {world_size()} process{'es' if world_size() > 1 else ''}")
+        say(f"{out}: {n:,} parameters; {s.device}, {s.dtype}, processes: {world_size()}")
         if rule:
             # 1. Warm up.
             warmed |= train(warm_model, rule, warm_stage, out / "warmup.pt", fingerprint, warmed)
             # 2. Move what was learned.
-            move(warm_model, model, parse_parts(s.transfer), s)
+            move(warm_model, model, parts, s)
             del warm_model  # its memory is wanted now
         # 3. Continue.
         trained = train(model, data, stage, out / "ckpt.pt", fingerprint, warmed)
@@ -86,29 +83,26 @@ def run(s):
 
 def open_data(s):
     """The data of both stages; the second is None where nothing is warmed up. Raises UserError."""
-    with first_process_first():  # it may have a corpus to tokenise, which the others then find
-        data, rule = make_data(s.data, s.seed, s.block_size, s.tokenizer), None
-        if s.warmup == "text":
-            block_size = s.warmup_block_size or s.block_size
-            rule = make_data(s.data, s.seed, block_size, s.tokenizer, split="warmup")
-        elif s.warmup != "none":
-            rule = make_data(s.warmup, s.seed, s.warmup_block_size)
-        return data, rule
+    data = make_data(s.data, s.seed, s.block_size, s.tokenizer)
+    if s.warmup == "none":
+        return data, None
+    if s.warmup == "text":
+        block_size = s.warmup_block_size or s.block_size
+        return data, make_data(s.data, s.seed, block_size, s.tokenizer, split="warmup")
+    return data, make_data(s.warmup, s.seed, s.warmup_block_size)
 
 
 def check_data(data, rule, s):
-    """Refuses data that cannot be trained on. Returns their fingerprint. Raises UserError."""
+    """Refuses data that cannot be trained on -> their fingerprint. Raises UserError."""
     both = [data, rule] if rule else [data]
     for each, batch_size in zip(both, (s.batch_size, s.warmup_batch_size)):
-        if not (each.train.__getitems__(range(64))[1] != -1).any():
-            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}: longer "
-                            "ones are needed")
+        if (each.train.__getitems__(range(64))[1] == -1).all():
+            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}")
         if batch_size < world_size():
             raise UserError(f"a batch of {batch_size} is too small for {world_size()} processes")
     fingerprint = [each.fingerprint() for each in both]
     if total(*fingerprint) != [number * world_size() for number in fingerprint]:
-        raise UserError("processes see different data: corpora have to be on a disk that all "
-                        "machines share, or be copied to each")
+        raise UserError("processes see different data: each machine needs the same corpora")
     return fingerprint
 
 
@@ -122,19 +116,17 @@ def move(source, model, parts, s):
     """Moves these parts, and embeddings and positions as the settings say, and says what moved."""
     moved = transfer(source, model, parts, s.embeddings, s.positions)
     say(f"[transfer] {', '.join(parts)}; embeddings {s.embeddings}, positions "
-        f"{'moved' if moved else 'random'} (there are {source.config.block_size} for "
-        f"{model.config.block_size})")
+        f"{'moved' if moved else 'random'}")
 
 
 def start_from_checkpoints(model, s):
     """Moves what --init, --attn_from and --mlp_from name into the model -> how it was warmed up."""
-    specs = []
     warmed = {"tokens": 0, "seconds": 0.0, "before": {}, "result": {}}
-    for path, parts in ((s.init, parse_parts(s.transfer)), (s.mlp_from, ["mlp"]),
-                        (s.attn_from, ["attn"])):
+    specs = []
+    for path, parts in ((s.init, s.transfer), (s.mlp_from, "mlp"), (s.attn_from, "attn")):
         if path:
             source, state = load(path)
-            move(source, model, parts, s)
+            move(source, model, parse_parts(parts), s)
             with reading(path):  # other people's files hold none of this
                 warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
                 warmed["tokens"] += warm.get("tokens", 0)
@@ -143,14 +135,18 @@ def start_from_checkpoints(model, s):
 
 
 def open_run(out, s, fingerprint, warmup):
-    """Makes the run's folder, or checks that it holds this very run. Returns its result if that is
-    there, else None. Raises UserError."""
+    """Makes a run's folder, or checks that it holds this run -> its result if that is there."""
     path = out / "config.json"
     if not path.exists():
         if any(out.glob("[!.]*")):
             raise UserError(f"{out} is there and is not a run: choose another --out")
+        git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
+        chip = torch.cuda.get_device_name() if "cuda" in s.device else platform.machine()
         write_json(path, {"settings": vars(s), "warmup": warmup, "fingerprint": fingerprint,
-                          "environment": environment(s.device)})
+                          "environment": {
+                              "python": platform.python_version(), "torch": torch.__version__,
+                              "numpy": numpy.__version__, "commit": subprocess.getoutput(git),
+                              "device_name": chip, "processes": world_size()}})
         return None
     fixed = vars(s).keys() - OPERATIONAL
     if s.dropout or s.warmup_dropout:
@@ -161,27 +157,14 @@ def open_run(out, s, fingerprint, warmup):
             theirs, ours = there["settings"].get(key), getattr(s, key)
             if theirs != ours:
                 raise UserError(f"{out} holds a run with other settings ({key} {theirs}, here "
-                                f"{ours}): choose another --out; --init {out}/ckpt.pt --transfer "
-                                "all would train on from it")
+                                f"{ours}): choose another --out")
         if there["fingerprint"] != fingerprint:
-            raise UserError(f"{s.data} is not what it was when the run in {out} began: put it "
-                            "back, or choose another --out")
+            raise UserError(f"{s.data} is not what it was when the run in {out} began")
     if (out / "result.json").exists():
         return read_json(out / "result.json")
-    if not s.resume and rank() == 0:
+    if not s.resume:
         raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
     return None
-
-
-def environment(device):
-    commit = None
-    with contextlib.suppress(OSError):  # there may be no git
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).resolve().parent,
-                                capture_output=True, text=True).stdout.strip() or None
-    cuda = device.startswith("cuda")
-    name = torch.cuda.get_device_name(device) if cuda else platform.machine()
-    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit,
-            "numpy": numpy.__version__, "device_name": name, "processes": world_size()}
 
 
 def write_result(out, s, fingerprint, warmed, trained):
@@ -205,10 +188,12 @@ def write_result(out, s, fingerprint, warmed, trained):
 
 
 def train(model, data, stage, file, fingerprint, warmed):
-    """Trains a model for one stage. `file` is its checkpoint: gone on from if it is there, and
-    written with the data's fingerprint and what is known of a warm-up before. Returns how far it
-    is, see `resume`. Raises UserError, and Stopped after a signal."""
-    introduce(stage, data)
+    """Trains a model for one stage, from its checkpoint `file` on, if there is one -> how far it
+    is, see `resume`. `warmed` is kept in the file. Raises UserError, and Stopped after a signal."""
+    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
+    say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
+        f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
+        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
     model.recompute = stage.recompute
     model.to(stage.device)
     optimizer = make_optimizer(model, stage)
@@ -217,16 +202,20 @@ def train(model, data, stage, file, fingerprint, warmed):
     began = time.monotonic() - progress["seconds"]
     log = Log(file.with_name("log.jsonl"), stage, progress)
     held_out = held_out_rows(data, stage.eval_rows)
+
+    def look(step):
+        result = progress["result"] = evaluation(model, held_out, data, stage)
+        loss, accuracy = result["loss"], result["accuracy"]
+        log.add(step, f"step {step:,}: held-out loss {loss:.3f}, accuracy {accuracy:.1%}",
+                val_loss=loss, val_accuracy=accuracy)
+        return result
+
     if not progress["before"]:
-        progress["before"] = progress["result"] = evaluation(model, held_out, data, stage)
-        log.add_evaluation(0, progress["before"])
-    if is_complete(progress, stage):
+        progress["before"] = look(0)
+    if progress["step"] == stage.steps or progress["passed"] == 2:
         return progress
-    n_micro = stage.grad_accum or enough_micro_batches(data, stage)
-    net = wrapped(model, data, stage, n_micro)
-    if stage.curriculum:
-        data.train.longest = data.val.longest = progress["length"]
-    rows = rows_from(data, stage, progress["step"])
+    net = wrapped(model, data, stage)
+    rows = rows_from(data, stage, progress)
 
     def save_progress():
         if rank() == 0:
@@ -251,7 +240,7 @@ def train(model, data, stage, file, fingerprint, warmed):
             save_progress()
             raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
         loss = 0.0
-        micros = micro_batches(x, y, n_micro, trim=stage.device == "cpu")
+        micros = micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu")
         for i, (x, y) in enumerate(micros):
             x, y = x.to(stage.device, non_blocking=True), y.to(stage.device, non_blocking=True)
             if world_size() > 1:  # processes share their gradients once a step
@@ -274,10 +263,10 @@ def train(model, data, stage, file, fingerprint, warmed):
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip or math.inf)
         # To look at it a GPU has to be waited for: what is not seen now is by the next look.
-        if (logging or saving or stage.device == "cpu") and not scaler.is_enabled():
-            if not norm.isfinite():
-                raise UserError("the loss or its gradient is not finite: a lower learning rate may "
-                                "help; --resume goes on from the last checkpoint")
+        looking = (logging or saving or stage.device == "cpu") and not scaler.is_enabled()
+        if looking and not norm.isfinite():
+            raise UserError("the loss or its gradient is not finite: a lower learning rate may "
+                            "help; --resume goes on from the last checkpoint")
         scaler.step(optimizer)  # leaves out a step whose gradient float16 could not hold
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -287,37 +276,21 @@ def train(model, data, stage, file, fingerprint, warmed):
         if logging:
             log.add_step(done, total(float(loss))[0], lr)
         if last or done % stage.eval_every == 0:
-            progress["result"] = evaluation(model, held_out, data, stage)
-            log.add_evaluation(done, progress["result"])
-            good = stage.stop_at and progress["result"]["accuracy"] >= stage.stop_at
+            good = look(done)["accuracy"] >= (stage.stop_at or math.inf)
             progress["passed"] = progress["passed"] + 1 if good else 0
         if grow(progress, model, data, stage):
-            rows = rows_from(data, stage, done)
-        if saving or is_complete(progress, stage):
+            rows = rows_from(data, stage, progress)
+        if saving or progress["passed"] == 2:
             save_progress()
-        if is_complete(progress, stage):
+        if progress["passed"] == 2:  # --stop_at was reached twice in a row
             break
     return progress
 
 
-def introduce(stage, data):
-    """Says what a stage is about to do."""
-    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
-    say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
-        f"{stage.block_size} tokens; weight decay {stage.weight_decay:g}, dropout "
-        f"{stage.dropout:g}\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
-        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
-
-
-def is_complete(progress, stage):
-    """At its last step, or stopped early: --stop_at was reached twice in a row."""
-    return progress["step"] == stage.steps or progress["passed"] == 2
-
-
 def resume(file, model, optimizer, scaler, stage, fingerprint):
-    """Puts a checkpoint, if there is one, into model, optimiser and scaler -> how far the stage is:
-    step, tokens, seconds; before and result, the first and the last evaluation; passed, how many in
-    a row reached --stop_at; length, of a curriculum. Raises UserError."""
+    """Takes up a checkpoint, if there is one -> how far the stage is. before and result are the
+    first and last evaluation; passed counts those that reached --stop_at in a row; length is that
+    of a curriculum. Raises UserError."""
     progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
                 "length": 2 if stage.curriculum else None}
     if not file.exists():
@@ -327,8 +300,6 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
         if saved_model.config != model.config or state["fingerprint"] != fingerprint:
             raise ValueError("it is of another model, or of other data")
         progress = {key: state[key] for key in progress}
-        if progress["step"] not in range(stage.steps + 1):
-            raise ValueError(f"it is at step {progress['step']} of {stage.steps}")
         say(f"[{stage.name}] taken up at step {progress['step']:,}, held-out loss "
             f"{progress['result']['loss']:.3f}, after {clock(progress['seconds'])}")
         saved = state["optimizer"]["state"]  # empty before the first step
@@ -336,13 +307,9 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
         for i, p in enumerate(parameters if saved else []):
             saved[i]["step"] = torch.tensor(float(saved[i]["step"]))
             for name in ("exp_avg", "exp_avg_sq"):
-                moment = saved[i][name]
-                if moment.shape != p.shape or moment.dtype != p.dtype:
-                    raise ValueError("its optimiser is of another model")
-                # Strides and layouts that a file may have would crash the fused step.
-                saved[i][name] = torch.empty(p.shape).copy_(moment)
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": saved, "param_groups": groups})
+                # Strides that a file may have would crash the fused step.
+                saved[i][name] = torch.empty(p.shape).copy_(saved[i][name].reshape(p.shape))
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
         scaler.load_state_dict(state["scaler"])
     model.load_state_dict(saved_model.state_dict())
     return progress
@@ -357,7 +324,6 @@ def grow(progress, model, data, stage):
     if evaluation(model, rows, data, stage)["accuracy"] <= 0.99:
         return False
     progress["length"] += 2
-    data.train.longest = data.val.longest = progress["length"]
     return True
 
 
@@ -370,8 +336,7 @@ def evaluation(model, rows, data, stage):
 
 
 def lr_at(stage, step):
-    """The learning rate of a step, which are counted from 0: a linear ramp up to lr, then along the
-    schedule down to min_lr."""
+    """The learning rate of a step, from 0 on: a ramp up to lr, then a schedule down to min_lr."""
     if step < stage.lr_ramp:
         return stage.lr * (step + 1) / stage.lr_ramp
     done = (step - stage.lr_ramp) / max(1, stage.steps - stage.lr_ramp)
@@ -387,13 +352,14 @@ def make_optimizer(model, stage):
                              fused=stage.device != "mps")
 
 
-def rows_from(data, stage, first):
-    """This process's share of the rows of each step from `first` on, an iterator of (x, y).
-
-    Step s of a stage has the rows s * batch_size and on, whatever the number of processes."""
+def rows_from(data, stage, progress):
+    """An iterator over the steps to come: (x, y) of this process's share of the rows. Step s has
+    the rows s * batch_size and on, whatever the number of processes."""
+    if stage.curriculum:
+        data.train.longest = data.val.longest = progress["length"]
     steps = (range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
-             for step in range(first, stage.steps))
-    cuda, workers = stage.device.startswith("cuda"), stage.workers
+             for step in range(progress["step"], stage.steps))
+    cuda, workers = "cuda" in stage.device, stage.workers
     if workers is None:  # on a CPU, they would take the cores from the model
         workers = min(8, max(1, os.cpu_count() // 2)) if cuda else 0
     # A batch is a range of row numbers, of which the Dataset makes x and y at once.
@@ -406,29 +372,19 @@ def ignore_ctrl_c(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def enough_micro_batches(data, stage):
-    """So many that a micro-batch's logits stay below 4 GB; of tasks on a CPU, 8 of 2,000 tokens or
-    more, so that rows of like length go together (measured)."""
-    tokens = stage.step_tokens / world_size()
-    if stage.device == "cpu" and data.kind != "text":
-        return max(1, min(8, int(tokens / 2000)))
-    return math.ceil(tokens * data.vocab_size / 2 ** 30)
-
-
-def wrapped(model, data, stage, n_micro):
+def wrapped(model, data, stage):
     """The model as it is trained: compiled, and shared with other processes."""
     net = model
     if stage.compile:
         # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
-        small = sum(p.numel() for p in model.parameters()) < 10_000_000
-        mode = "reduce-overhead" if small and stage.device.startswith("cuda") else None
-        x, y = data.train.__getitems__(range(max(1, stage.batch_size // world_size() // n_micro)))
+        small = sum(p.numel() for p in model.parameters()) < 10_000_000 and "cuda" in stage.device
+        n = stage.batch_size // (world_size() * stage.grad_accum)
+        x, y = data.train.__getitems__(range(n or 1))
         try:
-            net = torch.compile(model, mode=mode)
+            net = torch.compile(model, mode="reduce-overhead" if small else None)
             with autocast(stage):
-                loss = net(x.to(stage.device), y.to(stage.device))
-            loss.backward()
-        except Exception as error:  # a missing compiler, another platform: torch raises many kinds
+                net(x.to(stage.device), y.to(stage.device)).backward()
+        except Exception as error:  # no compiler, another platform: torch raises many kinds
             say(f"warning: torch.compile cannot run here ({type(error).__name__}): without it")
             net = model
         model.zero_grad(set_to_none=True)
@@ -443,8 +399,8 @@ def autocast(stage):
 
 
 def attention_entropy(maps, y):
-    """The mean over layers, heads and places up to the last that counts, (rows,), in nats. maps: of
-    each layer what its heads attend to, (rows, heads, T, T)."""
+    """Mean over layers, heads and places up to the last that counts: (rows,). maps: (rows, heads,
+    T, T) of each layer."""
     read = (y != -1).flip(1).cumsum(1).flip(1) > 0
     share = read / read.sum(1, keepdim=True).clamp_min(1)
     # The slope of entr at 0 is infinite.
@@ -453,8 +409,7 @@ def attention_entropy(maps, y):
 
 
 class Log:
-    """log.jsonl, an object a line, and the same printed. On resuming, the lines of a stage
-    after its checkpoint are dropped."""
+    """log.jsonl, and the same printed. Lines of a stage after its checkpoint are dropped."""
 
     def __init__(self, path, stage, progress):
         self.path, self.stage = path, stage
@@ -474,21 +429,12 @@ class Log:
         self.add(step, f"step {step:,}/{self.stage.steps:,} | loss {loss:.3f} | {speed:,.0f} "
                  f"tokens/s | {left} left", loss=loss, lr=lr, tokens_per_second=round(speed))
 
-    def add_evaluation(self, step, result):
-        loss, accuracy = result["loss"], result["accuracy"]
-        self.add(step, f"step {step:,}: held-out loss {loss:.3f}, accuracy {accuracy:.1%}",
-                 val_loss=loss, val_accuracy=accuracy)
-
     def add(self, step, line, **values):
         say(f"[{self.stage.name}] {line}")
         entry = {"stage": self.stage.name, "step": step, "tokens": step * self.stage.step_tokens}
         if rank() == 0:
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(entry | values) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write {self.path}: {error.strerror}; --resume goes on "
-                                "from the last checkpoint") from None
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry | values) + "\n")
 
 
 def clock(seconds):
@@ -520,11 +466,11 @@ def join_processes(s):
         if rank() >= world_size():
             raise ValueError(f"there is no process {rank()} of {world_size()}")
         if world_size() > 1:
-            cuda = s.device.startswith("cuda")
+            cuda = "cuda" in s.device
             if cuda:
                 s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
                 torch.cuda.set_device(s.device)
-            patience = datetime.timedelta(hours=6)  # process 0 may have a corpus to tokenise
+            patience = datetime.timedelta(hours=6)  # one may have a corpus to tokenise
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     except (ValueError, KeyError) as error:
         raise UserError(f"several processes have to be started by torchrun: {error}") from None
@@ -536,16 +482,6 @@ def listen():
         number = getattr(signal, name, None)  # Windows has the first two
         if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup
             signal.signal(number, lambda received, frame: SIGNALS.append(received))
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """The block runs in process 0 and then in the others, which find its files there."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
 
 
 def total(*values):
@@ -565,11 +501,10 @@ def total(*values):
 
 # A rule's name alone, as in --warmup dyck, stands for these parameters and settings (paper,
 # "Procedural data"), with models of GPT-2's size. Elsewhere it has data.py's own, or as rows say.
-LONG = dict(warmup_steps=500, warmup_batch_size=32)
+LONG = "k=64,length=2048", dict(warmup_steps=500, warmup_batch_size=32)
 WARMUPS = dict.fromkeys(("identity", "reverse", "sort", "set", "union", "delete", "stack"),
                         ("length=64", {}))
-WARMUPS |= {"dyck": ("k=64,length=2048", LONG), "dyck_shuffle": ("k=64,length=2048", LONG),
-            "eca": ("length=2048", LONG),
+WARMUPS |= {"dyck": LONG, "dyck_shuffle": LONG, "eca": ("length=2048", LONG[1]),
             "text": ("", dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32))}
 
 # Tasks, as published (paper, "Algorithmic tasks"). The warm-up is ours: models this small learn no
@@ -587,9 +522,6 @@ C4 = dict(data="c4", size="gpt2", positions="random", eval_rows=640, warmups=WAR
           warmup_lr_ramp=0, warmup_weight_decay=0.1, warmup_dropout=0.1)
 PARROT = C4 | dict(data="codeparrot", steps=20_000, batch_size=48, block_size=1024, lr=5e-5,
                    min_lr=0.0, weight_decay=0.01)
-MATH = PARROT | dict(data="deepmind_math", steps=50_000, batch_size=64, block_size=512)
-WIKI = C4 | dict(data="wikitext103", block_size=1024)  # ours, after C4's
-MEDIUM, LARGE = dict(size="24_16_1024"), dict(size="1.3b", recompute=True)
 
 DEFAULTS = {
     # Ours: on two CPU cores in less than three minutes; the lowest loss of what was tried. It
@@ -603,14 +535,16 @@ DEFAULTS = {
     # Ours: corpora of some 10 MB, on a GPU.
     "gpu": C4 | dict(data="code", steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1,
                      dropout=0.0, warmup_dropout=0.0),
-    "c4": C4, "c4-350m": C4 | MEDIUM,
-    "c4-1.3b": C4 | LARGE | dict(steps=160_000),  # 10.5 billion tokens, the largest published run
-    "codeparrot": PARROT, "codeparrot-350m": PARROT | MEDIUM, "codeparrot-1.3b": PARROT | LARGE,
-    "deepmind_math": MATH, "deepmind_math-350m": MATH | MEDIUM, "deepmind_math-1.3b": MATH | LARGE,
-    "wikitext103": WIKI, "wikitext103-350m": WIKI | MEDIUM, "wikitext103-1.3b": WIKI | LARGE}
+    "c4": C4, "codeparrot": PARROT,
+    "deepmind_math": PARROT | dict(data="deepmind_math", steps=50_000, batch_size=64,
+                                   block_size=512),
+    "wikitext103": C4 | dict(data="wikitext103", block_size=1024)}  # ours, after C4's
+for name in ("c4", "codeparrot", "deepmind_math", "wikitext103"):
+    DEFAULTS[f"{name}-350m"] = DEFAULTS[name] | dict(size="24_16_1024")
+    DEFAULTS[f"{name}-1.3b"] = DEFAULTS[name] | dict(size="1.3b", recompute=True)
+DEFAULTS["c4-1.3b"]["steps"] = 160_000  # 10.5 billion tokens, the largest published run
 PRESETS = dict(DEFAULTS)  # the names that --preset takes; the other rows are of tasks
 DEFAULTS |= {
-    "task": TASK,
     "haystack": TASK | dict(transfer="attn"),
     "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64, warmup_steps=2500,
                                   warmup_batch_size=64, warmup_lr=5e-4),
@@ -631,18 +565,15 @@ STAGE = {
     "lr_ramp": (number(0, 1e9), None, "steps in which it rises first"),
     "min_lr": (number(0, kind=float), None, "where it ends; if not given, a tenth of its height"),
     "weight_decay": (number(0, kind=float), None, "on matrices and embeddings alone"),
-    "dropout": (number(0, 1, float), None, "dropout"),
-}
+    "dropout": (number(0, 1, float), None, "dropout")}
 FLAGS = {
     "warmup": (str, "dyck", "a rule or mixture (data.py list); none; text: other text of --data"),
     "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it learns"),
     "init": (str, None, "take up this checkpoint of a warm-up instead of making one"),
     "attn_from": (str, None, "a mixture of weights: the attention of this checkpoint,"),
     "mlp_from": (str, None, "and the MLPs of this one"),
-    "transfer": (str, "full", "what moves over: full, or a list of attn, mlp, norm; all: go on "
-                 "from a whole --init, embeddings too"),
-    "embeddings": (("random", "mean", "keep"), "random", "how token embeddings and output head "
-                   "begin: mean of the warm-up's rows, or keep (the same vocabulary)"),
+    "transfer": (str, "full", "what moves: full; attn,mlp,norm or some; all: the whole --init"),
+    "embeddings": (("random", "mean", "keep"), "random", "at first; mean, keep: the warm-up's"),
     "positions": (("fit", "moved", "random"), "fit", "fit: moved where the warm-up has as many"),
     "preset": (tuple(PRESETS), None, "a row of DEFAULTS: a published run, or laptop, or gpu"),
     "data": (str, None, "a task, a corpus or a path (data.py list); code if not given"),
@@ -651,8 +582,7 @@ FLAGS = {
     "tied": (bool, True, "the output head shares its weight with the token embeddings"),
     "grad_accum": (number(1, 1e5), None, "micro-batches a process makes of its share of a step"),
     "grad_clip": (number(0, kind=float), 1.0, "largest norm of the gradient; 0: no limit"),
-    "sharpen": (number(0, kind=float), 0.0, "so many times the attention's entropy is added to the "
-                "loss: a control, in place of a warm-up"),
+    "sharpen": (number(0, kind=float), 0.0, "adds so much of the attention's entropy to the loss"),
     "seed": (number(0, 2 ** 32), 0, "of weights, rows and their order"),
     "device": (str, None, "cuda, mps or cpu"),
     "dtype": (("float32", "bfloat16", "float16"), None, "of matrix products"),
@@ -666,52 +596,42 @@ FLAGS = {
     "log_every": (number(1, 1e9), 50, "steps between log lines"),
     "out": (str, None, "the run's folder; out/DATA-WARMUP-sSEED"),
     "resume": (bool, False, "go on with the run in --out"),
-    **STAGE,
-    **{f"warmup_{name}": (kind, None, f"of the warm-up: {text}")
-       for name, (kind, _, text) in STAGE.items()},
-}
+    **STAGE}
+FLAGS |= {f"warmup_{name}": (kind, None, f"of the warm-up: {text}")
+          for name, (kind, _, text) in STAGE.items()}
 # What may differ between a run and its resumption; everything else defines the run.
 OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_every", "log_every",
                "grad_accum", "out", "resume"}
 
 
 def parse(argv):
-    """The command line -> (settings, a namespace; those that were given, here or by a checkpoint).
-    Raises UserError."""
+    """The command line -> (all settings, a namespace; those that were given). Raises UserError."""
     parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
-        takes = {"type": kind, "metavar": "X"}
+        takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
         if kind is bool:
             takes = {"action": BooleanOptionalAction}
-        elif isinstance(kind, tuple):
-            takes = {"choices": kind}
         if default:
             text += f" (default {default})"
         parser.add_argument(f"--{name}", help=text, **takes)
     given = vars(parser.parse_args(argv))
-    if "" in given.values():
+    if "" in given.values():  # of a shell's variable that is not set
         raise UserError("a flag has an empty value")
-    return settle(given)
-
-
-def settle(given):
-    """The flags that were given -> what `parse` returns. Raises UserError."""
     preset = given.get("preset")
-    data = given.get("data") or DEFAULTS[preset or "laptop"]["data"]
-    kind, name = kind_of(data), data.partition(":")[0]
+    data = given.get("data", DEFAULTS[preset or "laptop"]["data"])
+    kind = kind_of(data)
     checkpoint = given.get("init") or given.get("attn_from") or given.get("mlp_from")
     warmup = given.get("warmup", "none" if checkpoint else "dyck")
-    s = {flag: default for flag, (_, default, _) in FLAGS.items()}
+
+    s = {name: default for name, (_, default, _) in FLAGS.items()}
     s |= {"out": default_folder(given), "device": find_device(given.get("device")),
           "dtype": "float32", "compile": False}
-    if s["device"].startswith("cuda"):  # old GPUs have no bfloat16
+    if "cuda" in s["device"]:  # old GPUs have no bfloat16
         s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
         s["compile"] = not given.get("sharpen")
-
     if kind == "task":
-        s |= DEFAULTS[name if name in DEFAULTS else "task"]
-        if preset:
-            s |= DEFAULTS["laptop task"]
+        s |= DEFAULTS.get(data.partition(":")[0], TASK)
+        s |= DEFAULTS["laptop task"] if preset else {}
     else:
         s |= DEFAULTS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
     # A control has all that its rule has, in another order.
@@ -719,56 +639,41 @@ def settle(given):
     s |= own
     if warmup == "text":
         s["embeddings"] = "keep"
-    if checkpoint:
-        given = shape_of(checkpoint, kind, given.get("transfer") == "all") | given
-    s |= given | {"data": data, "warmup": f"{warmup}:{parameters}" if parameters else warmup}
     if warmup == "none":
         s["warmup_steps"] = 0
+    if checkpoint:
+        model, state = load(checkpoint)
+        c = model.config
+        s["size"] = f"{c.n_layer}_{c.n_head}_{c.n_embd}"
+        if given.get("transfer") == "all":
+            s |= dict(tied=c.tied, block_size=c.block_size, embeddings="keep", positions="moved")
+            with reading(checkpoint):  # other people's files name no tokenizer
+                s["tokenizer"] = state.get("source", {}).get("tokenizer") or s["tokenizer"]
+    s |= given | {"data": data, "warmup": f"{warmup}:{parameters}" if parameters else warmup}
     if "warmup_steps" in given:
         s["warmup_tokens"] = None
     check(s, given, kind, checkpoint)
     return Namespace(**s), given
 
 
-def shape_of(path, kind, whole):
-    """What a run takes from a checkpoint: the model's shape, or all that it has to keep."""
-    model, state = load(path)
-    c = model.config
-    shape = {"size": f"{c.n_layer}_{c.n_head}_{c.n_embd}"}
-    if whole:
-        shape |= dict(tied=c.tied, block_size=c.block_size, embeddings="keep", positions="moved")
-        with reading(path):
-            tokenizer = state.get("source", {}).get("tokenizer")
-        if tokenizer and kind == "text":
-            shape["tokenizer"] = tokenizer
-    return shape
-
-
 def check(s, given, kind, checkpoint):
-    """Refuses flags that do not go together, or would do nothing. Raises UserError."""
-    rule = s["warmup"] not in ("none", "text")
-    idle = ["steps"] if "tokens" in given else []
-    idle += ["warmup_steps"] if "warmup_tokens" in given else []
-    idle += ["tokenizer"] if kind != "text" else []
-    if s["warmup"] == "none":
-        idle += [name for name in FLAGS if name.startswith("warmup_")]
-        idle += ["transfer"] if not s["init"] else []
-    idle = [f"--{name}" for name in idle if name in given]
+    """Refuses what would silently be another experiment than was meant. Raises UserError."""
+    warmup, rule = s["warmup"], s["warmup"] not in ("none", "text")
+    idle = {"tokenizer": kind != "text", "preset": kind == "task" and s["preset"] != "laptop",
+            "steps": "tokens" in given, "warmup_steps": "warmup_tokens" in given}
+    idle = [name for name in given
+            if idle.get(name) or name.startswith("warmup_") and warmup == "none"]
     for wrong, line in (
-            (idle, f"{', '.join(idle)} would do nothing here"),
+            (idle, f"--{', --'.join(idle)} would do nothing here"),
             (kind == "rule", f"--data {s['data']} is a rule: --warmup takes rules"),
-            (kind == "task" and s["preset"] not in (None, "laptop"),
-             f"--preset {s['preset']} is for text: tasks take laptop, or are as published"),
-            (rule and kind_of(s["warmup"]) != "rule", f"--warmup {s['warmup']} is no rule"),
-            (s["warmup"] == "text" and kind == "task", "--warmup text needs --data that is text"),
-            (s["warmup"] != "none" and checkpoint, "--warmup makes a warm-up, --init, --attn_from "
-             "and --mlp_from name one: choose"),
+            (rule and kind_of(warmup) != "rule", f"--warmup {warmup} is no rule"),
+            (warmup == "text" and kind != "text", "--warmup text needs --data that is text"),
+            (warmup != "none" and checkpoint, "--warmup excludes --init, --attn_from, --mlp_from"),
             (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),
-            (rule and s["embeddings"] == "keep", "--embeddings keep: a rule has other tokens"),
-            (s["warmup_curriculum"] and not (rule and can_grow(s["warmup"])),
-             "--warmup_curriculum needs a rule whose input can grow from length 2"),
+            (s["warmup_curriculum"] and (not rule or "eca" in warmup),
+             "--warmup_curriculum needs a rule that can grow from length 2"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
-             "--sharpen looks at the attention: it excludes --compile and --recompute")):
+             "--sharpen excludes --compile and --recompute")):
         if wrong:
             raise UserError(line)
 
@@ -783,11 +688,10 @@ def default_folder(given):
 
 
 def stage_of(s, name, data):
-    """The settings as one stage has them, "warmup" or "train". Tokens become steps, in `s`, too:
-    steps define a run."""
+    """The settings as one stage has them. Its tokens become steps, in `s`, too: these define it."""
     prefix = "warmup_" if name == "warmup" else ""
-    own = {key: getattr(s, prefix + key) for key in STAGE}
-    stage = Namespace(**vars(s) | own | {"name": name, "block_size": data.block_size})
+    stage = Namespace(**vars(s) | {key: getattr(s, prefix + key) for key in STAGE})
+    stage.name, stage.block_size = name, data.block_size
     stage.step_tokens = stage.batch_size * data.block_size
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.step_tokens))
@@ -796,58 +700,43 @@ def stage_of(s, name, data):
         stage.min_lr = stage.lr / 10
     stage.eval_every = s.eval_every or stage.steps // 5 or 1
     stage.save_every = s.save_every or stage.steps // 10 or 1
-    stage.curriculum = None  # the length that inputs grow to
-    if name == "warmup":
+    if not stage.grad_accum:  # so many that a micro-batch's logits stay below 4 GB
+        tokens = stage.step_tokens / world_size()
+        stage.grad_accum = math.ceil(tokens * data.vocab_size / 2 ** 30)
+        if stage.device == "cpu" and data.kind != "text":  # measured: rows of like length together
+            stage.grad_accum = max(1, min(8, int(tokens / 2000)))
+    stage.curriculum = data.train.longest if prefix and s.warmup_curriculum else None
+    if prefix:
         stage.stop_at, stage.sharpen = None, 0.0
-        stage.curriculum = data.train.longest if s.warmup_curriculum else None
     return stage
 
 
-# --------------------------------------------------------------------------------------------------
-# What is said at the end
-
-
 def summarise(found, s, given):
-    """What a newcomer wants to know."""
-    tokens, line = found["tokens"], f"\nwarm-up    {found['warmup']}"
+    warmup, tokens, bits = found["warmup"], found["tokens"], found["val_bits_per_byte"]
     if found["warmup_loss"] is not None:
-        line += (f": held-out loss {found['warmup_first_loss']:.2f} -> {found['warmup_loss']:.2f} "
-                 f"nats per token, accuracy {found['warmup_first_accuracy']:.0%} -> "
-                 f"{found['warmup_accuracy']:.0%}")
-    say(line)
-    say(f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}")
-    line = f"result     held-out loss {found['val_loss']:.4f} nats per counted token"
-    if found["val_bits_per_byte"] is not None:
-        line += (f" = {found['val_bits_per_byte']:.4f} bits per byte, perplexity "
-                 f"{perplexity(found['val_loss']):.2f}")
-    else:
-        line += (f", {found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of "
-                 "answers right")
-    say(line)
-    files = sorted(path.name for path in Path(s.out).glob("[!.]*"))
-    say(f"files      {s.out}: {', '.join(files)} ({clock(found['seconds'])})")
-    # The same run without its warm-up, or with one if it had none.
-    other = {key: value for key, value in given.items()
-             if key not in ("init", "attn_from", "mlp_from", "transfer", "embeddings", "positions",
-                            "out", "resume") and not key.startswith("warmup")}
-    other["warmup"] = "none" if tokens["procedural"] else "dyck"
-    folder, flags = default_folder(other), []
-    for key, value in other.items():
-        if isinstance(value, bool):
-            flags.append(f"--{key}" if value else f"--no-{key}")
-        else:
-            flags += [f"--{key}", str(value)]
-    if not Path(folder).exists():
-        say(f"next       python train.py {shlex.join(flags)}")
-    say(f"next       python analyze.py curves {shlex.join([s.out, folder])}")
+        warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> "
+                   f"{found['warmup_loss']:.2f} nats per token, accuracy "
+                   f"{found['warmup_first_accuracy']:.0%} -> {found['warmup_accuracy']:.0%}")
+    result = (f"{found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of answers "
+              "right" if bits is None else f"{bits:.4f} bits per byte")
+    files = ", ".join(sorted(path.name for path in Path(s.out).glob("[!.]*")))
+    other = "none" if tokens["procedural"] else "dyck"
+    folders = shlex.join([s.out, default_folder(given | {"warmup": other})])
+    say(f"\nwarm-up    {warmup}\n"
+        f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
+        f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
+        f"files      {s.out}: {files} ({clock(found['seconds'])})\n"
+        f"next       the same command with --warmup {other}{' and no --init' if s.init else ''}\n"
+        f"next       python analyze.py curves {folders}")
 
 
 def main():
     settings, given = parse(sys.argv[1:])
     try:
         found = run(settings)
-        with reading(Path(settings.out, "result.json")):
-            summarise(found, settings, given)
+        if rank() == 0:
+            with reading(Path(settings.out, "result.json")):
+                summarise(found, settings, given)
     except Stopped as stopped:
         say(f"{stopped}; saved. To go on: the same command with --resume")
         sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it

@@ -31,7 +31,11 @@ def call(monkeypatch, *args):
     analyze.main()
 
 
-# --------------------------------------------------------------------------------------------------
+def named(name, column, budget="quick"):
+    """{name: setting} of a column of an experiment."""
+    return {each.name: each for each in settings_in(name, budget) if each.column == column}
+
+
 # Experiments are command lines
 
 EVERY = list(itertools.product(analyze.EXPERIMENTS, ("quick", "paper")))
@@ -64,73 +68,38 @@ def test_every_setting_and_every_warm_up_is_a_command_line_of_train(name, budget
         assert not each.warmup or parse_size(given.size) == parse_size(warm.size)
 
 
-@pytest.mark.parametrize("name,budget,column,setting,folder", [
-    ("controls", "quick", "recall of 15", "none",
-     "haystack_pairs=15-none-71452a10-s0"),
-    ("controls", "quick", "recall of 15", "dyck",
-     "haystack_pairs=15-dyck_length=64-full-89c4787f-s0"),
-    ("table", "quick", "recall of 15", "dyck, attention, positions",
-     "haystack_pairs=15-dyck_length=64-attn-24611e66-s0"),
-    ("weights", "quick", "recall of 15", "shuffled",
-     "haystack_pairs=15-dyck_length=64-attn-shuffled-9f502b6f-s0"),
-    ("strangers", "quick", "recall of 15", "attention of 0, MLPs of 7",
-     "haystack_pairs=15-dyck_length=64-a31ad4a5-s0"),
-    ("controls", "quick", "code", "set",
-     "code-set_length=64-9ed09456-s0"),
-    ("tuned", "quick", "english", "set, 1e-3, ramp 0",
-     "docs-set_length=64-70b5383a-s0"),
-    ("controls", "paper", "english", "set",
-     "c4-set_length=64-a7f05991-s0")])
-def test_folders_keep_their_names(name, budget, column, setting, folder):
-    (found,) = [each for each in settings_in(name, budget)
-                if (each.column, each.name) == (column, setting)]
-    assert found.folder(0) == folder
-
-
 def test_every_packed_run_has_its_setting():
-    with gzip.open(ROOT / "assets/results.jsonl.gz", "rt") as file:
-        packed = {json.loads(line)["name"] for line in file}
-    named = set()
+    found = set()
     for name, seed in itertools.product(analyze.EXPERIMENTS, range(10)):
         for each in settings_in(name, "quick"):
-            warmups = each.warmups(seed)
-            named |= {each.folder(seed), *(analyze.folder_of(of, flags) for flags, of in warmups)}
-    lost = {re.sub(r"-s\d+$", "", each) for each in packed - named}
-    assert lost <= {"haystack_pairs=15-dyck_length=64-full-shuffled-d5a4a3ca"}, "an older experiment"
+            found |= {each.folder(seed),
+                      *(analyze.folder_of(of, flags) for flags, of in each.warmups(seed))}
+    lost = analyze.read_results(ROOT / "assets/results.jsonl.gz").keys() - found
+    older = "haystack_pairs=15-dyck_length=64-full-shuffled-d5a4a3ca"
+    assert {re.sub(r"-s\d+$", "", each) for each in lost} <= {older}
 
 
-def test_the_same_flags_are_one_run_whatever_the_setting_is_called():
-    settings = [each for name, budget in EVERY for each in settings_in(name, budget)]
-    folders, flags = {}, {}
-    for each in settings:
-        said = tuple(sorted(analyze.as_dict(part).items())
-                     for part in (each.train, each.warmup, each.mlp_from))
-        said = repr((said, each.change, each.warmup_seeds))
-        folders.setdefault(each.folder(3), set()).add(said)
-        flags.setdefault(said, set()).add(each.folder(3))
-    # Of seed 3 the warm-up of seed 3 is its own, whether that is said or not.
-    own = [said for said in folders.values() if len(said) > 1]
-    assert all({each.replace("(3,)", "()") for each in said} == {min(said)} for said in own)
-    assert max(map(len, flags.values())) == 1, "the same flags in two folders"
-    assert settings[0].folder(0) != settings[0].folder(1)
+def test_the_same_flags_are_one_run_whatever_the_setting_is_called_and_no_others_are():
+    folders = {}
+    for each in itertools.chain(*(settings_in(*every) for every in EVERY)):
+        said = [sorted(analyze.as_dict(flags).items()) for flags in each[2:6] if "--" in flags]
+        folders.setdefault(each.folder(11), set()).add(repr((said, each[4], each.warmup_seeds)))
+    assert set(map(len, folders.values())) == {1}
     assert (Setting("a", "b", "--data code --lr 1").folder(0)
             == Setting("c", "d", "--lr 1 --data code").folder(0))
     assert analyze.join("--data code --lr 1", "--lr 2") == "--data code --lr 2"
 
 
 def test_rules_by_tasks_are_compared_after_as_many_tokens():
-    for each in settings_in("tasks", "quick"):
-        if each.warmup:
-            warm = accepted(each.warmup)
-            size = train.open_data(warm)[1].block_size
-            train.stage_of(warm, "warmup", size)  # turns tokens into steps
-            tokens = warm.warmup_steps * warm.warmup_batch_size * size
-            assert tokens == pytest.approx(49_152_000, rel=1e-3), each.name
+    for warm in {each.warmup for each in settings_in("tasks", "quick") if each.warmup}:
+        s = accepted(warm)
+        rule = train.open_data(s)[1]
+        train.stage_of(s, "warmup", rule)  # turns tokens into steps
+        tokens = s.warmup_steps * s.warmup_batch_size * rule.block_size
+        assert tokens == pytest.approx(49_152_000, rel=1e-3), warm
 
 
-# --------------------------------------------------------------------------------------------------
 # Statistics
-
 
 def brute_force_p(a, b):
     """With exact fractions."""
@@ -145,20 +114,12 @@ def brute_force_p(a, b):
 
 
 @pytest.mark.parametrize("a,b", [
-    ([1, 2, 3], [4, 5, 6]), ([1, 2], [3, 4]), ([0.1, 0.2, 0.3], [0.2, 0.3, 0.4]),
-    ([0.3, 0.1, 0.2], [0.4, 0.2, 0.3]), ([1, 1, 2, 2], [1, 2, 2, 2]), ([5, 1], [2, 2, 2, 9, 4]),
-    ([-2.31, -2.30, -2.33], [-2.30, -2.29, -2.28]), ([0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.7]),
-    ([1e6 + 1, 1e6 + 2, 1e6 + 3], [1e6 + 2, 1e6 + 3, 1e6 + 5]), ([0, 0, 0, 0], [0, 0, 0, 1e-4])])
+    ([1, 2, 3], [4, 5, 6]), ([0.1, 0.2, 0.3], [0.2, 0.3, 0.4]), ([1, 1, 2, 2], [1, 2, 2, 2]),
+    ([5, 1], [2, 2, 2, 9, 4]), ([1e6 + 1, 1e6 + 2, 1e6 + 3], [1e6 + 2, 1e6 + 3, 1e6 + 5])])
 def test_the_permutation_test_is_exact(a, b):
     assert permutation_p(a, b) == pytest.approx(brute_force_p(a, b), abs=1e-12)
     assert permutation_p(b, a) == pytest.approx(brute_force_p(a, b), abs=1e-12)
-
-
-def test_identical_samples_give_one_and_fewer_than_two_values_nothing():
-    for a in ([0.1, 0.7, 0.4], [0.99] * 5, [0, 0]):
-        assert permutation_p(a, a) == 1
-    for a, b in (([1], [2, 3]), ([2, 3], [1]), ([], [1, 2])):
-        assert math.isnan(permutation_p(a, b))
+    assert permutation_p(a, a) == 1 and math.isnan(permutation_p(a, b[:1]))
 
 
 def test_of_many_values_some_ways_are_tried_and_p_is_never_zero():
@@ -170,59 +131,30 @@ def test_of_many_values_some_ways_are_tried_and_p_is_never_zero():
     assert 0 < permutation_p([0] * n, [1] * n) < 1e-3
 
 
-def test_p_is_uniform_where_there_is_no_difference_even_if_values_come_in_two_heaps():
-    r, tried = np.random.default_rng(0), 800
-    heaps = r.choice([0.14, 0.99], (tried, 12)) + 0.01 * r.random((tried, 12))
-    p = np.array([permutation_p(values[:6], values[6:]) for values in heaps])
-    for level in (0.05, 0.1, 0.25, 0.5, 0.75):
-        assert abs((p <= level).mean() - level) < 4 * math.sqrt(level * (1 - level) / tried)
-
-
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_interval_is_all_shifts_that_the_exact_test_does_not_reject(seed):
     r = np.random.default_rng(seed)
     n, m = ((4, 4), (5, 4), (6, 6), (10, 3))[seed % 4]
     a, b = r.normal(1, 1 + seed % 3, n).round(2), r.normal(0, 1, m).round(2)
     low, high = permutation_interval(a, b)
-    assert low < a.mean() - b.mean() < high
     for end, outwards in ((low, -1), (high, 1)):
         inside, outside = (end + outwards * step for step in (-1e-6, 1e-6))
         assert brute_force_p(a - round(inside, 9), b) >= 0.05
         assert brute_force_p(a - round(outside, 9), b) < 0.05
     assert (permutation_p(a, b) < 0.05) == (not low <= 0 <= high)
     assert permutation_interval(b, a) == pytest.approx((-high, -low))
-    assert permutation_interval(a + 3, b) == pytest.approx((low + 3, high + 3))
-
-
-def test_the_interval_of_few_or_equal_values():
-    assert permutation_interval([1, 2, 3], [7, 8, 9]) == (-math.inf, math.inf), "p is 0.1 at least"
+    assert permutation_interval(a[:3], b[:3]) == (-math.inf, math.inf), "p is 0.1 at least"
     assert permutation_interval([3] * 6, [1] * 6) == (2, 2)
-    assert all(map(math.isnan, permutation_interval([1], [2, 3])))
-
-
-def test_the_interval_holds_the_truth_in_95_of_100_samples_and_is_as_wide_as_theory_says():
-    r, tried = np.random.default_rng(2), 400
-    ends = np.array([permutation_interval(r.normal(5, 1, 6), r.normal(4, 1, 6))
-                     for _ in range(tried)])
-    covered = ((ends[:, 0] <= 1) & (1 <= ends[:, 1])).mean()
-    assert abs(covered - 0.95) < 4 * math.sqrt(0.05 * 0.95 / tried)
-    a, b = r.normal(5, 2, 60), r.normal(4, 2, 60)
-    half = 1.98 * math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-    middle = a.mean() - b.mean()
-    assert permutation_interval(a, b) == pytest.approx((middle - half, middle + half),
-                                                       abs=half / 20)
 
 
 def test_rank_correlation_is_that_of_ranks_and_its_p_counts_orders():
-    x, y = [0.1, 0.5, 0.2, 0.9, 0.3], [50, 20, 40, 10, 30]
-    assert analyze.rank_correlation(x, y)[0] == pytest.approx(-1)
-    assert analyze.rank_correlation(x, y)[1] == pytest.approx(2 / math.factorial(5), abs=0.002)
+    rho, p = analyze.rank_correlation([0.1, 0.5, 0.2, 0.9, 0.3], [50, 20, 40, 10, 30])
+    assert (rho, p) == (pytest.approx(-1), pytest.approx(2 / math.factorial(5), abs=0.002))
     tied = analyze.rank_correlation([1, 2, 3, 4], [7, 9, 9, 11])[0]  # ranks 1, 2.5, 2.5, 4
     assert tied == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 2.5, 2.5, 4])[0, 1])
     assert analyze.rank_correlation([1, 2, 3], [5, 5, 5]) == (0, 1)
 
 
-# --------------------------------------------------------------------------------------------------
 # Tables, figures and claims of made-up results
 
 BUDGET = 1000
@@ -230,12 +162,11 @@ RECALL = [Setting("recall", "none", "--data haystack --warmup none"),
           Setting("recall", "set", "--data haystack", "--data haystack --warmup set --steps 0"),
           Setting("recall", "late", "--data haystack --warmup none --lr 1")]
 TEXT = [Setting("code", "none", "--data code --warmup none"),
-        Setting("code", "dull", "--data code --warmup none --lr 1"),
-        Setting("code", "missing", "--data code --warmup none --lr 2")]
+        Setting("code", "dull", "--data code --warmup none --lr 1")]
 SOME = {RECALL[0]: (900, BUDGET, 800), RECALL[1]: (100, 300, 200), TEXT[0]: (2.0, 3.0),
         TEXT[1]: (2.5, 3.5)}
-NEW = {"learned (share of what can be)": 0.75, "accuracy": 0.5}
-OLD = {"above it": 0.1, "above it, the blind": 0.4, "verdict": "not learned"}
+LEARNED = ({"learned (share of what can be)": 0.75, "above it": 0.2, "accuracy": 0.5},
+           {"above it": 0.1, "above it, the blind": 0.4})  # an older record
 
 
 def evaluation(step, accuracy=0.2):
@@ -251,10 +182,9 @@ def record(setting, seed, value, budget=BUDGET):
     log = [evaluation(0), evaluation(budget)]
     if setting.column.startswith("recall") and value < budget:
         log = [evaluation(0), evaluation(value, 0.92), evaluation(value + 1, 0.9)]
-    if analyze.measure_of(setting.column) is analyze.ACCURACY:
-        log[-1]["val_accuracy"] = value
+    accuracy = value if analyze.measure_of(setting.column) is analyze.ACCURACY else 0.9
     result = {"settings": s, "warmup": setting.name, "fingerprint": [seed, 5],
-              "val_bits_per_byte": value, "val_loss": 1.0, "val_accuracy": log[-1]["val_accuracy"],
+              "val_bits_per_byte": value, "val_loss": 1.0, "val_accuracy": accuracy,
               "tokens": {"procedural": 4500 if setting.warmup else 0, "semantic": 9}}
     return {"result": result, "log": log, "learned": {}}
 
@@ -266,8 +196,8 @@ def made_up(values):
         for seed, value in enumerate(seeds):
             found[setting.folder(seed)] = record(setting, seed, value)
             if setting.warmup:
-                found[analyze.folder_of(seed, setting.warmup)] = {
-                    **record(setting, seed, 0.0), "learned": OLD if seed else NEW}
+                warmup = analyze.folder_of(seed, setting.warmup)
+                found[warmup] = record(setting, seed, 0.0) | {"learned": LEARNED[seed > 0]}
     return found
 
 
@@ -275,8 +205,7 @@ def kept(found, folder):
     """The same as folders of runs."""
     for name, each in found.items():
         (folder / name).mkdir(parents=True)
-        lines = "".join(json.dumps(point) + "\n" for point in each["log"])
-        (folder / name / "log.jsonl").write_text(lines)
+        (folder / name / "log.jsonl").write_text("\n".join(map(json.dumps, each["log"])))
         config = {**each["result"], "environment": {"torch": "2.11"}}
         for part, content in (("config", config), ("result", each["result"]),
                               ("learned", each["learned"])):
@@ -285,20 +214,11 @@ def kept(found, folder):
 
 
 @pytest.mark.parametrize("accuracies,steps", [
-    ((0.1, 0.9, 0.95, 1.0), 100), ((0.1, 0.9, 0.8, 0.9, 0.9), 300), ((0.1, 0.89, 0.9), BUDGET),
-    ((0.1, 0.2, 0.3), BUDGET), ((0.9, 0.9), 0), ((0.95,), BUDGET)])
+    ((0.1, 0.9, 0.8, 0.9, 0.9), 300), ((0.1, 0.89, 0.9), BUDGET), ((0.9, 0.9), 0)])
 def test_recall_is_measured_by_the_first_of_two_good_evaluations_in_a_row(accuracies, steps):
     run = record(RECALL[0], 0, BUDGET)
     run["log"] = [evaluation(100 * i, accuracy) for i, accuracy in enumerate(accuracies)]
     assert analyze.value_of(run, analyze.STEPS) == steps
-
-
-def test_every_kind_of_column_has_its_measure():
-    for column, measure, value in (("sorting", analyze.ACCURACY, 0.7), ("code", analyze.BITS, 1.7),
-                                   ("english, larger", analyze.BITS, 1.8),
-                                   ("recall of 15", analyze.STEPS, 300)):
-        assert analyze.measure_of(column) is measure
-        assert analyze.value_of(record(Setting(column, "", ""), 0, value), measure) == value
 
 
 def cells(columns):
@@ -308,142 +228,107 @@ def cells(columns):
     return {row[0]: row[1:] for row in rows}, [line for line in lines if "|" not in line[:1]]
 
 
-def test_gains_are_fewer_steps_and_fewer_bits():
-    table, others = cells(compare(RECALL + TEXT, 3, made_up(SOME)))
-    assert table["set"] == ["200", "3 of 3", "90.0%", "3", "at least 700", "-inf to inf", "0.1000",
-                            "0.0 M", "75%, 50% right"]  # old shares are 1 - 0.1 / 0.4
-    assert table["none"][:3] == ["2.5000", "2", ""] and table["dull"][:3] == [
-        "3.0000", "2", "-0.5000"]
-    assert "no result yet of recall: late" in others
-    assert "no result yet of code: missing" in others
-    (none, *_), _ = compare(RECALL, 3, made_up(SOME)).values(), None
-    assert none[0].found == 2 and none[0].show(none[0].values.mean()) == "900"
-
-
-def test_more_accuracy_is_a_gain():
-    names = {each.name: each for each in settings_in("tasks", "quick") if each.column == "sorting"}
-    both = [names["none"], names["dyck, whole"]]
-    table, _ = cells(compare(both, 2, made_up({both[0]: (0.5, 0.6), both[1]: (0.8, 0.9)})))
-    assert table["dyck, whole"][:3] == ["85.0%", "2", "30.0%"]
-
-
-def test_a_gain_is_a_lower_bound_only_where_the_baseline_alone_did_not_get_there():
-    for base, ours, words in (((900, BUDGET), (100, 200), "at least 800"),
-                              ((900, 800), (100, 200), "700"),
+def test_gains_are_fewer_steps_fewer_bits_and_more_accuracy():
+    table, notes = cells(compare(RECALL, 3, made_up(SOME)))
+    assert table["set"] == ["200", "90.0%", "3 of 3 found", "at least 700", "-inf to inf", "0.1000",
+                            "0.0 M", "75%, 50% right"]  # of older ones 1 - 0.1 / 0.4
+    assert table["none"][:4] == ["900", "90.0%", "2 of 3 found", ""]
+    assert "no result yet of recall: late" in notes
+    table, _ = cells(compare(TEXT, 3, made_up(SOME)))
+    assert table["dull"][:4] == ["3.0000", "90.0%", "n = 2", "-0.5000"]
+    sorting = named("tasks", "sorting")
+    both = {sorting["none"]: (0.5, 0.6), sorting["dyck, whole"]: (0.8, 0.9)}
+    assert cells(compare(both, 2, made_up(both)))[0]["dyck, whole"][3] == "30.0%"
+    for base, ours, words in (((900, 800), (100, 200), "700"),  # it is known where both got there
                               ((BUDGET, BUDGET), (100, BUDGET), "450")):
         table, _ = cells(compare(RECALL[:2], 2, made_up({RECALL[0]: base, RECALL[1]: ours})))
-        assert table["set"][4] == words
+        assert table["set"][3] == words
 
 
 def test_never_is_the_smaller_budget_for_both_and_a_warm_up_may_count_as_steps():
     found = {RECALL[0].folder(0): record(RECALL[0], 0, 3000, budget=3000),
              RECALL[1].folder(0): record(RECALL[1], 0, 400)}
     base, ours = compare(RECALL[:2], 1, found)["recall"]
-    assert [values.tolist() for values in ours.together(base)] == [[400], [1000]]
-    base, ours = compare(RECALL[:2], 1, found, counting_warmup=True)["recall"]
+    assert ours.against(base)[:2] == (1000, 400)
+    ours.count_warmup()
     assert ours.values == [900] and ours.budget == 1500, "4,500 tokens are 500 steps of 9"
-    assert [values.tolist() for values in ours.together(base)] == [[900], [1500]]
+    assert ours.against(base)[:2] == (1500, 900)
 
 
 def test_runs_on_other_data_than_the_first_setting_are_left_out_and_named():
     found = made_up(SOME)
     found[TEXT[1].folder(1)]["result"]["fingerprint"] = [7, 5]
-    base, other, _ = compare(TEXT, 3, found)["code"]
-    assert base.values.tolist() == [2.0, 3.0] and other.values.tolist() == [2.5]
-    (line,) = [line for line in table_lines({"code": [base, other]}) if "left out" in line]
-    assert line.startswith("left out: code | dull | seeds [1]: their data are not those of none")
+    table, notes = cells(compare(TEXT, 3, found))
+    assert table["none"][:3] == ["2.5000", "90.0%", "n = 2"] and table["dull"][0] == "2.5000"
+    assert "left out: code | dull | seeds [1]: not the data of none" in notes[-1]
 
 
 @pytest.mark.parametrize("name", list(analyze.EXPERIMENTS))
-def test_an_experiment_has_a_table_and_a_figure_of_every_seed_though_half_is_missing(
-        name, tmp_path, monkeypatch):
-    settings, r = settings_in(name, "quick"), np.random.default_rng(0)
-    drawn = {each.folder(0): r.uniform(0, 1, 2) for each in settings[::2]}
-    values = {each: drawn[each.folder(0)] for each in settings if each.folder(0) in drawn}
+def test_an_experiment_has_a_table_and_a_figure_though_half_is_missing(name, tmp_path):
+    settings = settings_in(name, "quick")
+    there = {each.folder(0) for each in settings[::2]}
+    values = {each: (0.1, 0.2) for each in settings if each.folder(0) in there}
     columns = compare(settings, 2, made_up(values))
     text = "\n".join(table_lines(columns))
     assert all(each.setting.name in text for each in sum(columns.values(), []))
-    shown, keep = [], analyze.keep_figure
-
-    def look(figure, path):
-        for axis in figure.axes:
-            shown.extend(pytest.approx(line.get_xdata()) for line in axis.lines
-                         if line.get_marker() == "o")
-        keep(figure, path)
-
-    monkeypatch.setattr(analyze, "keep_figure", look)
-    analyze.draw_settings(columns, tmp_path / "figure.png")
-    assert shown == [each.values for each in sum(columns.values(), []) if each.n]
+    analyze.draw(name, columns, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def texts(monkeypatch, draw, columns):
-    """All words in a figure."""
-    found = []
-    monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: found.extend(
-        text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))))
-    draw(columns, "a.png")
-    return found
+def drawn(monkeypatch, name, columns):
+    """All words in a figure, and the values of its dots."""
+    words, dots = [], []
+
+    def look(figure, path):
+        words.extend(each.get_text() for each in figure.findobj(lambda a: hasattr(a, "get_text")))
+        lines = itertools.chain(*(axis.lines for axis in figure.axes))
+        dots.extend(list(line.get_xdata()) for line in lines if line.get_marker() == "o")
+
+    monkeypatch.setattr(analyze, "keep_figure", look)
+    analyze.draw(name, columns, "a.png")
+    return words, dots
 
 
-def test_a_figure_speaks_words(monkeypatch):
-    words = texts(monkeypatch, analyze.draw_settings, compare(RECALL + TEXT, 3, made_up(SOME)))
+def test_figures_speak_words_and_show_every_seed(monkeypatch):
+    words, dots = drawn(monkeypatch, "table", compare(RECALL + TEXT, 3, made_up(SOME)))
+    assert dots == [list(values) for values in SOME.values()]
     assert {"recall of 30 pairs", "never", "none (2 of 3 found)", "set (3 of 3 found)",
             "none (n = 2)", "mean of none", "bits per byte"} <= set(words)
-
-
-def test_the_heat_map_has_the_gain_its_seeds_and_what_is_published(monkeypatch):
     settings = settings_in("tasks", "quick")
     values = {each: (0.5,) if each.name == "none" else (0.75, 0.8, 0.7) for each in settings
               if each.column == "reversed_addition" and each.name in ("none", "eca, whole")}
-    words = texts(monkeypatch, analyze.draw_gains, compare(settings, 3, made_up(values)))
+    columns = compare(settings, 3, made_up(values))
+    words, _ = drawn(monkeypatch, "tasks", columns)
     assert "+25.0 (n = 1)\npaper +14.6" in words  # 91.0 - 76.4
     assert "not run\npaper +77.6" in words  # set, attention alone, before recall: 88.9 - 11.3
-    assert {"reversed\naddition", "whole moved", "attention moved"} <= set(words)
-    columns = compare(settings, 3, made_up(values))
-    part = {"reversed_addition": columns["reversed_addition"]}  # as report and --only draw it
-    assert "+25.0 (n = 1)\npaper +14.6" in texts(monkeypatch, analyze.draw_gains, part)
+    del columns["recall of 15"]  # as report and --only draw it
+    assert "+25.0 (n = 1)\npaper +14.6" in drawn(monkeypatch, "tasks", columns)[0]
 
 
 LATE, SOON, MIDDLE = (900, BUDGET, 950, 920, BUDGET, 900), (90, 100, 95, 92, 90, 91), (400,) * 6
+EVEN = (2.0, 2.001, 2.002, 2.0, 2.001, 2.0)
 
 
-@pytest.mark.parametrize("worse,dyck,verdict", [
-    (LATE, SOON, "supported"), (MIDDLE, SOON, "supported"), (SOON, MIDDLE, "contradicted"),
-    (MIDDLE, MIDDLE[1:] + (410,), "undecided"), (MIDDLE[:1], SOON, "undecided"),
-    ((), SOON, "not run"), (MIDDLE[:3], SOON[:3], "undecided")])
-def test_a_claim_is_decided_by_its_two_settings(worse, dyck, verdict):
-    settings = {each.name: each for each in settings_in("controls", "quick")
-                if each.column == "recall"}
-    found = made_up({settings["none"]: SOON, settings["shuffled:dyck"]: worse,
-                     settings["dyck"]: dyck})
-    claim = analyze.Claim("more", "", "controls", "recall", "dyck", "shuffled:dyck")
+@pytest.mark.parametrize("column,worse,better,verdict", [
+    ("recall", LATE, SOON, "supported"), ("recall", SOON, MIDDLE, "contradicted"),
+    ("recall", MIDDLE, MIDDLE[1:] + (410,), "undecided"), ("recall", (), SOON, "not run"),
+    ("recall", MIDDLE[:3], SOON[:3], "undecided"), ("english", EVEN, (1.9,) * 6, "supported"),
+    ("english", EVEN, EVEN[::-1], "no difference beyond the margin"),
+    ("english", (2.0, 2.2, 2.1, 2.3, 1.9, 2.0), (2.01, 2.2, 2.0, 2.3, 1.9, 2.01), "undecided")])
+def test_a_claim_is_decided_by_its_two_settings(column, worse, better, verdict):
+    settings = named("controls", column)
+    found = made_up({settings["none"]: worse, settings["set"]: better})
+    claim = analyze.Claim("more", "", "controls", column, "set", "none")
     measured, n, _, said = analyze.judge(claim, 6, found)
     assert said == verdict and n == str(len(worse))
-    if worse:
-        assert measured.startswith(f"{np.mean(worse):,.0f} (shuffled:dyck) -> ")
-        assert f" -> {np.mean(dyck):,.0f} steps to 90%" in measured
-
-
-@pytest.mark.parametrize("none,warm,verdict", [
-    ((2.0, 2.01, 2.02, 2.0, 2.01, 2.0), (1.9, 1.91, 1.92, 1.9, 1.9, 1.91), "supported"),
-    ((2.0, 2.001, 2.002, 2.0, 2.001, 2.0), (2.001, 2.0, 2.0, 2.002, 2.0, 2.001),
-     "no difference beyond the margin"),
-    ((2.0, 2.2, 2.1, 2.3, 1.9, 2.0), (2.01, 2.2, 2.0, 2.3, 1.9, 2.01), "undecided"),
-    ((2.0,), (2.0,), "undecided"), ((2.0, 2.0), (2.0, 2.0), "undecided")])
-def test_on_text_a_claim_may_also_make_no_difference(none, warm, verdict):
-    settings = {each.name: each for each in settings_in("efficiency", "quick")
-                if each.column == "english"}
-    found = made_up({settings["none"]: none, settings["set"]: warm})
-    claim = analyze.Claim("helps", "", "efficiency", "english", "set", "none")
-    assert analyze.judge(claim, 6, found)[3] == verdict
+    if worse and column == "recall":
+        assert measured.startswith(f"{np.mean(worse):,.0f} (none) -> {np.mean(better):,.0f} steps")
 
 
 def test_claims_can_be_decided_by_their_seeds_and_the_margin_is_below_what_is_published():
     assert len(analyze.CLAIMS) <= 20
     for claim in analyze.CLAIMS:
-        settings = {each.name: each for each in settings_in(claim.experiment, "quick")
-                    if each.column == claim.column}
+        settings = named(claim.experiment, claim.column)
         n = min(settings[name].seeds for name in (claim.better, claim.worse))
         assert 2 / math.comb(2 * n, n) < 0.05 / len(analyze.CLAIMS), "p could never be so small"
     published = math.log(62.0 / 59.9) / math.log(2) / 4.4
@@ -459,64 +344,62 @@ def test_the_packed_claims_on_recall_are_what_they_were(monkeypatch, capsys):
             ("6,000", "840", "at least 5,160", "< 0.0001", "supported"),
             ("6,000", "840", "at least 5,160", "< 0.0001", "supported"),
             ("5,350", "840", "at least 4,510", "< 0.0001", "supported"))):
-        assert f"| {before} (" in line and f" -> {after} steps" in line and f"gain {gain} (" in line
+        assert f"| {before} (" in line and f" -> {after} steps" in line
+        assert f"gain {gain} (" in line
         assert f"| 10 | {p} | {verdict} |" in line
 
 
-def test_the_report_has_all_claims_and_each_table_with_its_figure(tmp_path, monkeypatch, refused):
+def test_the_report_has_all_claims_and_each_table_and_keeps_what_a_person_wrote(
+        tmp_path, monkeypatch, refused):
     assert "no result" in refused(analyze, "report", "--results", tmp_path)
     names = {claim.experiment for claim in analyze.CLAIMS}
     settings = [each for name in sorted(names) for each in settings_in(name, "quick")]
     folder = kept(made_up({each: (0.1, 0.2) for each in settings}), tmp_path)
+    path = folder / "report.md"
+    path.write_text("nobody's")
     call(monkeypatch, "report", "--results", folder, "--seeds", 2)
-    text = (tmp_path / "report.md").read_text()
+    text = path.read_text()
+    assert text.startswith(f"{analyze.MARK}\n\n# What was found\n") and "(paper)" not in text
     for claim in analyze.CLAIMS:
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {claim.text} |")]
         assert "not run" not in line, "its settings are in its experiment"
     for name in names:
         assert f"## {name} (quick)" in text and f"![{name}]({name}-quick.png)" in text
         assert (tmp_path / f"{name}-quick.png").read_bytes().startswith(b"\x89PNG")
-    assert "(paper)" not in text
+    ours = "# Ours\n\nWörds. \n\n"
+    path.write_text(f"{ours}{analyze.MARK}\nold", "utf-8")
+    monkeypatch.setattr(analyze, "draw", lambda *args: None)
+    call(monkeypatch, "report", "--results", folder, "--seeds", 2)
+    assert path.read_text("utf-8") == ours + text
 
 
-# --------------------------------------------------------------------------------------------------
-# Results on the disk
-
+# Results on the disk, curves
 
 def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(analyze, "settings_in", lambda name, budget: RECALL[:2] + TEXT[:2])
-    folder, elsewhere = kept(made_up(SOME), tmp_path / "r"), tmp_path / "elsewhere"
+    there = named("starts", "recall of 15")
+    moving = [there["none"], *(there[f"dyck, {part}, embeddings mean"] for part in ("full", "attn"))]
+    monkeypatch.setattr(analyze, "settings_in", lambda name, budget: moving)
     monkeypatch.setattr(analyze, "share_that_differs", lambda setting, seed, results: 0.1 * seed)
-    monkeypatch.chdir(tmp_path)
-    call(monkeypatch, "table", "--show", "--results", folder)
-    told = capsys.readouterr().out.partition("figure: ")[0]
-    assert "| set | 200 | 3 of 3 |" in told
-    elsewhere.mkdir()
-    call(monkeypatch, "pack", elsewhere / "all.jsonl.gz", "--results", folder)
-    with gzip.open(elsewhere / "all.jsonl.gz", "rt") as file:
-        assert all(json.loads(line)["environment"] == {"torch": "2.11"} for line in file)
-    capsys.readouterr()
-    call(monkeypatch, "table", "--show", "--results", elsewhere / "all.jsonl.gz")
-    assert capsys.readouterr().out.partition("figure: ")[0] == told
     monkeypatch.setattr(analyze, "call_train", None)  # nothing may be run
-    call(monkeypatch, "table", "--seeds", 2, "--results", elsewhere)
-    assert "0 runs to go" in capsys.readouterr().out
-    call(monkeypatch, "curves", "haystack", "--results", elsewhere)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_share_that_differs_is_packed_and_its_rank_correlation_shown(tmp_path, monkeypatch,
-                                                                         capsys):
-    moving = [each for each in settings_in("starts", "quick")
-              if each.name in ("dyck, full, embeddings mean", "dyck, attn, embeddings mean")]
     folder = kept(made_up({each: (500, 400, 300, 200) for each in moving}), tmp_path / "r")
-    monkeypatch.setattr(analyze, "share_that_differs", lambda setting, seed, results: 0.1 * seed)
-    call(monkeypatch, "pack", tmp_path / "all.gz", "--results", folder)
-    found = analyze.read_results(tmp_path / "all.gz")
-    assert found[moving[-1].folder(3)]["share"] == pytest.approx(0.3)
-    lines = [line for line in table_lines(compare(moving, 4, found)) if "rank" in line]
-    assert all("full" in line and "rank correlation -1.00, p 0.08" in line for line in lines)
-    assert len(lines) == 2, "recall of 15 and of 30"  # p is 2 of 4!
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    call(monkeypatch, "pack", "elsewhere/all.gz", "--results", folder)
+    found = analyze.read_results("elsewhere/all.gz")
+    assert all(each["environment"] == {"torch": "2.11"} for each in found.values())
+    assert found[moving[1].folder(3)]["share"] == pytest.approx(0.3)
+    told = []
+    for results in (folder, "elsewhere/all.gz", "elsewhere"):
+        capsys.readouterr()
+        more = ("--seeds", 4) if results == "elsewhere" else ("--show",)
+        call(monkeypatch, "table", "--results", results, *more)
+        told.append(capsys.readouterr().out)
+    tables = [[line for line in each.splitlines() if line.startswith("| dyck")] for each in told]
+    assert tables[0] == tables[1] == tables[2] and "0 runs to go" in told[2]
+    (line,) = [line for line in told[1].splitlines() if "rank correlation" in line]
+    assert "full" in line and "rank correlation -1.00, p 0.08" in line  # p is 2 of 4!
+    call(monkeypatch, "curves", "haystack", "--results", "elsewhere")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch, refused):
@@ -528,97 +411,54 @@ def test_a_folder_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch, refus
     assert (tmp_path / "good.gz").read_bytes() == b"precious" and not (tmp_path / "typo").exists()
 
 
-def test_no_failure_hides_a_result(tmp_path):
-    folder = kept(made_up(SOME), tmp_path)
-    whole = analyze.read_results(folder)
-    (folder / f"{RECALL[0].folder(0)}.failed").write_text("no room")
-    failed = json.dumps({"name": RECALL[0].folder(0), "failed": "no room"}).encode()
-    (folder / "old.gz").write_bytes(gzip.compress(failed))
-    assert analyze.read_results(folder) == whole
-
-
-GOOD = {"name": RECALL[0].folder(0), **record(RECALL[0], 0, 500)}
-RECORDS = [[1], 3, {**GOOD, "result": {}}, {**GOOD, "result": None}, {**GOOD, "log": [{}, {}]},
-           {**GOOD, "result": GOOD["result"] | {"val_accuracy": "0.5"}}, {"result": {}}]
-BYTES = [b"no", gzip.compress(b"\xff\n"), gzip.compress(b"[" * 200_000),
-         gzip.compress(json.dumps(GOOD).encode())[:-9]]
-
-
-@pytest.mark.parametrize("content", [
-    *(gzip.compress(json.dumps(each).encode()) for each in RECORDS), *BYTES])
-def test_a_packed_file_that_is_damaged_or_of_another_form_is_refused(content, tmp_path, refused,
-                                                                     monkeypatch):
-    monkeypatch.setattr(analyze, "settings_in", lambda name, budget: RECALL)
-    (tmp_path / "r.jsonl.gz").write_bytes(content)
-    assert "r.jsonl.gz" in refused(analyze, "table", "--show", "--results", tmp_path / "r.jsonl.gz")
+GOOD = record(RECALL[0], 0, 500)
 
 
 @pytest.mark.parametrize("name,content", [
-    ("result", b"{"), ("result", b"[1]"), ("result", b"{}"), ("config", b"\xff"),
-    ("learned", b"{"), ("log", b"[1]"),
-    ("result", json.dumps(GOOD["result"] | {"val_accuracy": "x"}).encode())])
+    ("r.gz", b"no"), ("r.gz", gzip.compress(b"[" * 200_000)), ("r.gz", gzip.compress(b"[1]")),
+    ("r.gz", gzip.compress(json.dumps(GOOD).encode())[:-9]), ("result.json", b"{"),
+    ("r.gz", gzip.compress(json.dumps({"name": RECALL[0].folder(0), "result": {}}).encode())),
+    ("config.json", b"\xff"), ("learned.json", b"{"), ("log.jsonl", b"[1]"),
+    ("result.json", json.dumps(GOOD["result"] | {"val_accuracy": "x"}).encode())])
 def test_a_damaged_result_is_refused(name, content, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(analyze, "settings_in", lambda name, budget: RECALL)
-    folder = kept({RECALL[0].folder(0): record(RECALL[0], 0, 500)}, tmp_path)
-    ending = "jsonl" if name == "log" else "json"
-    (folder / RECALL[0].folder(0) / f"{name}.{ending}").write_bytes(content)
+    folder = kept({} if name == "r.gz" else {RECALL[0].folder(0): GOOD}, tmp_path)
+    (folder / ("" if name == "r.gz" else RECALL[0].folder(0)) / name).write_bytes(content)
     assert str(tmp_path) in refused(analyze, "table", "--show", "--results", tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Curves
-
-
-def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch):
-    drawn, signals = {}, (signal.SIGINT, signal.SIGTERM)
-    handlers = {wanted: signal.getsignal(wanted) for wanted in signals}
-    (tmp_path / "text").write_text("The quick brown fox jumps over the lazy dog. " * 99)
-    flags = (f"--data {tmp_path}/text --size 1_1_8 --block_size 32 --batch_size 4 --steps 4 "
-             "--eval_every 2 --eval_rows 4 --warmup_steps 2 --warmup_batch_size 4")
-    for seed, warmup, out in ((0, "set", "a"), (1, "set", "b"), (0, "none", "c")):
-        more = f" --warmup {warmup} --seed {seed} --out {tmp_path}/{out}"
-        train.run(train.parse(shlex.split(flags + more))[0])
-        entries = map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines())
-        drawn[out] = [entry["val_loss"] for entry in entries
-                      if entry["stage"] == "train" and entry["step"] and "val_loss" in entry]
-    for wanted, handler in handlers.items():
-        signal.signal(wanted, handler)
-    (tmp_path / "text").unlink()  # runs can be looked at where their data are gone
-    (tmp_path / "c/result.json").unlink()  # and before they have ended
-    found = {}
+def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, refused):
+    runs = made_up({TEXT[0]: (2.0, 3.0), TEXT[1]: (2.0,)})
+    for i, each in enumerate(runs.values()):
+        each["result"]["warmup"] = "set" if i < 2 else "none"
+        each["log"] = [evaluation(step) | {"val_loss": 9 - i - step} for step in range(4 - i % 2)]
+    folder, found = kept(runs, tmp_path), {}
+    for path in folder.glob("*/result.json"):
+        path.unlink()  # they may be looked at before they have ended
 
     def look(figure, path):
         for line in figure.axes[0].lines:
             label = "" if line.get_label().startswith("_") else line.get_label()
             found.setdefault(label, []).append(list(line.get_ydata()))
-            assert list(line.get_xdata()) == [2 * 4 * 32, 4 * 4 * 32]
 
-    monkeypatch.setattr(analyze, "keep_figure", look)
-    call(monkeypatch, "curves", *(tmp_path / out for out in "abc"))
-    assert sorted(found.pop("")) == sorted(drawn.values())
-    mean = np.mean([drawn["a"], drawn["b"]], 0)
-    assert found == {"set: full, embeddings random, positions fit (n = 2)": [pytest.approx(mean)],
-                     "none (n = 1)": [drawn["c"]]}
-
-
-@pytest.mark.parametrize("settings,fingerprint,log,word", [
-    ({"data": "docs"}, [0], None, "different data"), ({}, [7], None, "other files of that name"),
-    ({}, [0], [], "b has no evaluation"), ({}, [0], [{"stage": "train", "val_loss": 1}], "damaged"),
-    ({"seed": None}, [0], None, "damaged")])
-def test_curves_refuse_what_is_no_run_or_does_not_compare(settings, fingerprint, log, word,
-                                                          tmp_path, refused):
-    a, b = (record(TEXT[0], 0, 2.0) for _ in "ab")
-    b["result"]["settings"] |= settings
-    b["result"]["fingerprint"] = fingerprint
-    b["log"] = b["log"] if log is None else log
-    folder = kept({"a": a, "b": b}, tmp_path)
-    said = refused(analyze, "curves", folder / "a", folder / "b", "--picture", tmp_path / "c.png")
-    assert word in said and not (tmp_path / "c.png").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(analyze, "keep_figure", look)
+        call(patched, "curves", *(folder / name for name in runs))
+    assert found == {"": [[8, 7, 6], [7, 6], [6, 5, 4]], "none (n = 1)": [[6, 5, 4]],
+                     "set: full, embeddings random, positions fit (n = 2)": [[7.5, 6.5]]}
     assert "config.json" in refused(analyze, "curves", tmp_path)
+    config = folder / list(runs)[2] / "config.json"
+    there = json.loads(config.read_text())
+    for change, word in (({"data": "docs"}, "different data"), ({"seed": None}, "cannot read")):
+        config.write_text(json.dumps(there | {"settings": there["settings"] | change}))
+        assert word in refused(analyze, "curves", *(folder / name for name in runs))
 
 
-# --------------------------------------------------------------------------------------------------
 # Changed weights
+
+HEADS = set(itertools.product(range(2), range(4)))
+SHARP, BLURRED = {(0, 1), (1, 2)}, {(0, 3), (1, 0)}  # by these entropies
+BLUR = np.array([[0.5, 0.1, 0.6, 0.9], [0.8, 0.4, 0.2, 0.7]])
 
 
 def before_and_after(change):
@@ -629,35 +469,24 @@ def before_and_after(change):
         for p in model.parameters():
             p.add_(torch.randn_like(p))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    blur = np.array([[0.5, 0.1, 0.6, 0.9], [0.8, 0.4, 0.2, 0.7]])
-    analyze.change_weights(model, change, 1, blur)
+    analyze.change_weights(model, change, 1, BLUR)
     return before, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("change", ["shuffled", "redrawn", "noise 0.5", "scaled 2"])
-def test_a_change_is_to_attention_and_mlps_alone_and_keeps_what_it_promises(change):
+@pytest.mark.parametrize("change,promise", [
+    ("shuffled", lambda was, now: torch.equal(now.flatten().sort()[0], was.flatten().sort()[0])),
+    ("redrawn", lambda was, now: abs(now.std() / was.std() - 1) < 0.1
+     and abs(now.mean() - was.mean()) < 0.1 and (now - was).std() > was.std()),
+    ("noise 0.5", lambda was, now: abs((now - was).std() / was.std() - 0.5) < 0.05),
+    ("scaled 2", lambda was, now: torch.equal(now, 2 * was))])
+def test_a_change_is_to_attention_and_mlps_alone_and_keeps_what_it_promises(change, promise):
     before, after = before_and_after(change)
     again = before_and_after(change)[1]
     for name, was in before.items():
-        now = after[name]
-        assert torch.equal(now, again[name]), "the same seed, the same change"
-        assert torch.equal(now, was) == (part_of(name) not in ("attn", "mlp")), name
-        if change == "shuffled":
-            assert torch.equal(now.flatten().sort().values, was.flatten().sort().values)
-        elif part_of(name) in ("attn", "mlp") and was.numel() > 1000:
-            noise = (now - was).std().item()
-            if change == "redrawn":
-                assert now.mean().item() == pytest.approx(was.mean().item(), abs=0.1)
-                assert now.std().item() == pytest.approx(was.std().item(), rel=0.1)
-                assert noise > was.std().item()
-            elif change == "noise 0.5":
-                assert noise == pytest.approx(0.5 * was.std().item(), rel=0.1)
-            else:
-                assert torch.equal(now, 2 * was)
-
-
-HEADS = set(itertools.product(range(2), range(4)))
-SHARP, BLURRED = {(0, 1), (1, 2)}, {(0, 3), (1, 0)}  # by the entropies above
+        assert torch.equal(after[name], again[name]), "the same seed, the same change"
+        assert torch.equal(after[name], was) == (part_of(name) not in ("attn", "mlp")), name
+        if part_of(name) in ("attn", "mlp") and was.numel() > 1000:
+            assert promise(was, after[name]), name
 
 
 @pytest.mark.parametrize("change,wanted", [
@@ -670,22 +499,18 @@ def test_heads_are_replaced_by_their_entropy_and_nothing_else_is(change, wanted)
         inside = [head * 8 + i for i in range(8)]
         rows = [place * 32 + i for place in range(3) for i in inside]
         name = f"h.{layer}.attn.c_"
-        same = [torch.equal(weights[0][place], weights[1][place]) for weights, place in (
-            ((before[f"{name}attn.weight"], after[f"{name}attn.weight"]), rows),
-            ((before[f"{name}attn.bias"], after[f"{name}attn.bias"]), rows),
-            ((before[f"{name}proj.weight"].t(), after[f"{name}proj.weight"].t()), inside))]
-        assert len(set(same)) == 1, "all of a head or nothing"
-        if not same[0]:
+        same = {torch.equal(before[name + key][rows], after[name + key][rows])
+                for key in ("attn.weight", "attn.bias")}
+        same.add(torch.equal(*(each[f"{name}proj.weight"][:, inside] for each in (before, after))))
+        assert len(same) == 1, "all of a head or nothing"
+        if same == {False}:
             replaced.add((layer, head))
     assert replaced == wanted or len(replaced) == wanted
-    for name in before:
-        if "c_attn" not in name and "attn.c_proj.weight" not in name:
-            assert torch.equal(before[name], after[name]), name
+    assert all(torch.equal(before[name], after[name]) for name in before
+               if "c_attn" not in name and "attn.c_proj.weight" not in name)
 
 
-# --------------------------------------------------------------------------------------------------
 # Sweeps
-
 
 def small(prose, steps=4):
     flags = (f"--data {shlex.quote(str(prose))} --size 1_2_8 --block_size 32 --batch_size 4 "
@@ -702,23 +527,23 @@ def test_a_sweep_runs_what_is_missing_and_says_what_failed(prose, tmp_path, monk
     settings = small(prose)
     monkeypatch.setattr(analyze, "settings_in", lambda name, budget: settings)
     monkeypatch.setattr(analyze, "value_of", lambda record, measure: record["result"]["val_loss"])
-    order = ("weights", "--seeds", 1, "--jobs", 2, "--results", tmp_path / "new")
+    folder = tmp_path / "new"
+    order = ("weights", "--seeds", 1, "--jobs", 2, "--results", folder)
     call(monkeypatch, *order)
     told = capsys.readouterr().out
     assert "4 runs to go" in told and re.search("no result yet of .*: bad\n", told)
-    assert re.search("bad . seed 0: failed: the width 5 is no multiple of the 2 heads", told)
-    tmp_path /= "new"
-    folders = [each.folder(0) for each in settings[:3]]
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in folders]
+    assert re.search("bad . seed 0: failed: a width of 5 is no multiple of 2 heads", told)
+    results = [json.loads((folder / each.folder(0) / "result.json").read_text())
+               for each in settings[:3]]
     assert len({result["val_loss"] for result in results}) == 3
     assert [result["tokens"]["procedural"] for result in results] == [0, 108, 108]  # 3 x 4 x 9
     assert results[2]["warmup"] == "set:length=4 (shuffled)"
-    (warmup,) = tmp_path.glob("warmup-*")
-    assert not list(tmp_path.glob("*.changed.pt")) and (warmup / "learned.json").exists()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    (warmup,) = folder.glob("warmup-*")
+    assert not list(folder.glob("*.changed.pt")) and (warmup / "learned.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
     call(monkeypatch, *order)
     assert "1 runs to go" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
 
 
 def test_an_interrupted_sweep_goes_on(prose, tmp_path, monkeypatch, capsys):
@@ -744,31 +569,23 @@ def test_an_interrupted_sweep_goes_on(prose, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("leave,raised", [
     *((f"sys.exit({status})", analyze.Stopped) for status in (129, 130, 138, 143, Busy.status)),
-    ("os.kill(os.getpid(), 9)", analyze.Stopped), ("print('done')", None),
-    ("sys.exit('error: no room')", UserError), ("sys.exit(2)", UserError)])
+    ("os.kill(os.getpid(), 9)", analyze.Stopped), ("sys.exit('error: no room')", UserError)])
 def test_what_a_run_s_exit_status_means(leave, raised, tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(f"import os, sys\n{leave}\n")
     monkeypatch.setattr(analyze, "__file__", str(tmp_path / "analyze.py"))
-    if raised is None:
-        return analyze.call_train("--steps 1", tmp_path / "run", 0, [])
     with pytest.raises(raised, match="^no room$" if "room" in leave else None):
         analyze.call_train("--steps 1", tmp_path / "run", 0, [])
 
 
-def test_two_sweeps_or_two_runs_are_never_in_one_folder(prose, tmp_path, monkeypatch, capfd,
-                                                        refused):
+def test_two_sweeps_or_two_runs_are_never_in_one_folder(prose, tmp_path, monkeypatch, capfd):
     pytest.importorskip("fcntl")
     settings = small(prose)[:1]
     monkeypatch.setattr(analyze, "settings_in", lambda name, budget: settings)
-    order = ("table", "--seeds", 1, "--results", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["analyze.py", *map(str, order)])
-    with lock(tmp_path / ".lock"):
-        with pytest.raises(Busy, match="another process"):
-            analyze.main()
+    with lock(tmp_path / ".lock"), pytest.raises(Busy, match="another process"):
+        call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
     with lock(tmp_path / settings[0].folder(0) / ".lock"):  # a run that outlived its sweep
-        analyze.main()
-    told = capfd.readouterr().out
-    assert "seed 0: stopped" in told and not list(tmp_path.glob("*/result.json"))
+        call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
+    assert "seed 0: stopped" in capfd.readouterr().out and not list(tmp_path.glob("*/result.json"))
 
 
 def test_a_part_of_an_experiment_keeps_what_it_is_compared_with(tmp_path, monkeypatch, capfd,
@@ -778,9 +595,6 @@ def test_a_part_of_an_experiment_keeps_what_it_is_compared_with(tmp_path, monkey
     told = capfd.readouterr().out
     assert "no result yet of recall: none; set\n" in told and "code" not in told
     assert "--only x" in refused(analyze, "table", "--show", "--only", "x")
-    (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(analyze, "table", "--results", tmp_path / "file/r")
-    assert "cannot read" in refused(analyze, "claims", "--results", "a/" * 3000)
 
 
 def test_the_share_that_differs_is_of_the_states_that_a_run_begins_with(tmp_path):
@@ -791,8 +605,8 @@ def test_the_share_that_differs_is_of_the_states_that_a_run_begins_with(tmp_path
     analyze.call_train(setting.warmup, tmp_path / analyze.folder_of(5, setting.warmup), 5,
                        ["--device", "cpu"])
     share = analyze.share_that_differs(setting, 5, tmp_path)
-    s, _ = train.parse(shlex.split(analyze.with_checkpoints(setting, 5, tmp_path, tmp_path))
-                       + ["--seed", "5", "--device", "cpu"])
+    warmup = tmp_path / analyze.folder_of(5, setting.warmup) / "warmup.pt"
+    s, _ = train.parse(shlex.split(f"{setting.train} --init {warmup} --seed 5 --device cpu"))
     data, _ = train.open_data(s)
     model = train.new_model(data, s.size, s.tied, s.dropout, s.seed).eval()
     train.start_from_checkpoints(model, s)
