@@ -18,9 +18,10 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations, cycle, pairwise, permutations, product
+from itertools import chain, combinations, count, cycle, pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +30,11 @@ from data import (RULES, TASKS, Busy, Parser, UserError, json_lines, lock, numbe
                   reading, run_main, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
+from train import (OPERATIONAL, Stopped, clock, new_model, open_data, parse,
+                   start_from_checkpoints)
+
 import numpy as np
 import torch
-from train import OPERATIONAL, Stopped, new_model, open_data, parse, start_from_checkpoints
 
 # --------------------------------------------------------------------------------------------------
 # Experiments are settings, and settings are command lines
@@ -383,6 +386,7 @@ def missing(settings, seeds, results):
 def run_all(settings, seeds, results, jobs, device):
     """Runs what has no result yet, `jobs` at a time, each after the warm-ups that it takes up."""
     runs, warmups = missing(settings, seeds, results), {}
+    began, ended = time.monotonic(), count(1)
 
     def run(folder, setting, seed):
         try:
@@ -396,7 +400,10 @@ def run_all(settings, seeds, results, jobs, device):
             said = "stopped"
         except UserError as error:
             said = f"failed: {error}"
-        print(f"{setting.column} | {setting.name} | seed {seed}: {said}", flush=True)
+        n = next(ended)
+        left = clock((time.monotonic() - began) / n * (len(runs) - n))
+        print(f"[{n}/{len(runs)}] {setting.column} | {setting.name} | seed {seed}: {said}; {left} "
+              "left", flush=True)
 
     print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
     pool = ThreadPoolExecutor(jobs)

@@ -324,11 +324,6 @@ def parameters(name, given=""):
     return p
 
 
-def can_grow(spec):
-    """Whether a rule's inputs may be as short as one likes. Raises UserError."""
-    return all(name != "eca" for _, name, _ in parse_spec(spec)[1])
-
-
 def word(token, name, p):
     """A symbol of a rule or task as a person would write it."""
     if "k" in p:

@@ -416,7 +416,7 @@ def keep_figure(figure, path):
 
 
 def draw_finding(c, name, finding):
-    """The curves, or four maps, of a finding as a figure of a slide's width beside its checkpoint."""
+    """The curves of a finding, or four maps, as a figure of a slide's width."""
     panels = [(key, each) for key, each in finding.items() if isinstance(each, (dict, np.ndarray))]
     panels = panels[:1] + panels[1:][-3:]
     if not panels:

@@ -141,11 +141,12 @@ def open_run(out, s, fingerprint, warmup):
         if any(out.glob("[!.]*")):
             raise UserError(f"{out} is there and is not a run: choose another --out")
         git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
+        commit = re.search("^[0-9a-f]{40}$", subprocess.getoutput(git))  # there may be no git
         chip = torch.cuda.get_device_name() if "cuda" in s.device else platform.machine()
         write_json(path, {"settings": vars(s), "warmup": warmup, "fingerprint": fingerprint,
                           "environment": {
                               "python": platform.python_version(), "torch": torch.__version__,
-                              "numpy": numpy.__version__, "commit": subprocess.getoutput(git),
+                              "numpy": numpy.__version__, "commit": commit and commit[0],
                               "device_name": chip, "processes": world_size()}})
         return None
     fixed = vars(s).keys() - OPERATIONAL

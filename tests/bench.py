@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
-from data import RULES, TASKS, make_data, micro_batches
+from data import RULES, TASKS, micro_batches
 from model import GPT, GPTConfig, as_hugging_face, find_device, parse_size
 
 import numpy as np
@@ -67,14 +67,13 @@ def nanowarm(flags, batches, name="train"):
     """The step of train.py, without what it logs, evaluates and saves."""
     settings, data, stage, model = a_run(flags, name)
     optimizer, losses = train.make_optimizer(model, stage), []
-    n, cpu = train.enough_micro_batches(data, stage), settings.device == "cpu"
-    net = train.wrapped(model, data, stage, n)
+    net, cpu = train.wrapped(model, data, stage), settings.device == "cpu"
     model.train()
     for step, (x, y) in enumerate(batches):
         if step == WARM:
             began = now(settings.device)
         counted, loss = int((y != -1).sum()), 0.0
-        for x, y in micro_batches(x, y, n, trim=cpu):
+        for x, y in micro_batches(x, y, stage.grad_accum, trim=cpu):
             x, y = (each.to(settings.device, non_blocking=True) for each in (x, y))
             with train.autocast(stage):
                 micro_loss = net(x, y) / counted

@@ -377,7 +377,8 @@ def test_the_report_has_all_claims_and_each_table_and_keeps_what_a_person_wrote(
 
 def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeypatch, capsys):
     there = named("starts", "recall of 15")
-    moving = [there["none"], *(there[f"dyck, {part}, embeddings mean"] for part in ("full", "attn"))]
+    moving = [there["none"], there["dyck, full, embeddings mean"],
+              there["dyck, attn, embeddings mean"]]
     monkeypatch.setattr(analyze, "settings_in", lambda name, budget: moving)
     monkeypatch.setattr(analyze, "share_that_differs", lambda setting, seed, results: 0.1 * seed)
     monkeypatch.setattr(analyze, "call_train", None)  # nothing may be run
@@ -449,8 +450,9 @@ def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, ref
     assert "config.json" in refused(analyze, "curves", tmp_path)
     config = folder / list(runs)[2] / "config.json"
     there = json.loads(config.read_text())
-    for change, word in (({"data": "docs"}, "different data"), ({"seed": None}, "cannot read")):
-        config.write_text(json.dumps(there | {"settings": there["settings"] | change}))
+    docs = there | {"settings": there["settings"] | {"data": "docs"}}
+    for content, word in ((docs, "different data"), ({}, "cannot read")):
+        config.write_text(json.dumps(content))
         assert word in refused(analyze, "curves", *(folder / name for name in runs))
 
 

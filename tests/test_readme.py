@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 import analyze
@@ -109,8 +108,11 @@ def test_the_commands_of_readme_are_accepted(command, monkeypatch):
         SCRIPTS[name].main()
 
 
+REPORT = (ROOT / "assets/report.md").read_text()
+
+
 @pytest.mark.parametrize("text,folder", [(README, ROOT), (COURSE, ROOT / "assets"),
-                                         ((ROOT / "assets/report.md").read_text(), ROOT / "assets")])
+                                         (REPORT, ROOT / "assets")])
 def test_what_is_pointed_to_is_there(text, folder):
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (folder / link).exists(), link
