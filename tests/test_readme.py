@@ -116,3 +116,61 @@ REPORT = (ROOT / "assets/report.md").read_text()
 def test_what_is_pointed_to_is_there(text, folder):
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (folder / link).exists(), link
+
+
+def steps_of(found, column, name, experiment="starts"):
+    """(how many seeds of a setting found the needle, of how many, their steps), as packed."""
+    setting = next(each for each in analyze.settings_in(experiment, "quick")
+                   if (each.column, each.name) == (column, name))
+    runs = [found[setting.folder(seed)] for seed in range(10) if setting.folder(seed) in found]
+    values = [analyze.value_of(run, analyze.STEPS) for run in runs]
+    steps = [value for value, run in zip(values, runs)
+             if value < run["result"]["settings"]["steps"]]
+    return len(steps), len(runs), steps
+
+
+def results_in_words(found):
+    """What README says of results, from the packed file: each has to stand there."""
+    ours, n, steps = steps_of(found, "recall", "dyck, attn, embeddings random")
+    whole, of, _ = steps_of(found, "recall", "dyck, full, embeddings mean")
+    none, all_none, _ = steps_of(found, "recall", "none, steps 13500")
+    yield (f"{ours} of {n} seeds have nine in ten values right, after {min(steps):,} to "
+           f"{max(steps):,} steps of 10,000")
+    yield f"without a warm-up {none} of {all_none} do in 13,500"
+    yield f"of 30 pairs in {whole} of {of}"
+    found_of = {name: steps_of(found, "recall of 15", name) for name in (
+        "none", *(f"dyck, {parts}, embeddings {start}" for start in ("random", "mean")
+                  for parts in ("attn", "attn,norm", "attn,mlp", "full")))}
+    k, n, steps = found_of["dyck, attn, embeddings random"]
+    yield f"{k} of {n} seeds in {min(steps):,} to {max(steps):,} steps"
+    yield "{} of {} without in 6,000".format(*found_of["none"][:2])
+    yield "after the same brackets with their tokens shuffled {} of {}".format(*steps_of(
+        found, "recall of 15", "shuffled:dyck, attention, positions", "controls")[:2])
+    yield "with their weights shuffled {} of {}".format(
+        *steps_of(found, "recall of 15", "shuffled", "weights")[:2])
+    for parts, words in (("attn", "attention"), ("attn,norm", "attention, norms"),
+                         ("attn,mlp", "attention, MLPs"), ("full", "everything")):
+        cells = ["{} of {}".format(*found_of[f"dyck, {parts}, embeddings {start}"][:2])
+                 for start in ("random", "mean")]
+        yield f"| {words} | {cells[0]} | {cells[1]} |"
+    for claim in analyze.CLAIMS:
+        if claim.text in ("set helps code", "set helps English"):
+            settings = {each.name: each for each in analyze.settings_in("controls", "quick")
+                        if each.column == claim.column}
+            base, better = analyze.compare([settings["none"], settings["set"]], None,
+                                           found)[claim.column]
+            _, _, gain, low, high, *_ = better.against(base)
+            yield (f"{gain:.3f} bits per byte ({low:.3f} to {high:.3f}, {better.n} seeds; published "
+                   f"{claim.published.split()[1]})")
+
+
+def test_what_readme_says_of_results_is_what_the_packed_results_say():
+    found = analyze.read_results(ROOT / "assets/results.jsonl.gz")
+    for words in results_in_words(found):
+        assert words in WORDS, words
+
+
+def test_the_report_has_the_claims_that_the_packed_results_give():
+    found = analyze.read_results(ROOT / "assets/results.jsonl.gz")
+    for line in analyze.claims_lines(found, None):
+        assert line in REPORT, line
