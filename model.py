@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 import tempfile
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -293,7 +294,9 @@ def read_file(path):
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")  # a pipe would make us wait for ever
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of odd pickles, which are refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch has a page of advice
         raise ValueError("it is no file of tensors, numbers and strings: nothing in it was run")
     if "model_args" in state:
