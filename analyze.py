@@ -900,6 +900,8 @@ def experiment(name, args):
     columns = {each.column for each in wanted}
     settings = [each for each in settings  # a column's first, too, which it is compared with
                 if each in wanted or each.name == "none" and each.column in columns]
+    if not args.show and results.is_file():
+        raise UserError(f"{results} is a packed file, for --show, claims, report and curves")
     if not args.show:
         with lock(results / ".lock"):
             run_all(settings, args.seeds, results.resolve(), args.jobs,

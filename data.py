@@ -239,7 +239,7 @@ class Rule:
     """A rule or a task. Its parameters are those that its function has after r, with their
     defaults."""
     make: Callable
-    tokens: Callable = lambda p: 2 * p["length"] + 1  # of the longest row, by its parameters
+    tokens: Callable = lambda p: 2 * p["length"] + 1  # of a row, by its parameters, at most
     vocab: Callable = lambda p: p["vocab"]  # how many symbols there are
     pad: int = None                         # of a task: fills its rows up
 
@@ -270,7 +270,8 @@ RULES_AND_TASKS = RULES | TASKS
 # --------------------------------------------------------------------------------------------------
 # Specs: "dyck:k=64,length=2048", "set:length=2-20", "0.7*set+0.3*union:length=32", "shuffled:dyck"
 
-# What a parameter accepts. One that is not here is 1 or more, and absurd sizes are the user's.
+# What a parameter accepts; one that is not here is 1 or more. A haystack's keys and queries are
+# two tokens a pair of 128 to 255.
 RANGES = {"vocab": (3, math.inf), "p": (0, 1), "rule": (0, 255), "width": (3, math.inf),
           "pairs": (1, 64), "below": (2, 65535)}
 
@@ -351,7 +352,8 @@ class Rows(Dataset):
 
     Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run. So a
     run needs nothing but its step number to resume. Only a curriculum shortens rows as it goes, see
-    `longest`. Of a task, one example in 16, by a hash of its prompt, is held out for validation."""
+    `longest`. Of a task, one example in 16, by a hash of its prompt, is held out for validation.
+    There is no last row, and so no len: a DataLoader needs a batch_sampler, as train.py has."""
 
     def __init__(self, spec, seed=0, split="train", block_size=None):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
@@ -376,7 +378,7 @@ class Rows(Dataset):
         self.vocab_size = self.pad + 1
         name = self.members[0][1]
         if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
-            self.pad, self.vocab_size = RULES_AND_TASKS[name].pad, self.separators.start
+            self.pad, self.vocab_size = RULES_AND_TASKS[name].pad, max(sizes)
 
     def draw(self, i):
         """Row i as two lists: prompt, answer."""
@@ -389,7 +391,7 @@ class Rows(Dataset):
         if "length" in p:
             low, high = p["length"]
             p = p | {"length": r.randint(min(low, self.longest), min(high, self.longest))}
-        for _ in range(1000):
+        for _ in range(1000):  # of a task, until the example's hash says that it is of this split
             prompt, answer = RULES_AND_TASKS[name].make(r, **p)
             if name in RULES or is_held_out(prompt) == (self.split == "val"):
                 break
@@ -421,6 +423,7 @@ class Rows(Dataset):
         return x[0], y[0]
 
     def fingerprint(self):
+        """Another number if the rows are others: --resume refuses those."""
         return zlib.crc32(self.__getitems__(range(8))[0].numpy())
 
 
@@ -433,16 +436,16 @@ def micro_batches(x, y, n, trim=True):
     that counts: nothing reads that, and on a CPU pads cost as much as tokens."""
     if not trim:
         return list(zip(x.chunk(n), y.chunk(n)))
-    lengths = y.shape[1] - (y != -1).flip(1).int().argmax(1)
+    lengths = y.shape[1] - (y != -1).flip(1).int().argmax(1)  # to the last that counts
     parts = []
     for rows in lengths.argsort(stable=True).chunk(n):
-        longest = lengths[rows].max()
-        parts.append((x[rows, :longest], y[rows, :longest]))
+        width = lengths[rows].max()
+        parts.append((x[rows, :width], y[rows, :width]))
     return parts
 
 
 # --------------------------------------------------------------------------------------------------
-# Texts: every one becomes nanoGPT's folder: train.bin, val.bin, and a meta.json that names the
+# Here a student may stop. Texts: every one becomes nanoGPT's folder: train.bin, val.bin, and a meta.json that names the
 # tokenizer. Until then it is a stream of pieces: (text, whether a document ends after it).
 
 ANSWER, PROBLEM = 96, 95  # tokens of DeepMind-Math: the marks after a question and after an answer
@@ -1087,7 +1090,7 @@ def main():
     elif args.command == "show":
         data = make_data(args.spec, args.seed, tokenizer=args.tokenizer)
         print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; what "
-              "the loss counts is between « and », or all of a row that has none")
+              "the loss counts is between « and », or all of a row that has none (but its first)")
         for x, y in map(data.train.__getitem__, range(args.n)):
             counted = None if (y != -1).all() else [False, *(y[:-1] != -1).tolist()]
             print("\n" + data.write(x, counted))

@@ -429,7 +429,7 @@ def draw_finding(c, name, finding):
                 axis.plot(list(curve), list(curve.values()), marker=".", label=label)
             ylabel, xlabel = key.split(" by ")
             axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-            axis.legend()
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
         else:
             image = axis.imshow(panel, cmap="Greys", vmin=0, vmax=1, aspect="auto")
             axis.set(title=key, xlabel="head", ylabel="layer")

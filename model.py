@@ -93,7 +93,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, counts=None):
-        """(B, T, n_embd) -> the same; with a mask `counts` (B, T), (n, n_embd) of those alone."""
+        """(B, T, n_embd) -> the same; with a mask `counts` (B, T), (n, n_embd) of those alone. The
+        last block alone has one, see GPT.states."""
         x = x + self.attn(self.ln_1(x))
         if counts is not None:
             x = x[counts]
@@ -118,7 +119,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         for name, p in self.named_parameters():  # as GPT-2 begins; norms are ones already
             if p.dim() == 2:
-                # Those that add to the residual stream, two a block, add less each.
+                # The two projections of a block that add to the residual stream start smaller.
                 added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=0.02 / math.sqrt(added))
             elif name.endswith("bias"):
@@ -175,7 +176,8 @@ class GPT(nn.Module):
 @contextlib.contextmanager
 def attention_maps(model):
     """Yields a list to which each layer of each forward pass adds what its heads attend to:
-    (B, n_head, T, T), from token (row) to token (column)."""
+    (B, n_head, T, T), from token (row) to token (column). A hook computes it once more, since
+    scaled_dot_product_attention does not return it."""
     maps = []
 
     def add(c_attn, inputs, qkv):
@@ -195,7 +197,8 @@ def attention_maps(model):
 
 
 def part_of(name):
-    """The part that a parameter belongs to: "h.0.attn.c_attn.weight" -> "attn"."""
+    """The part that a parameter belongs to: "h.0.attn.c_attn.weight" -> "attn". How "embed" moves
+    is for `transfer` to say by `embeddings` and `positions`."""
     for part, word in (("attn", ".attn."), ("mlp", ".mlp."), ("norm", "ln_")):
         if word in name:
             return part
@@ -233,7 +236,7 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
     moved = positions != "random" and enough
     if moved:
         target.wpe.weight.copy_(source.wpe.weight[:new.block_size])
-    # The head first: if the target's is tied, its rows are the tokens', which come last.
+    # The tokens come last: a tied head shares their weight.
     for rows, from_rows in ((target.lm_head.weight, source.lm_head.weight),
                             (target.wte.weight, source.wte.weight)):
         if embeddings == "mean":
@@ -244,7 +247,7 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
 
 
 # --------------------------------------------------------------------------------------------------
-# Devices, and checkpoints: ours, nanoGPT's, Hugging Face's
+# Here a student may stop. Devices, and checkpoints: ours, nanoGPT's, Hugging Face's
 
 
 def find_device(name=None):

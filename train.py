@@ -57,13 +57,14 @@ def run(s):
     warmed = start_from_checkpoints(model, s)
     if rule:
         warm_stage = stage_of(s, "warmup", rule)
+        # Another seed, beyond all that flags can say: what starts afresh is not what began here.
         warm_model = new_model(rule, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
-        # A trial: what does not fit is refused now, not after hours of warm-up.
+        # A trial, overwritten below: what does not fit is refused now, not after hours of warm-up.
         transfer(warm_model, model, parts, s.embeddings, s.positions)
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
         finished = open_run(out, s, fingerprint, warmed["spec"]) if rank() == 0 else None
-        if total(finished is not None)[0]:
+        if total(finished is not None)[0]:  # process 0 alone has looked, and tells the others
             say(f"{out}: finished in an earlier run")
             return finished
         listen()
@@ -101,7 +102,7 @@ def check_data(data, rule, s):
         if batch_size < world_size():
             raise UserError(f"a batch of {batch_size} is too small for {world_size()} processes")
     fingerprint = [each.fingerprint() for each in both]
-    if total(*fingerprint) != [number * world_size() for number in fingerprint]:
+    if total(*fingerprint) != [mine * world_size() for mine in fingerprint]:
         raise UserError("processes see different data: each machine needs the same corpora")
     return fingerprint
 
@@ -120,14 +121,16 @@ def move(source, model, parts, s):
 
 
 def start_from_checkpoints(model, s):
-    """Moves what --init, --attn_from and --mlp_from name into the model -> how it was warmed up."""
+    """Moves what --init, --attn_from and --mlp_from name into the model -> how it was warmed up:
+    spec, tokens, seconds, first and last evaluation, which every checkpoint keeps."""
     warmed = {"tokens": 0, "seconds": 0.0, "before": {}, "result": {}}
     specs = []
     for path, parts in ((s.init, s.transfer), (s.mlp_from, "mlp"), (s.attn_from, "attn")):
         if path:
             source, state = load(path)
             move(source, model, parse_parts(parts), s)
-            with reading(path):  # other people's files hold none of this
+            with reading(path):  # other people's files hold none of this; ours after a second stage
+                # has the warm-up's in "warmed": its own tokens are no warm-up.
                 warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
                 warmed["tokens"] += warm.get("tokens", 0)
                 specs.append(str(state.get("source", {}).get("spec", Path(path).stem)))
@@ -204,7 +207,7 @@ def train(model, data, stage, file, fingerprint, warmed):
     log = Log(file.with_name("log.jsonl"), stage, progress)
     held_out = held_out_rows(data, stage.eval_rows)
 
-    def look(step):
+    def evaluate_and_log(step):
         result = progress["result"] = evaluation(model, held_out, data, stage)
         loss, accuracy = result["loss"], result["accuracy"]
         log.add(step, f"step {step:,}: held-out loss {loss:.3f}, accuracy {accuracy:.1%}",
@@ -212,7 +215,7 @@ def train(model, data, stage, file, fingerprint, warmed):
         return result
 
     if not progress["before"]:
-        progress["before"] = look(0)
+        progress["before"] = evaluate_and_log(0)
     if progress["step"] == stage.steps or progress["passed"] == 2:
         return progress
     net = wrapped(model, data, stage)
@@ -252,8 +255,8 @@ def train(model, data, stage, file, fingerprint, warmed):
                 micro_loss = net(x, y) / max(n_counted, 1)
             loss += micro_loss.detach()
             if stage.sharpen:
-                blur = attention_entropy(maps, y).sum() / stage.batch_size
-                micro_loss = micro_loss + stage.sharpen * blur
+                entropy = attention_entropy(maps, y).sum() / stage.batch_size
+                micro_loss = micro_loss + stage.sharpen * entropy
             # DDP takes the mean over processes; wanted is the sum.
             scaler.scale(micro_loss * world_size()).backward()
 
@@ -263,9 +266,9 @@ def train(model, data, stage, file, fingerprint, warmed):
         saving = last or done % stage.save_every == 0
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip or math.inf)
-        # To look at it a GPU has to be waited for: what is not seen now is by the next look.
-        looking = (logging or saving or stage.device == "cpu") and not scaler.is_enabled()
-        if looking and not norm.isfinite():
+        # Reading the norm waits for a GPU: there a bad one is met at the next log line or save.
+        check_norm = (logging or saving or stage.device == "cpu") and not scaler.is_enabled()
+        if check_norm and not norm.isfinite():
             raise UserError("the loss or its gradient is not finite: a lower learning rate may "
                             "help; --resume goes on from the last checkpoint")
         scaler.step(optimizer)  # leaves out a step whose gradient float16 could not hold
@@ -277,13 +280,14 @@ def train(model, data, stage, file, fingerprint, warmed):
         if logging:
             log.add_step(done, total(float(loss))[0], lr)
         if last or done % stage.eval_every == 0:
-            good = look(done)["accuracy"] >= (stage.stop_at or math.inf)
+            good = evaluate_and_log(done)["accuracy"] >= (stage.stop_at or math.inf)
             progress["passed"] = progress["passed"] + 1 if good else 0
+        solved = progress["passed"] == 2  # --stop_at was reached twice in a row
         if grow(progress, model, data, stage):
             rows = rows_from(data, stage, progress)
-        if saving or progress["passed"] == 2:
+        if saving or solved:
             save_progress()
-        if progress["passed"] == 2:  # --stop_at was reached twice in a row
+        if solved:
             break
     return progress
 
@@ -426,9 +430,11 @@ class Log:
         seconds = max(time.monotonic() - self.time, 1e-3)  # a clock may be coarse
         speed = (step - self.step) * self.stage.step_tokens / seconds
         left = clock((self.stage.steps - step) * self.stage.step_tokens / speed)
+        line = f"step {step:,}/{self.stage.steps:,} | loss {loss:.3f}"
+        if step > 1:  # the first is slow, and says nothing of the others
+            line += f" | {speed:,.0f} tokens/s | {left} left"
         self.time, self.step = time.monotonic(), step
-        self.add(step, f"step {step:,}/{self.stage.steps:,} | loss {loss:.3f} | {speed:,.0f} "
-                 f"tokens/s | {left} left", loss=loss, lr=lr, tokens_per_second=round(speed))
+        self.add(step, line, loss=loss, lr=lr, tokens_per_second=round(speed))
 
     def add(self, step, line, **values):
         say(f"[{self.stage.name}] {line}")
@@ -444,7 +450,7 @@ def clock(seconds):
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes and signals
+# Here a student may stop. Processes and signals
 
 SIGNALS = []  # those that came: a step is finished and saved, then the run stops
 
@@ -712,7 +718,7 @@ def stage_of(s, name, data):
     return stage
 
 
-def summarise(found, s, given):
+def summarise(found, s):
     warmup, tokens, bits = found["warmup"], found["tokens"], found["val_bits_per_byte"]
     if found["warmup_loss"] is not None:
         warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> "
@@ -721,23 +727,22 @@ def summarise(found, s, given):
     result = (f"{found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of answers "
               "right" if bits is None else f"{bits:.4f} bits per byte")
     files = ", ".join(sorted(path.name for path in Path(s.out).glob("[!.]*")))
-    other = "none" if tokens["procedural"] else "dyck"
-    folders = shlex.join([s.out, default_folder(given | {"warmup": other})])
+    other = "none, and no other flags of a warm-up" if tokens["procedural"] else "dyck"
     say(f"\nwarm-up    {warmup}\n"
         f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
         f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
         f"files      {s.out}: {files} ({clock(found['seconds'])})\n"
-        f"next       the same command with --warmup {other}{' and no --init' if s.init else ''}\n"
-        f"next       python analyze.py curves {folders}")
+        f"next       the same command with --warmup {other} (in another --out, if you name it);\n"
+        f"           then python analyze.py curves {shlex.quote(s.out)} and the other's folder")
 
 
 def main():
-    settings, given = parse(sys.argv[1:])
+    settings, _ = parse(sys.argv[1:])
     try:
         found = run(settings)
         if rank() == 0:
             with reading(Path(settings.out, "result.json")):
-                summarise(found, settings, given)
+                summarise(found, settings)
     except Stopped as stopped:
         say(f"{stopped}; saved. To go on: the same command with --resume")
         sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it
