@@ -445,8 +445,8 @@ def micro_batches(x, y, n, trim=True):
 
 
 # --------------------------------------------------------------------------------------------------
-# Here a student may stop. Texts: every one becomes nanoGPT's folder: train.bin, val.bin, and a meta.json that names the
-# tokenizer. Until then it is a stream of pieces: (text, whether a document ends after it).
+# Here a student may stop. Every text becomes nanoGPT's folder: train.bin, val.bin, and a meta.json
+# that names the tokenizer. Until then it is a stream of pieces: (text, whether a document ends).
 
 ANSWER, PROBLEM = 96, 95  # tokens of DeepMind-Math: the marks after a question and after an answer
 PIECE = 50_000  # characters; a million spaces at once make tiktoken panic

@@ -561,7 +561,7 @@ def test_what_a_newcomer_reads(monkeypatch, capfd):
     for line, said in zip(lines[-6:], (
             f"{result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} nats",
             "864 of warm-up, 1,008 of haystack:pairs=3", f"{result['val_loss']:.4f} nats",
-            "warmup.pt", "--warmup none", "curves 'my run' out/haystack_pairs=3-none-s0")):
+            "warmup.pt", "--warmup none", "curves 'my run'")):
         assert said in line
 
 
