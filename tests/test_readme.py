@@ -153,6 +153,16 @@ def results_in_words(found):
         cells = ["{} of {}".format(*found_of[f"dyck, {parts}, embeddings {start}"][:2])
                  for start in ("random", "mean")]
         yield f"| {words} | {cells[0]} | {cells[1]} |"
+    unrun = sum("| not run |" in line for line in analyze.claims_lines(found, None))
+    yield f"{unrun} of the claims were not run yet"
+    rhos = []
+    for setting in analyze.settings_in("starts", "quick"):
+        runs = [found[setting.folder(seed)] for seed in range(10) if setting.folder(seed) in found]
+        if setting.column == "recall of 15" and all("share" in run for run in runs):
+            steps = [analyze.value_of(run, analyze.STEPS) for run in runs]
+            rhos.append(analyze.rank_correlation([run["share"] for run in runs], steps))
+    assert len(rhos) == 4 and all(p > 0.05 for _, p in rhos)
+    yield f"by {max(rhos)[0]:.2f} to {min(rhos)[0]:.2f}"
     for claim in analyze.CLAIMS:
         if claim.text in ("set helps code", "set helps English"):
             settings = {each.name: each for each in analyze.settings_in("controls", "quick")
