@@ -129,8 +129,8 @@ def start_from_checkpoints(model, s):
         if path:
             source, state = load(path)
             move(source, model, parse_parts(parts), s)
-            with reading(path):  # other people's files hold none of this; ours after a second stage
-                # has the warm-up's in "warmed": its own tokens are no warm-up.
+            # After a second stage our file has its warm-up in "warmed"; other people's have none.
+            with reading(path):
                 warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
                 warmed["tokens"] += warm.get("tokens", 0)
                 specs.append(str(state.get("source", {}).get("spec", Path(path).stem)))
@@ -486,9 +486,9 @@ def join_processes(s):
 def listen():
     """Listens for Ctrl-C, and for what a cluster or a closed terminal sends."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has the first two
-        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup
-            signal.signal(number, lambda received, frame: SIGNALS.append(received))
+        code = getattr(signal, name, None)  # Windows has the first two
+        if code and (name != "SIGHUP" or signal.getsignal(code) != signal.SIG_IGN):  # nohup
+            signal.signal(code, lambda received, frame: SIGNALS.append(received))
 
 
 def total(*values):
