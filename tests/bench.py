@@ -3,12 +3,8 @@
     python tests/bench.py                      both parts; takes minutes
     python tests/bench.py trainer              a step beside transformers' Trainer
     python tests/bench.py data                 the rows that a core makes, of each kind
-    python tests/bench.py --nanogpt FOLDER     a step beside nanoGPT's model.py, in FOLDER, too
 """
 import argparse
-import contextlib
-import importlib.util
-import os
 import sys
 import tempfile
 import time
@@ -19,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import train
 from data import RULES, TASKS, micro_batches
-from model import GPT, GPTConfig, as_hugging_face, find_device, parse_size
+from model import as_hugging_face, find_device
 
 import numpy as np
 import torch
@@ -45,7 +41,7 @@ def compare(title, ours, theirs):
 
 def a_run(flags, name="train"):
     """What train.py makes of flags: settings, data, stage and model."""
-    settings, _ = train.parse(flags.split())
+    settings = train.parse(flags.split())
     data, rule = train.open_data(settings)
     data = rule if name == "warmup" else data
     stage = train.stage_of(settings, name, data)
@@ -129,51 +125,6 @@ def beside_trainer():
                 lambda: trainer(flags, batches))
 
 
-def plain_steps(model, batch, settings):
-    """Forward, backward and AdamW, on one batch, of a model of ours or of nanoGPT's."""
-    net = torch.compile(model) if settings.compile else model
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), []
-    for step in range(WARM + STEPS):
-        if step == WARM:
-            began = now(settings.device)
-        with train.autocast(settings):
-            found = net(*batch)
-        loss = found / batch[1].numel() if isinstance(model, GPT) else found[1]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-    return (now(settings.device) - began) / STEPS, torch.stack(losses).mean().item()
-
-
-def beside_nanogpt(folder, batch_size):
-    spec = importlib.util.spec_from_file_location("nanogpt", Path(folder) / "model.py")
-    nanogpt = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
-    settings, _ = train.parse(["--warmup", "none"])
-    cuda = settings.device.startswith("cuda")
-    for size, vocab, T, B in [("tiny", 257, 128, 8), ("gpt2", 50257, 1024, batch_size)][:1 + cuda]:
-        n_layer, n_head, d = parse_size(size)
-        torch.manual_seed(0)
-        first = GPT(GPTConfig(vocab, T, n_layer, n_head, d)).to(settings.device)
-        batch = torch.randint(vocab, (2, B, T), device=settings.device)
-
-        def ours():
-            model = GPT(first.config).to(settings.device)
-            model.load_state_dict(first.state_dict())
-            return plain_steps(model, batch, settings)
-
-        def theirs():
-            with contextlib.redirect_stdout(open(os.devnull, "w")):
-                model = nanogpt.GPT(nanogpt.GPTConfig(T, vocab, n_layer, n_head, d, 0.0, True))
-            weights = {f"transformer.{name}": p for name, p in first.state_dict().items()}
-            weights["lm_head.weight"] = weights.pop("transformer.lm_head.weight")
-            model.load_state_dict(weights, strict=False)  # it may hold masks as well
-            return plain_steps(model.to(settings.device), batch, settings)
-
-        compare(f"a step of {size} with context {T}, beside nanoGPT", ours, theirs)
-
-
 def data_of_each_kind():
     """A step needs so many cores for its data that these are made while it goes on."""
     print(f"{'':20}{'M tokens/s of a core':>22}{'cores for a step':>20}")
@@ -196,14 +147,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["trainer", "data"],
                         help="trainer, data or both")
-    parser.add_argument("--nanogpt", metavar="FOLDER", help="where nanoGPT's model.py is")
-    parser.add_argument("--batch", type=int, default=16, help="rows of gpt2 on a GPU (default 16)")
     args = parser.parse_args()
     print(f"{find_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if "trainer" in args.parts:
         beside_trainer()
-    if args.nanogpt:
-        beside_nanogpt(args.nanogpt, args.batch)
     if "data" in args.parts:
         data_of_each_kind()
 

@@ -1,10 +1,9 @@
-"""What README and the course show: worked examples are tried, commands are run or accepted, and
-what README says of results is what the packed file says."""
+"""What README shows: its rule is added, its commands are accepted, and what it says of results is
+what the packed file says."""
 import argparse
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -20,70 +19,32 @@ from data import Parser
 
 README = (ROOT / "README.md").read_text()
 WORDS = " ".join(README.split())
-COURSE = (ROOT / "assets/course.md").read_text()
-EXERCISES = re.findall(r"^python .*", COURSE, re.MULTILINE)
 SCRIPTS = {"data.py": data, "model.py": model, "train.py": train, "eval.py": probes,
            "analyze.py": analyze}
 COMMANDS = re.findall(r"^(?:python|torchrun) .*\.py.*", README, re.MULTILINE)
 
 
-def with_rule(folder, text):
-    """Puts the rule that a text shows into a copy of the scripts, in at most six lines. Returns a
-    function that runs one of these."""
-    function, entry = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def test_a_rule_is_added_in_six_lines(tmp_path):
+    function, entry = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len((function + entry).splitlines()) <= 6
     for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    code = (folder / "data.py").read_text()
+        shutil.copy(path, tmp_path)
+    code = (tmp_path / "data.py").read_text()
     for block, place in ((f"{function}\n\n", "# ---------"), (entry, "}\nTASKS = {")):
         after = code.index(place, code.index("def eca("))
         code = code[:after] + block + code[after:]
-    (folder / "data.py").write_text(code)
+    (tmp_path / "data.py").write_text(code)
 
-    def python(*argv):
-        return subprocess.run([sys.executable, *argv], cwd=folder, check=True, text=True,
-                              capture_output=True, timeout=60).stdout
-    return python
-
-
-def test_a_rule_is_added_in_six_lines_as_readme_shows(tmp_path):
-    python = with_rule(tmp_path, README)
-    row = python("data.py", "show", "swap:length=6", "-n", "1").splitlines()[-1]
+    def python(command):
+        return subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True,
+                              text=True, capture_output=True, timeout=60).stdout
+    row = python("data.py show swap:length=6 -n 1").splitlines()[-1]
     x, answer = row.removesuffix("»").split(" | «")
     x, answer = x.split(), answer.split()
     assert len(x) == 6 and answer == x[3:] + x[:3]
-    said = python(*"train.py --warmup swap --warmup_steps 2 --data haystack:pairs=2 --steps 2 "
-                  "--batch_size 4 --warmup_batch_size 4 --eval_rows 8 --device cpu".split())
+    said = python("train.py --warmup swap --warmup_steps 2 --data haystack:pairs=2 --steps 2 "
+                  "--batch_size 4 --warmup_batch_size 4 --eval_rows 8 --device cpu")
     assert "warm-up    swap: held-out loss" in said
-
-
-def test_the_rule_that_solves_the_last_exercise_is_one(tmp_path):
-    python = with_rule(tmp_path, COURSE)
-    row = python("data.py", "show", "lookup:length=6", "-n", "1").splitlines()[-1]
-    pairs, answer = (re.findall(r"(\d+) (\d+)", part) for part in row.split("|"))
-    assert len(pairs) == 3 and answer == sorted(pairs, key=lambda pair: int(pair[0]))
-
-
-def test_the_exercises_run(tmp_path, prose, monkeypatch, capsys):
-    small = "--batch_size 8 --eval_rows 16 --device cpu --no-compile --eval_every 3"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    assert len(EXERCISES) > 15
-    for command in EXERCISES:
-        _, name, *argv = shlex.split(command.replace("--data docs", f"--data {prose}"))
-        if name == "-c":
-            exec(argv[0], {})
-            continue
-        if name == "train.py":
-            settings = train.parse([*argv, "--device", "cpu"])[0]
-            argv += [*small.split(), "--steps", str(min(3, settings.steps))]
-            if settings.warmup != "none":
-                argv += ["--warmup_steps", "3", "--warmup_batch_size", "8"]
-        monkeypatch.setattr(sys, "argv", [name, *argv])
-        SCRIPTS[name].main()
-    said = capsys.readouterr().out
-    assert "learned: " in said and (tmp_path / "curves.png").exists()
-    assert (tmp_path / "out/brackets/eval-warmup-heads.png").exists()
 
 
 class Parsed(Exception):
@@ -111,8 +72,7 @@ def test_the_commands_of_readme_are_accepted(command, monkeypatch):
 REPORT = (ROOT / "assets/report.md").read_text()
 
 
-@pytest.mark.parametrize("text,folder", [(README, ROOT), (COURSE, ROOT / "assets"),
-                                         (REPORT, ROOT / "assets")])
+@pytest.mark.parametrize("text,folder", [(README, ROOT), (REPORT, ROOT / "assets")])
 def test_what_is_pointed_to_is_there(text, folder):
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (folder / link).exists(), link
