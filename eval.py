@@ -6,7 +6,7 @@
 
 A probe takes an opened checkpoint and returns None where it does not apply, or what it found: by
 label numbers, words, curves {name: {x: y}} (label: "y by x") and maps (n_layer, n_head); "n" says
-of how many rows, answers or tokens. All of it is in eval.json.
+of how many rows, answers or tokens. Its docstring is the question that is printed above.
 """
 import contextlib
 import math
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 # Before torch, for which data.py sets how its threads wait.
-from data import (RANDOM, Parser, UserError, lock, make_data, micro_batches, number, read_json,
-                  reading, run_main, write_json, written_whole)
+from data import (RANDOM, Parser, UserError, make_data, micro_batches, number, reading, run_main,
+                  written_whole)
 from model import GPT, attention_maps, find_device, load
 
 import torch
@@ -71,7 +71,7 @@ class Opened:
     def __init__(self, path, device=None, spec=None, tokenizer=None):
         inside = Path(path) / "ckpt.pt"  # of a run's folder
         self.path, self.device = inside if inside.exists() else Path(path), find_device(device)
-        self.model, state = load(path, self.device)
+        self.model, state = load(self.path, self.device)
         self.model.eval().requires_grad_(False)
         self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
         config = self.model.config
@@ -142,22 +142,20 @@ def probe_loss(c):
     found = evaluate(c.model, rows, c.device, tokenizer=c.data.tokenizer)
     return {"n": f"{found['tokens']:,} counted tokens",
             "loss (nats per counted token)": found["loss"],
-            "perplexity": math.exp(min(found["loss"], 700.0)), "accuracy, counted tokens": found["accuracy"],
-            "exact, whole answers": found["exact"], "bits per byte": found["bits_per_byte"]}
+            "perplexity": math.exp(min(found["loss"], 700.0)),  # more would overflow
+            "accuracy": found["accuracy"], "exact (whole answers)": found["exact"],
+            "bits per byte": found["bits_per_byte"]}
 
 
 def probe_learned(c):
-    """how much of what can be learned was learned? The loss beside the smallest possible one
-
-    That is 0 where the prompt decides the answer; of brackets it follows from the generator's odds,
-    of a random rule from what its row has told."""
+    """how much of what can be learned was learned? The loss beside the smallest possible one"""
     if c.name is None:
         return None
     x, y = c.rows()
     losses, hits = c.predict(x, y)
     counted = y != -1
-    wanted, loss, floor = y[counted], losses[counted].mean(), 0.0
-    if c.brackets:
+    wanted, loss, floor = y[counted], losses[counted].mean(), 0.0  # as the prompt decides it
+    if c.brackets:  # the generator's odds
         odds = bracket_facts(x, c.name, c.p)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
@@ -225,14 +223,11 @@ def probe_brackets(c):
     closes = partner >= 0
     allowed, likeliest = odds[closes][:, k:] > 0, logits.argmax(-1).cpu().numpy()[closes]
     right, chance = allowed[np.arange(len(allowed)), likeliest], allowed.mean(-1)
-    distance = np.arange(1, partner.shape[1] + 1) - partner
-    found = {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
-             "by chance": chance.mean()}
-    for what, values in (("brackets open before", depth), ("tokens since it opened", distance)):
-        bins = 2 ** np.log2(values[closes]).astype(int)
-        found[f"share of a right type by {what}: 1, 2-3, 4-7, ..."] = {
-            "model": means(right, bins), "by chance": means(chance, bins)}
-    return found
+    bins = 2 ** np.log2(depth[closes]).astype(int)
+    return {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
+            "by chance": chance.mean(),
+            "share of a right type by brackets that are open: 1, 2-3, 4-7, ...": {
+                "model": means(right, bins), "by chance": means(chance, bins)}}
 
 
 def repeated(c, length, n):
@@ -351,7 +346,7 @@ PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, cop
 
 def print_finding(name, finding):
     """A line for each number, and for each curve, with 8 of its points at most."""
-    print(f"\n{name}: {question(name)} ({finding['n']})")
+    print(f"\n{name}: {PROBES[name].__doc__} ({finding['n']})")
     for label, value in finding.items():
         if isinstance(value, dict):
             for each, curve in value.items():
@@ -362,25 +357,6 @@ def print_finding(name, finding):
             print(f"{label:49}{value:9.4f}")
         elif isinstance(value, str) and label != "n":
             print(f"{label:49}{value:>9}")
-
-
-def question(name):
-    """What a probe asks: the first line of its docstring."""
-    return PROBES[name].__doc__.splitlines()[0]
-
-
-def keep(c, found):
-    """Puts what was found into eval.json beside the checkpoint, or says why it cannot."""
-    path = c.path.with_name("eval.json")
-    try:
-        # Another eval.py may be adding to it. The folder's `.lock` is train.py's.
-        with lock(path.with_name(".eval.lock"), wait=True), reading(path):
-            there = read_json(path) if path.exists() else {}
-            probes = there.setdefault(c.path.name, {}).setdefault(c.spec, {})
-            probes |= {name: {"step": c.step, **finding} for name, finding in found.items()}
-            write_json(path, there)
-    except UserError as error:
-        print(f"\nnot kept: {error}")
 
 
 def pyplot():
@@ -414,7 +390,7 @@ def draw_finding(c, name, finding):
     if not panels:
         return
     figure, axes = pyplot().subplots(1, len(panels), squeeze=False, figsize=(13.3, 4.5))
-    figure.suptitle(f"{name}: {question(name)}\n{c.spec}, {c.stage} step {c.step:,}, "
+    figure.suptitle(f"{name}: {PROBES[name].__doc__}\n{c.spec}, {c.stage} step {c.step:,}, "
                     f"seed {c.seed}, {finding['n']}")
     for axis, (key, panel) in zip(axes[0], panels):
         if isinstance(panel, dict):
@@ -476,26 +452,24 @@ def main():
         help="of a sample; 0 takes the likeliest token (default 0.8)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is here)")
     args = parser.parse_args()
+    samples = args.sample or int(args.prompt is not None)
     names = args.probe.split(",") if args.probe else list(PROBES)
     if not PROBES.keys() >= set(names):
         raise UserError(f"unknown probe in {args.probe!r}: there are {', '.join(PROBES)}")
-    samples = args.sample or int(args.prompt is not None)
     for path in args.checkpoints:
         c, found = Opened(path, args.device, args.data, args.tokenizer), {}
         print(f"{c.path}: {c.stage} step {c.step}, held-out {c.spec}")
         for i in range(samples):
             print_sample(c, i, args)
-        for name in names if not samples else ():
-            finding = PROBES[name](c)
-            if finding:
-                found[name] = finding
-                print_finding(name, finding)
+        for name in [] if samples else names:
+            found[name] = PROBES[name](c)
+            if found[name]:
+                print_finding(name, found[name])
             elif args.probe:
                 raise UserError(f"the probe {name} does not apply to {c.spec}")
-        if found:
-            keep(c, found)
-        for name, finding in found.items() if args.plot else ():
-            draw_finding(c, name, finding)
+        if args.plot:
+            for name in filter(found.get, found):
+                draw_finding(c, name, found[name])
 
 
 if __name__ == "__main__":
