@@ -377,6 +377,8 @@ def keep_figure(figure, path):
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: a figure's name ends in .png, .pdf or .svg")
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
+        text.set_text(text.get_text().encode(errors="replace").decode())  # a path may be no Unicode
     with written_whole(path) as file:
         figure.savefig(file, format=ending)
     pyplot().close(figure)
@@ -423,11 +425,12 @@ def print_sample(c, i, args):
         begin = torch.tensor(np.array(c.data.tokenizer.encode(args.prompt), np.int64))
     else:
         x, y = c.data.val[i]
-        asks = int((y != -1).int().argmax())
-        begin = x[:min(64, len(x) // 2)]
-        if c.data.kind != "text" and asks > 0:  # brackets ask nothing
-            begin, wanted = x[:asks + 1], y[y != -1].tolist()
-            length, temperature = len(wanted), 0
+        begin, asks = x[:min(64, len(x) // 2)], int((y != -1).int().argmax())
+        if c.data.kind != "text":
+            length = len(x) - len(begin)
+            if asks > 0:  # brackets ask nothing
+                begin, wanted = x[:asks + 1], y[y != -1].tolist()
+                length, temperature = len(wanted), 0
     generator = torch.Generator(c.device).manual_seed(c.seed + i)
     idx = begin[None].to(c.device)
     out = c.model.generate(idx, length, temperature, generator)[0, len(begin):].tolist()
@@ -447,9 +450,9 @@ def main():
     add("--tokenizer", metavar="NAME", help="of that data (default: that of its training)")
     add("--sample", type=number(0, 1e4), default=0, metavar="N", help="N samples, and no probe")
     add("--prompt", metavar="WORDS", help="go on from these words of text, and ask no probe")
-    add("--tokens", type=number(1, 1e6), default=200, metavar="N", help="of a sample (default 200)")
+    add("--tokens", type=number(1, 1e6), default=200, metavar="N", help="of text (default 200)")
     add("--temperature", type=number(0, kind=float), default=0.8, metavar="X",
-        help="of a sample; 0 takes the likeliest token (default 0.8)")
+        help="of a sample; 0: always the likeliest token (default 0.8)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is here)")
     args = parser.parse_args()
     samples = args.sample or int(args.prompt is not None)
