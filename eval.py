@@ -1,11 +1,11 @@
 """What a checkpoint knows, and where: probes of its answers, its heads and its residual stream.
 
     python eval.py out/code-dyck-s0/ckpt.pt                  every probe that applies to it
-    python eval.py out/*/warmup.pt --probe learned,heads     some probes of several
+    python eval.py A.pt B.pt --probe learned,heads --plot    some of two, and a figure of the heads
     python eval.py out/code-dyck-s0/ckpt.pt --prompt "def "  go on from one's own words
 
 A probe takes an opened checkpoint and returns None where it does not apply, or what it found: by
-label numbers, words, curves {name: {x: y}} (label: "y by x") and maps (n_layer, n_head); "n" says
+label numbers, words, curves {name: {x: y}} and maps (n_layer, n_head), which are drawn; "n" says
 of how many rows, answers or tokens. Its docstring is the question that is printed above.
 """
 import contextlib
@@ -226,7 +226,7 @@ def probe_brackets(c):
     bins = 2 ** np.log2(depth[closes]).astype(int)
     return {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
             "by chance": chance.mean(),
-            "share of a right type by brackets that are open: 1, 2-3, 4-7, ...": {
+            "share of a right type by brackets that are open (1, 2-3, 4-7, ...)": {
                 "model": means(right, bins), "by chance": means(chance, bins)}}
 
 
@@ -341,7 +341,7 @@ PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, cop
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables, figures, samples
+# What is printed, figures, samples
 
 
 def print_finding(name, finding):
@@ -352,7 +352,7 @@ def print_finding(name, finding):
             for each, curve in value.items():
                 places = list(curve)[::math.ceil(len(curve) / 8)]
                 points = "  ".join(f"{x}: {curve[x]:.3f}" for x in places)
-                print(f"{label} ({each})  {points}")
+                print(f"{label}, {each}:  {points}")
         elif isinstance(value, (float, np.floating)):
             print(f"{label:49}{value:9.4f}")
         elif isinstance(value, str) and label != "n":
@@ -385,34 +385,24 @@ def keep_figure(figure, path):
     print(f"figure: {path}")
 
 
-def draw_finding(c, name, finding):
-    """The curves of a finding, or four maps, as a figure of a slide's size."""
-    panels = [(key, each) for key, each in finding.items() if isinstance(each, (dict, np.ndarray))]
-    panels = panels[:1] + panels[1:][-3:]
-    if not panels:
-        return
-    figure, axes = pyplot().subplots(1, len(panels), squeeze=False, figsize=(13.3, 4.5))
-    figure.suptitle(f"{name}: {PROBES[name].__doc__}\n{c.spec}, {c.stage} step {c.step:,}, "
-                    f"seed {c.seed}, {finding['n']}")
-    for axis, (key, panel) in zip(axes[0], panels):
-        if isinstance(panel, dict):
-            for label, curve in panel.items():
-                axis.plot(list(curve), list(curve.values()), marker=".", label=label)
-            ylabel, xlabel = key.split(" by ")
-            axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 1.03))
-            axis.legend()
-        else:
-            highest = 1 if key == BLUR else max(each.max() for _, each in panels[1:])
-            image = axis.imshow(panel, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-            axis.set(title=key, xlabel="head", ylabel="layer")
-            axis.grid(False)
-            axis.locator_params("y", integer=True)
-            figure.colorbar(image, ax=axis)
-            for (layer, head), value in np.ndenumerate(panel) if panel.size <= 64 else ():
-                axis.text(head, layer, f"{value:.2f}", ha="center", va="center",
-                          color="white" if value > highest / 2 else "black")
-        axis.locator_params("x", integer=True)
-    keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-{name}.png"))
+def draw_heads(c, found):
+    """Four maps of the heads at most, as a figure of a slide's size."""
+    maps = {label: scores for label, scores in found.items() if isinstance(scores, np.ndarray)}
+    labels = [BLUR, *list(maps)[1:][-3:]]
+    figure, axes = pyplot().subplots(1, len(labels), figsize=(13.3, 4.5))
+    figure.suptitle(f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}")
+    for axis, label in zip(axes, labels):
+        scores = maps[label]
+        highest = 1 if label == BLUR else max(maps[each].max() for each in labels[1:])
+        image = axis.imshow(scores, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+        figure.colorbar(image, ax=axis)
+        axis.set(title=label, xlabel="head", ylabel="layer")
+        axis.grid(False)
+        axis.locator_params(integer=True)
+        for (layer, head), score in np.ndenumerate(scores) if scores.size <= 64 else ():
+            axis.text(head, layer, f"{score:.2f}", ha="center", va="center",
+                      color="white" if score > highest / 2 else "black")
+    keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-heads.png"))
 
 
 def print_sample(c, i, args):
@@ -445,7 +435,7 @@ def main():
     add = parser.add_argument
     add("checkpoints", nargs="+", help="ckpt.pt or warmup.pt, a run's folder, another's model")
     add("--probe", metavar="NAMES", help=f"some of {','.join(PROBES)} (default: all that apply)")
-    add("--plot", action="store_true", help="also draw eval-NAME-PROBE.png beside the checkpoint")
+    add("--plot", action="store_true", help="draw the heads, too: eval-NAME-heads.png, beside it")
     add("--data", metavar="SPEC", help="as of train.py (default: what it was trained on)")
     add("--tokenizer", metavar="NAME", help="of that data (default: that of its training)")
     add("--sample", type=number(0, 1e4), default=0, metavar="N", help="N samples, and no probe")
@@ -470,9 +460,8 @@ def main():
                 print_finding(name, found[name])
             elif args.probe:
                 raise UserError(f"the probe {name} does not apply to {c.spec}")
-        if args.plot:
-            for name in filter(found.get, found):
-                draw_finding(c, name, found[name])
+        if args.plot and "heads" in found:
+            draw_heads(c, found["heads"])
 
 
 if __name__ == "__main__":

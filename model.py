@@ -279,9 +279,10 @@ def load(path, device="cpu"):
             raise ValueError(f"it does not have the {config.n_layer} layers of its config")
         with torch.device("meta"):  # shapes without memory: a config may claim any
             model = GPT(config)
-        for name, p in model.named_parameters():
+        for name, _ in model.named_parameters():
             if name.endswith("bias"):  # nanoGPT's bias=False has none: they are zeros
-                weights.setdefault(name, torch.zeros(p.shape))
+                rows = len(weights[name.replace("bias", "weight")])
+                weights.setdefault(name, torch.zeros(rows))
         model.load_state_dict(weights, assign=True)
         if config.tied:
             model.lm_head.weight = model.wte.weight
