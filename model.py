@@ -303,8 +303,6 @@ def read_file(path):
         raise ValueError("it is no file of tensors, numbers and strings: nothing in it was run")
     if "model_args" in state:
         return state["model_args"], state["model"], {}  # nanoGPT's
-    if "config" not in state:
-        raise ValueError("it holds no model's config")
     return state.pop("config"), state.pop("model"), state
 
 

@@ -240,12 +240,10 @@ def test_answers_are_counted_by_the_place_in_the_answer(opened):
 
 def test_copying_is_seen_in_one_who_looks_back(opened):
     def copies(x, y, vocab_size):
-        half = (x.shape[1] + 1) // 2
-        return right(x, np.roll(x, half - 1, axis=1), vocab_size)
+        return right(x, np.roll(x, (x.shape[1] + 1) // 2 - 1, axis=1), vocab_size)
     found = script.probe_copying(opened("sorting:numbers=20", copies))
     assert found["second copy right"] == 1 and found["loss on the first copy (nats)"] > 20
-    found = script.probe_copying(opened("sorting:numbers=20", knows_nothing))
-    assert found["loss on the second copy (nats)"] == pytest.approx(math.log(101), abs=1e-4)
+    assert found["loss on the second copy (nats)"] < 1e-4
 
 
 # Its parts
