@@ -1,12 +1,12 @@
 """What a checkpoint knows, and where: probes of its answers, its heads and its residual stream.
 
     python eval.py out/code-dyck-s0/ckpt.pt                  every probe that applies to it
-    python eval.py out/*/warmup.pt --probe learned --plot    how much was learned, side by side
+    python eval.py A.pt B.pt --probe learned,heads --plot    some of two, and a figure of the heads
     python eval.py out/code-dyck-s0/ckpt.pt --prompt "def "  go on from one's own words
 
 A probe takes an opened checkpoint and returns None where it does not apply, or what it found: by
-label numbers, words, curves {name: {x: y}} (label: "y by x") and maps (n_layer, n_head), which are
-drawn only; "n" says of how many rows, answers or tokens. All of it is in eval.json.
+label numbers, words, curves {name: {x: y}} and maps (n_layer, n_head), which are drawn; "n" says
+of how many rows, answers or tokens. Its docstring is the question that is printed above.
 """
 import contextlib
 import math
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 # Before torch, for which data.py sets how its threads wait.
-from data import (RANDOM, Parser, UserError, lock, make_data, micro_batches, number, read_json,
-                  reading, run_main, write_json, written_whole)
+from data import (RANDOM, Parser, UserError, make_data, micro_batches, number, reading, run_main,
+                  written_whole)
 from model import GPT, attention_maps, find_device, load
 
 import torch
@@ -65,17 +65,13 @@ def first_rows(data, n):
     return data.val.__getitems__(rows)
 
 
-def perplexity(loss):
-    return math.exp(min(loss, 700.0))  # more would overflow
-
-
 class Opened:
     """A checkpoint with its model and data. spec: other data, on purpose. Raises UserError."""
 
     def __init__(self, path, device=None, spec=None, tokenizer=None):
         inside = Path(path) / "ckpt.pt"  # of a run's folder
         self.path, self.device = inside if inside.exists() else Path(path), find_device(device)
-        self.model, state = load(path, self.device)
+        self.model, state = load(self.path, self.device)
         self.model.eval().requires_grad_(False)
         self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
         config = self.model.config
@@ -98,9 +94,9 @@ class Opened:
             raise UserError(f"{self.spec} has {self.data.vocab_size} tokens, {path} "
                             f"{config.vocab_size}: name its --data, and of text its --tokenizer")
         self.n = max(16, min(256, 2 ** 15 // config.block_size))  # rows to look at
-        self.found = {}  # by the probes
+        # Its rule or task, if there is one that decides what comes next, and the parameters.
         one = not text and not train.shuffled and len(train.members) == 1
-        _, self.name, self.p = train.members[0] if one else (1.0, None, {})  # of its only rule
+        _, self.name, self.p = train.members[0] if one else (1.0, None, {})
         self.brackets = self.name in ("dyck", "dyck_shuffle")
         if self.brackets and self.p["length"][0] < self.p["length"][1]:
             self.name, self.brackets = None, False  # nobody knows where they will end
@@ -146,22 +142,20 @@ def probe_loss(c):
     found = evaluate(c.model, rows, c.device, tokenizer=c.data.tokenizer)
     return {"n": f"{found['tokens']:,} counted tokens",
             "loss (nats per counted token)": found["loss"],
-            "perplexity": perplexity(found["loss"]), "accuracy, counted tokens": found["accuracy"],
-            "exact, whole answers": found["exact"], "bits per byte": found["bits_per_byte"]}
+            "perplexity": math.exp(min(found["loss"], 700.0)),  # more would overflow
+            "accuracy": found["accuracy"], "exact (whole answers)": found["exact"],
+            "bits per byte": found["bits_per_byte"]}
 
 
 def probe_learned(c):
-    """how much of what can be learned was learned? The loss beside the smallest possible one
-
-    That is 0 where the prompt decides the answer; of brackets it follows from the generator's odds,
-    of a random rule from what its row has told."""
+    """how much of what can be learned was learned? The loss beside the smallest possible one"""
     if c.name is None:
         return None
     x, y = c.rows()
     losses, hits = c.predict(x, y)
     counted = y != -1
-    wanted, loss, floor = y[counted], losses[counted].mean(), 0.0
-    if c.brackets:
+    wanted, loss, floor = y[counted], losses[counted].mean(), 0.0  # as the prompt decides it
+    if c.brackets:  # the generator's odds
         odds = bracket_facts(x, c.name, c.p)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
@@ -229,14 +223,11 @@ def probe_brackets(c):
     closes = partner >= 0
     allowed, likeliest = odds[closes][:, k:] > 0, logits.argmax(-1).cpu().numpy()[closes]
     right, chance = allowed[np.arange(len(allowed)), likeliest], allowed.mean(-1)
-    distance = np.arange(1, partner.shape[1] + 1) - partner
-    found = {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
-             "by chance": chance.mean()}
-    for what, values in (("depth", depth), ("distance", distance)):
-        bins = 2 ** np.log2(values[closes]).astype(int)  # 1, 2-3, 4-7, ...
-        found[f"share of a right type by {what} (brackets) from"] = {
-            "model": means(right, bins), "chance": means(chance, bins)}
-    return found
+    bins = 2 ** np.log2(depth[closes]).astype(int)
+    return {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
+            "by chance": chance.mean(),
+            "share of a right type by brackets that are open (1, 2-3, 4-7, ...)": {
+                "model": means(right, bins), "by chance": means(chance, bins)}}
 
 
 def repeated(c, length, n):
@@ -266,45 +257,42 @@ def entropy_of_heads(attention, real):
 
 
 def looks(c, x, attention):
-    """Where a head may look. Yields a name, attention (n, n_layer, n_head, T, T), and which places
-    are wanted, bool (n, T, T), from token to token."""
-    n, T = x.shape
-    yield "previous token", attention, np.eye(T, k=-1, dtype=bool) & c.real(x)[:, :, None]
-    twice = repeated(c, min(T, 64), n)
-    wanted = np.tril(twice[:, :, None] == np.roll(twice, 1, axis=1)[:, None, :])  # the one after it
-    wanted[:, :twice.shape[1] // 2] = False
-    wanted[:, :, 0] = False  # which follows nothing
-    yield "induction", c.attention(twice), wanted
+    """Where a head may look. Yields a name, attention (n, n_layer, n_head, T, T), and the place to
+    which each token would look, int (n, T), or -1."""
+    yield "previous token", attention, np.where(c.real(x), np.arange(x.shape[1]) - 1, -1)
+    twice = repeated(c, min(x.shape[1], 64), len(x))
+    t, half = np.arange(twice.shape[1]), twice.shape[1] // 2
+    after = np.where(t >= half, t - half + 1, -1)  # what followed the same token in the first copy
+    yield "induction", c.attention(twice), np.broadcast_to(after, twice.shape)
     if c.brackets:
         partner = bracket_facts(x, c.name, c.p)["partner"]
-        rows, closing = np.nonzero(partner >= 0)
-        for name, ahead in (("matching bracket", 0), ("bracket that closes next", 1)):
-            wanted = np.zeros((n, T, T), bool)
-            wanted[rows, closing - ahead, partner[rows, closing]] = True
-            yield name, attention, wanted
+        yield "matching bracket", attention, partner
+        yield "bracket that closes next", attention, partner[:, 1:]
     if c.name == "haystack":
-        key = np.where(x >= 128 + c.p["pairs"], x - c.p["pairs"], -1)  # that is asked for here
-        wanted = key[:, :, None] == np.roll(x, 1, axis=1)[:, None, :]
-        yield "value of the asked key", attention, wanted
+        pairs = c.p["pairs"]
+        key = x[:, None, :] == x[:, :, None] - pairs  # which token names the key asked for here
+        yield "value of the asked key", attention, np.where(x >= 128 + pairs, key.argmax(2) + 1, -1)
+
+
+BLUR = "entropy (1: all alike)"
 
 
 def probe_heads(c):
-    """what the attention heads do: how blurred they are, and how much they look at some places"""
+    """how blurred is what each attention head looks at, and what share goes to some places?"""
     T = min(256, c.data.block_size)  # of longer contexts, the beginning
     heads = c.model.config.n_layer * c.model.config.n_head
     x = c.rows(max(4, min(32, 2 ** 26 // (heads * T * T))))[0][:, :T]
     attention = c.attention(x)
     blur = entropy_of_heads(attention, c.real(x))
-    found = {"n": f"{len(x)} rows", "entropy (1: all alike), sharpest head": blur.min(),
-             "entropy (1: all alike), mean of heads": blur.mean(), "entropy": blur}
-    for name, maps, wanted in looks(c, x, attention):
-        asks = wanted.any(2).sum()
-        score = np.einsum("nlhqk,nqk->lh", maps, wanted.astype(np.float32)) / asks
+    found = {"n": f"{len(x)} rows", f"{BLUR}, sharpest head": blur.min(),
+             f"{BLUR}, mean of heads": blur.mean(), BLUR: blur}
+    for name, maps, place in looks(c, x, attention):
+        row, t = np.nonzero(place >= 0)
+        score = maps[row, :, :, t, place[row, t]].mean(0)
         layer, head = np.unravel_index(score.argmax(), score.shape)
-        alike = (wanted.sum(2) / np.arange(1, wanted.shape[1] + 1)).sum() / asks
         found |= {f"{name}, strongest head": score.max(),
                   f"{name}, which (layer.head)": f"{layer}.{head}",
-                  f"{name}, if all were attended to alike": alike, name: score}
+                  f"{name}, if it looked at all alike": (1 / (t + 1)).mean(), name: score}
     return found
 
 
@@ -353,42 +341,22 @@ PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, cop
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables, figures, samples
+# What is printed, figures, samples
 
 
-def print_table(name, findings):
-    """A row for each label, a column for each checkpoint; then the curves, 8 points at most."""
-    question = PROBES[name].__doc__.splitlines()[0]
-    print(f"\n{name}: {question} ({next(each['n'] for each in findings if each)})")
-    numbers, curves = {"": [f"[{i}]" for i in range(1, len(findings) + 1)]}, []
-    for i, finding in enumerate(findings):
-        for label, value in finding.items():
-            if isinstance(value, dict):
-                curves.append((f"[{i + 1}] {label}", []))
-                for each, curve in value.items():
-                    places = list(curve)[::math.ceil(len(curve) / 8)]
-                    points = "".join(f"{x:>5}: {curve[x]:.3f}" for x in places)
-                    curves.append((f"{each:>10}{points}", []))
-            elif isinstance(value, (str, float, np.floating)) and label != "n":
-                said = value if isinstance(value, str) else f"{value:.4f}"
-                numbers.setdefault(label, ["-"] * len(findings))[i] = said
-    width = max(map(len, numbers))
-    for label, cells in [*numbers.items(), *curves]:
-        print(label.ljust(width) + "".join(f"{cell:>9}" for cell in cells))
-
-
-def keep(c):
-    """Puts what was found into eval.json beside the checkpoint, or says why it cannot."""
-    path = c.path.with_name("eval.json")
-    try:
-        # Another eval.py may be adding to it. The folder's `.lock` is train.py's.
-        with lock(path.with_name(".eval.lock"), wait=True), reading(path):
-            there = read_json(path) if path.exists() else {}
-            probes = there.setdefault(c.path.name, {}).setdefault(c.spec, {})
-            probes |= {name: {"step": c.step, **finding} for name, finding in c.found.items()}
-            write_json(path, there)
-    except UserError as error:
-        print(f"\nnot kept: {error}")
+def print_finding(name, finding):
+    """A line for each number, and for each curve, with 8 of its points at most."""
+    print(f"\n{name}: {PROBES[name].__doc__} ({finding['n']})")
+    for label, value in finding.items():
+        if isinstance(value, dict):
+            for each, curve in value.items():
+                places = list(curve)[::math.ceil(len(curve) / 8)]
+                points = "  ".join(f"{x}: {curve[x]:.3f}" for x in places)
+                print(f"{label}, {each}:  {points}")
+        elif isinstance(value, (float, np.floating)):
+            print(f"{label:49}{value:9.4f}")
+        elif isinstance(value, str) and label != "n":
+            print(f"{label:49}{value:>9}")
 
 
 def pyplot():
@@ -409,36 +377,32 @@ def keep_figure(figure, path):
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: a figure's name ends in .png, .pdf or .svg")
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
+        text.set_text(text.get_text().encode(errors="replace").decode())  # a path may be no Unicode
     with written_whole(path) as file:
         figure.savefig(file, format=ending)
     pyplot().close(figure)
     print(f"figure: {path}")
 
 
-def draw_finding(c, name, finding):
-    """The curves of a finding, or four maps, as a figure of a slide's width."""
-    panels = [(key, each) for key, each in finding.items() if isinstance(each, (dict, np.ndarray))]
-    panels = panels[:1] + panels[1:][-3:]
-    if not panels:
-        return
-    figure, axes = pyplot().subplots(1, len(panels), squeeze=False, figsize=(13.3, 4.5))
-    figure.suptitle(f"{name}: {c.spec}, {c.stage} step {c.step:,}, seed {c.seed} ({finding['n']})")
-    for axis, (key, panel) in zip(axes[0], panels):
-        if isinstance(panel, dict):
-            for label, curve in panel.items():
-                axis.plot(list(curve), list(curve.values()), marker=".", label=label)
-            ylabel, xlabel = key.split(" by ")
-            axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
-        else:
-            image = axis.imshow(panel, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-            axis.set(title=key, xlabel="head", ylabel="layer")
-            axis.grid(False)
-            axis.locator_params("y", integer=True)
-        axis.locator_params("x", integer=True)
-    if not isinstance(panel, dict):
-        figure.colorbar(image, ax=axes[0])
-    keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-{name}.png"))
+def draw_heads(c, found):
+    """Four maps of the heads at most, as a figure of a slide's size."""
+    maps = {label: scores for label, scores in found.items() if isinstance(scores, np.ndarray)}
+    labels = [BLUR, *list(maps)[1:][-3:]]
+    figure, axes = pyplot().subplots(1, len(labels), figsize=(13.3, 4.5))
+    figure.suptitle(f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}")
+    for axis, label in zip(axes, labels):
+        scores = maps[label]
+        highest = 1 if label == BLUR else max(maps[each].max() for each in labels[1:])
+        image = axis.imshow(scores, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+        figure.colorbar(image, ax=axis)
+        axis.set(title=label, xlabel="head", ylabel="layer")
+        axis.grid(False)
+        axis.locator_params(integer=True)
+        for (layer, head), score in np.ndenumerate(scores) if scores.size <= 64 else ():
+            axis.text(head, layer, f"{score:.2f}", ha="center", va="center",
+                      color="white" if score > highest / 2 else "black")
+    keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-heads.png"))
 
 
 def print_sample(c, i, args):
@@ -451,14 +415,15 @@ def print_sample(c, i, args):
         begin = torch.tensor(np.array(c.data.tokenizer.encode(args.prompt), np.int64))
     else:
         x, y = c.data.val[i]
-        asks = int((y != -1).int().argmax())
-        begin = x[:min(64, len(x) // 2)]
-        if c.data.kind != "text" and asks > 0:  # brackets ask nothing
-            begin, wanted = x[:asks + 1], y[y != -1].tolist()
-            length, temperature = len(wanted), 0
+        begin, asks = x[:min(64, len(x) // 2)], int((y != -1).int().argmax())
+        if c.data.kind != "text":
+            length = len(x) - len(begin)
+            if asks > 0:  # brackets ask nothing
+                begin, wanted = x[:asks + 1], y[y != -1].tolist()
+                length, temperature = len(wanted), 0
     generator = torch.Generator(c.device).manual_seed(c.seed + i)
     idx = begin[None].to(c.device)
-    out = c.model.generate(idx, length, temperature, args.top_k, generator)[0, len(begin):].tolist()
+    out = c.model.generate(idx, length, temperature, generator)[0, len(begin):].tolist()
     out = [token for token in out if token < c.data.vocab_size]  # a padded one has no word
     print("-" * 80, f"{c.data.write(begin)} ▶ {c.data.write(out)}", sep="\n")
     if wanted:
@@ -470,41 +435,33 @@ def main():
     add = parser.add_argument
     add("checkpoints", nargs="+", help="ckpt.pt or warmup.pt, a run's folder, another's model")
     add("--probe", metavar="NAMES", help=f"some of {','.join(PROBES)} (default: all that apply)")
-    add("--plot", action="store_true", help="also draw eval-NAME-PROBE.png beside the checkpoint")
-    add("--data", help="other data than it was trained on")
-    add("--tokenizer", help="of that data")
+    add("--plot", action="store_true", help="draw the heads, too: eval-NAME-heads.png, beside it")
+    add("--data", metavar="SPEC", help="as of train.py (default: what it was trained on)")
+    add("--tokenizer", metavar="NAME", help="of that data (default: that of its training)")
     add("--sample", type=number(0, 1e4), default=0, metavar="N", help="N samples, and no probe")
-    add("--prompt", help="go on from these words, and ask no probe")
-    add("--tokens", type=number(1, 1e6), default=200, help="of a sample (default 200)")
-    add("--temperature", type=number(0, kind=float), default=0.8, help="of a sample (default 0.8)")
-    add("--top_k", type=number(0, 1e6), default=0, help="of a sample (default 0: no limit)")
-    add("--device", help="cuda, mps or cpu")
+    add("--prompt", metavar="WORDS", help="go on from these words of text, and ask no probe")
+    add("--tokens", type=number(1, 1e6), default=200, metavar="N", help="of text (default 200)")
+    add("--temperature", type=number(0, kind=float), default=0.8, metavar="X",
+        help="of a sample; 0: always the likeliest token (default 0.8)")
+    add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is here)")
     args = parser.parse_args()
+    samples = args.sample or int(args.prompt is not None)
     names = args.probe.split(",") if args.probe else list(PROBES)
     if not PROBES.keys() >= set(names):
         raise UserError(f"unknown probe in {args.probe!r}: there are {', '.join(PROBES)}")
-    opened = [Opened(path, args.device, args.data, args.tokenizer) for path in args.checkpoints]
-    samples = args.sample or int(args.prompt is not None)
-    for i, c in enumerate(opened, 1):
-        print(f"[{i}] {c.path}: {c.stage} step {c.step}, held-out {c.spec}")
-        for row in range(samples):
-            print_sample(c, row, args)
-    if samples:
-        return
-    for name in names:
-        findings = [PROBES[name](c) or {} for c in opened]
-        if any(findings):
-            print_table(name, findings)
-        elif args.probe:
-            raise UserError(f"the probe {name} does not apply to {opened[0].spec}")
-        for c, finding in zip(opened, findings):
-            if finding:
-                c.found[name] = finding
-    for c in opened:
-        keep(c)
-    for c in opened if args.plot else []:
-        for name, finding in c.found.items():
-            draw_finding(c, name, finding)
+    for path in args.checkpoints:
+        c, found = Opened(path, args.device, args.data, args.tokenizer), {}
+        print(f"{c.path}: {c.stage} step {c.step}, held-out {c.spec}")
+        for i in range(samples):
+            print_sample(c, i, args)
+        for name in [] if samples else names:
+            found[name] = PROBES[name](c)
+            if found[name]:
+                print_finding(name, found[name])
+            elif args.probe:
+                raise UserError(f"the probe {name} does not apply to {c.spec}")
+        if args.plot and "heads" in found:
+            draw_heads(c, found["heads"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """GPT-2: the model, its parts, which can move between models, and checkpoints in and out.
 
     python model.py export out/code-dyck-s0 DIR    a run's model as a Hugging Face GPT-2 folder
-
-Every parameter belongs to one of the parts attn, mlp, norm and embed. What the paper calls transfer
-and weight mixtures is "copy these parts".
 """
 import contextlib
 import math
@@ -11,7 +8,9 @@ import pickle
 import re
 import tempfile
 import warnings
-from dataclasses import dataclass, fields
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch, whose threads read GOMP_SPINCOUNT as they start: data sets it.
@@ -21,11 +20,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-SIZES = {  # name: (n_layer, n_head, n_embd)
-    "tiny": (2, 4, 128),  # for laptops (ours)
-    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600), "1.3b": (24, 16, 2048)}
 
 
 @dataclass
@@ -43,45 +37,23 @@ class GPTConfig:
             raise UserError(f"a width of {self.n_embd} is no multiple of {self.n_head} heads")
 
 
-def parse_size(size):
-    """"gpt2" or "2_4_16" -> (n_layer, n_head, n_embd). Raises UserError."""
-    if size in SIZES:
-        return SIZES[size]
-    if not re.fullmatch(r"[1-9]\d*_[1-9]\d*_[1-9]\d*", size, re.ASCII):
-        raise UserError(f"unknown size {size!r}: {', '.join(SIZES)}, or layers_heads_width: 2_4_16")
-    return tuple(map(int, size.split("_")))
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         q, k, v = split_heads(self.c_attn(x), self.n_head)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                            dropout_p=self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 def split_heads(qkv, n_head):
     """(B, T, 3 * n_embd) -> q, k, v, each (B, n_head, T, n_embd / n_head)"""
     return [each.unflatten(2, (n_head, -1)).transpose(1, 2) for each in qkv.chunk(3, dim=2)]
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):
-        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
 
 
 class Block(nn.Module):
@@ -90,25 +62,26 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(config.n_embd, 4 * config.n_embd), gelu=nn.GELU(approximate="tanh"),
+            c_proj=nn.Linear(4 * config.n_embd, config.n_embd)))
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, counts=None):
-        """(B, T, n_embd) -> the same; with a mask `counts` (B, T), (n, n_embd) of those alone. The
-        last block alone has one, see GPT.states."""
-        x = x + self.attn(self.ln_1(x))
+        """(B, T, n_embd) -> the same; with a mask `counts` (B, T), see GPT.states, (n, n_embd)."""
+        x = x + self.drop(self.attn(self.ln_1(x)))
         if counts is not None:
             x = x[counts]
-        return x + self.mlp(self.ln_2(x))
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
     """GPT-2: learned positions, norms in front, tanh GELU, biases."""
 
-    recompute = False  # True: keep only each block's input, and compute the rest again in backward
-
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False  # True: keep each block's input alone, the rest is computed again
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -156,40 +129,18 @@ class GPT(nn.Module):
         return self.states(idx, counts), targets[counts]
 
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, top_k=0, generator=None):
-        """Continues idx (B, T) by n tokens -> (B, T + n). Temperature 0 takes the likeliest token;
-        top_k 0 chooses among all. Call it in eval mode."""
+    def generate(self, idx, n, temperature=1.0, generator=None):
+        """Continues idx (B, T) by n tokens -> (B, T + n). Temperature 0 takes the likeliest token.
+        Call it in eval mode."""
         for _ in range(n):
             logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
-            if top_k:
-                kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
             if temperature > 1e-6:  # to divide by less would overflow
-                probability = (logits / temperature).softmax(-1)
-                token = torch.multinomial(probability, 1, generator=generator)
+                chances = (logits / temperature).softmax(-1)
+                token = torch.multinomial(chances, 1, generator=generator)
             else:
                 token = logits.argmax(-1, keepdim=True)
             idx = torch.cat([idx, token], dim=1)
         return idx
-
-
-@contextlib.contextmanager
-def attention_maps(model):
-    """Yields a list to which each layer of each forward pass adds what its heads attend to:
-    (B, n_head, T, T), from token (row) to token (column). A hook computes it once more, since
-    scaled_dot_product_attention does not return it."""
-    maps = []
-
-    def add(c_attn, inputs, qkv):
-        q, k, _ = split_heads(qkv, model.config.n_head)
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
-        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
-        maps.append(scores.float().masked_fill(future, -math.inf).softmax(-1))
-
-    with contextlib.ExitStack() as hooks:
-        for block in model.h:
-            hooks.enter_context(block.attn.c_attn.register_forward_hook(add))
-        yield maps
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,8 +148,7 @@ def attention_maps(model):
 
 
 def part_of(name):
-    """The part that a parameter belongs to: "h.0.attn.c_attn.weight" -> "attn". How "embed" moves
-    is for `transfer` to say by `embeddings` and `positions`."""
+    """The part that a parameter belongs to: "h.0.attn.c_attn.weight" -> "attn"."""
     for part, word in (("attn", ".attn."), ("mlp", ".mlp."), ("norm", "ln_")):
         if word in name:
             return part
@@ -236,18 +186,31 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
     moved = positions != "random" and enough
     if moved:
         target.wpe.weight.copy_(source.wpe.weight[:new.block_size])
-    # The tokens come last: a tied head shares their weight.
-    for rows, from_rows in ((target.lm_head.weight, source.lm_head.weight),
-                            (target.wte.weight, source.wte.weight)):
+    for name in ("lm_head.weight", "wte.weight"):  # in this order: a tied head is wte's weight
+        rows, theirs = target.get_parameter(name), source.get_parameter(name)
         if embeddings == "mean":
-            rows.copy_(from_rows.mean(0))
+            rows.copy_(theirs.mean(0))
         if embeddings == "keep":
-            rows.copy_(from_rows[:new.vocab_size])
+            rows.copy_(theirs[:new.vocab_size])
     return moved
 
 
 # --------------------------------------------------------------------------------------------------
-# Here a student may stop. Devices, and checkpoints: ours, nanoGPT's, Hugging Face's
+# Here a student may stop. What flags name, and what the heads attend to
+
+SIZES = {  # name: (n_layer, n_head, n_embd)
+    "tiny": (2, 4, 128),  # for laptops (ours)
+    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600), "1.3b": (24, 16, 2048)}
+
+
+def parse_size(size):
+    """"gpt2" or "2_4_16" -> (n_layer, n_head, n_embd). Raises UserError."""
+    if size in SIZES:
+        return SIZES[size]
+    if not re.fullmatch(r"[1-9]\d*_[1-9]\d*_[1-9]\d*", size, re.ASCII):
+        raise UserError(f"unknown size {size!r}: {', '.join(SIZES)}, or layers_heads_width: 2_4_16")
+    return tuple(map(int, size.split("_")))
 
 
 def find_device(name=None):
@@ -258,6 +221,29 @@ def find_device(name=None):
     if name not in (None, *here):
         raise UserError(f"--device {name} is not here, but {', '.join(here)}")
     return name or here[0]
+
+
+@contextlib.contextmanager
+def attention_maps(model):
+    """Yields a list to which each layer of each forward pass adds what its heads attend to:
+    (B, n_head, T, T), from token (row) to token (column). A hook computes it once more, since
+    scaled_dot_product_attention does not return it."""
+    maps = []
+
+    def add(c_attn, inputs, qkv):
+        q, k, _ = split_heads(qkv, model.config.n_head)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+        maps.append(scores.float().masked_fill(future, -math.inf).softmax(-1))
+
+    with contextlib.ExitStack() as hooks:
+        for block in model.h:
+            hooks.enter_context(block.attn.c_attn.register_forward_hook(add))
+        yield maps
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: ours, nanoGPT's, Hugging Face's
 
 
 def save(path, model, **more):
@@ -271,21 +257,32 @@ def save(path, model, **more):
 
 
 def load(path, device="cpu"):
-    """A checkpoint of ours, nanoGPT's, or the folder of a run or of a Hugging Face GPT-2 -> (GPT,
+    """A checkpoint of ours or nanoGPT's, or the folder of a run or of a Hugging Face GPT-2 -> (GPT,
     what else our file holds). Nothing in a file is ever run. Raises UserError."""
     path = Path(path)
     if (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
-    with reading(path):
-        config, weights, state = read_folder(path) if path.is_dir() else read_file(path)
-        weights = our_names(weights)
-        ours = [field.name for field in fields(GPTConfig) if field.name in config]  # all but theirs
-        config = GPTConfig(**{name: config[name] for name in ours})
-        config.tied &= torch.equal(weights["wte.weight"], weights["lm_head.weight"])
+    with reading(path), warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles
+        config, theirs, state = read_folder(path) if path.is_dir() else read_file(path)
+        weights = {}
+        for name, tensor in theirs.items():
+            name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
+            if not tensor.is_contiguous():  # a few bytes may claim to be gigabytes
+                raise ValueError(f"{name} is no plain tensor")
+            if not re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
+                weights[name] = tensor.float()
+        head = weights.setdefault("lm_head.weight", weights["wte.weight"])
+        ours = config.keys() & GPTConfig.__annotations__.keys()
+        config = GPTConfig(**{key: config[key] for key in ours})
+        config.tied &= torch.equal(weights["wte.weight"], head)
         if f"h.{config.n_layer - 1}.ln_1.weight" not in weights:
             raise ValueError(f"it does not have the {config.n_layer} layers of its config")
         with torch.device("meta"):  # shapes without memory: a config may claim any
             model = GPT(config)
+        for name, _ in model.named_parameters():
+            if name.endswith("bias"):  # nanoGPT's bias=False has none: they are zeros
+                rows = len(weights[name.replace("bias", "weight")])
+                weights.setdefault(name, torch.zeros(rows))
         model.load_state_dict(weights, assign=True)
         if config.tied:
             model.lm_head.weight = model.wte.weight
@@ -297,15 +294,15 @@ def read_file(path):
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")  # a pipe would make us wait for ever
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of odd pickles, which are refused
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch has a page of advice
+        with zipfile.ZipFile(path) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+        if b"\nbytearray\n" in b"".join(pickles):  # which may ask for any number of bytes
+            raise pickle.UnpicklingError
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError):  # torch has a page of advice
         raise ValueError("it is no file of tensors, numbers and strings: nothing in it was run")
     if "model_args" in state:
         return state["model_args"], state["model"], {}  # nanoGPT's
-    if "config" not in state:
-        raise ValueError("it holds no model's config, as checkpoints of nanowarm and nanoGPT do")
     return state.pop("config"), state.pop("model"), state
 
 
@@ -316,13 +313,10 @@ GPT2 = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_at
 
 def read_folder(path):
     """A Hugging Face GPT-2 folder -> (config, weights, {})."""
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
+    if not (path / "model.safetensors").exists():
         raise ValueError("it holds neither a run's ckpt.pt nor Hugging Face's model.safetensors")
     from safetensors.torch import load_file  # comes with transformers
-    weights = {}
-    for file in files:
-        weights |= load_file(file)
+    weights = load_file(path / "model.safetensors")
     for name in filter(TRANSPOSED.search, weights):
         weights[name] = weights[name].t().contiguous()
     config = read_json(path / "config.json")
@@ -334,36 +328,18 @@ def read_folder(path):
     return config, weights, {}
 
 
-def our_names(weights):
-    """Weights under our names, without the prefixes that others put before them, in float32."""
-    ours = {}
-    for name, tensor in weights.items():
-        name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
-        if not re.search(r"\.attn\.(masked_)?bias$", name):  # the causal mask in old checkpoints
-            ours[name] = tensor.float()
-    ours.setdefault("lm_head.weight", ours["wte.weight"])  # of a tied pair, one is enough
-    for name in list(ours):
-        if name.startswith(("h.", "ln_f.")):  # nanoGPT's bias=False has none: they are zeros
-            ours.setdefault(name.replace("weight", "bias"), torch.zeros(len(ours[name])))
-    return ours
-
-
 def as_hugging_face(model):
-    """The same model as one of transformers'. Raises UserError without that library."""
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("Hugging Face's models need: pip install transformers") from None
+    """The same model as one of transformers', which is imported here: it is not required."""
+    import transformers
     c = model.config
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
         n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
         tie_word_embeddings=c.tied, bos_token_id=None, eos_token_id=None, **GPT2))
-    weights = {}
     for name, tensor in model.state_dict().items():
-        ours = name if name == "lm_head.weight" else f"transformer.{name}"
-        weights[ours] = tensor.t() if TRANSPOSED.search(name) else tensor
-    theirs.load_state_dict(weights)
+        there = theirs if name == "lm_head.weight" else theirs.transformer
+        tensor = tensor.t() if TRANSPOSED.search(name) else tensor
+        there.get_parameter(name).data.copy_(tensor)
     return theirs
 
 
@@ -371,16 +347,16 @@ def main():
     parser = Parser(description="Writes a checkpoint as a Hugging Face GPT-2 folder.")
     parser.add_argument("command", choices=["export"])
     parser.add_argument("checkpoint", help="a run's folder, or a file of weights")
-    parser.add_argument("folder", type=Path, help="the folder to make")
+    parser.add_argument("folder", type=Path, help="the folder to make; needs transformers")
     args = parser.parse_args()
     if args.folder.exists():
         raise UserError(f"{args.folder} is there: choose another")
-    theirs = as_hugging_face(load(args.checkpoint)[0])
+    model, _ = load(args.checkpoint)
     try:
         with tempfile.TemporaryDirectory(prefix=".", dir=args.folder.parent) as scratch:
-            theirs.save_pretrained(f"{scratch}/whole")
+            as_hugging_face(model).save_pretrained(f"{scratch}/whole")
             Path(scratch, "whole").replace(args.folder)
-    except Exception as error:  # of a full disk, safetensors has kinds of its own
+    except Exception as error:  # no library, a full disk: safetensors has kinds of its own
         raise UserError(f"cannot write {args.folder}: {reason_of(error)}") from None
     print(f"{args.folder}: config.json and model.safetensors; it has no tokenizer of its own")
 
