@@ -577,7 +577,7 @@ STAGE = {
     "lr_ramp": (number(0, 1e9), 0, "steps in which it rises first"),
     "min_lr": (number(0, kind=float), None, "where it ends; if not given, a tenth of its height"),
     "weight_decay": (number(0, kind=float), 0.1, "on matrices and embeddings alone"),
-    "dropout": (number(0, 1, float), 0.0, "dropout")}
+    "dropout": (number(0, 1, float), 0.0, "fraction of activations that is left out")}
 FLAGS = {
     "warmup": (str, "dyck", "a rule or mixture (data.py list); none; text: other text of --data"),
     "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it learns"),
@@ -588,7 +588,7 @@ FLAGS = {
     "embeddings": (("random", "mean", "keep"), "random", "at first; mean, keep: the warm-up's"),
     "positions": (("fit", "moved", "random"), "fit", "fit: moved where the warm-up has as many"),
     "preset": (tuple(PRESETS), None, "settings of a published run, or laptop, or gpu"),
-    "data": (str, None, "a task, a corpus or a path (data.py list); code if not given"),
+    "data": (str, None, "a task, a corpus or a path (data.py list)"),
     "tokenizer": (str, None, "of text: bytes, or one that tiktoken knows, such as gpt2"),
     "size": (str, None, "tiny, gpt2, gpt2-medium, -large, -xl, 1.3b, or layers_heads_width"),
     "tied": (bool, True, "the output head shares its weight with the token embeddings"),
@@ -598,7 +598,7 @@ FLAGS = {
     "seed": (number(0, 2 ** 32), 0, "of weights, rows and their order"),
     "device": (str, None, "cuda, mps or cpu"),
     "dtype": (("float32", "bfloat16", "float16"), "float32", "of matrix products"),
-    "compile": (bool, False, "torch.compile"),
+    "compile": (bool, None, "torch.compile (default: on CUDA)"),
     "recompute": (bool, False, "less memory for a third more work"),
     "workers": (number(0, 257), None, "processes that make rows ahead"),
     "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
@@ -621,14 +621,14 @@ def parse(argv):
     parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults are those of --preset laptop; "
                     "others are in PRESETS and TASKS, in train.py.", argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
-        takes = {"choices": kind} if isinstance(kind, tuple) else {
-            "type": kind, "metavar": "TEXT" if kind is str else "NUMBER"}
+        takes = {"type": kind, "metavar": "TEXT" if kind is str else "NUMBER"}
+        if isinstance(kind, tuple):
+            takes = {"choices": kind}
         if kind is bool:
             takes = {"action": BooleanOptionalAction}
         default = LAPTOP.get(name, default)
-        if default not in (None, False):
-            text += f" (default {default})"
-        parser.add_argument(f"--{name}", help=text, **takes)
+        shown = "" if default is None else f" (default {default})"
+        parser.add_argument(f"--{name}", help=text + shown, **takes)
     given = vars(parser.parse_args(argv))
     if "" in given.values():  # of a shell's variable that is not set
         raise UserError("a flag has an empty value")
@@ -639,11 +639,14 @@ def parse(argv):
     warmup = given.get("warmup", "none" if checkpoint else "dyck")
 
     s = {name: default for name, (_, default, _) in FLAGS.items()}
-    s["out"] = default_folder(preset, data, "init" if checkpoint else warmup, given.get("seed", 0))
+    data_name = Path(given.get("data", "" if preset else "code")).name
+    name = "-".join(filter(None, (preset, data_name, "init" if checkpoint else warmup)))
+    name = re.sub(r"[^\w.=+-]+", "_", name, flags=re.ASCII)
+    s["out"] = f"out/{name[:100]}-s{given.get('seed', 0)}"
     s["device"] = find_device(given.get("device"))
+    s["compile"] = "cuda" in s["device"] and not given.get("sharpen")
     if "cuda" in s["device"]:  # old GPUs have no bfloat16
         s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
-        s["compile"] = not given.get("sharpen")
     if kind == "task":
         s |= TASKS.get(data.partition(":")[0], TASK)
         s |= LAPTOP_TASK if preset else {}
@@ -697,13 +700,6 @@ def check(s, given, kind, checkpoint):
             raise UserError(line)
 
 
-def default_folder(preset, data, warmup, seed):
-    """out/code-dyck-s0; a preset is named, too, and then data only if they are not its own."""
-    own = preset and data == PRESETS[preset]["data"]
-    name = "-".join(filter(None, (preset, None if own else Path(data).name, warmup)))
-    return f"out/{re.sub(r'[^a-zA-Z0-9_.=+-]+', '_', name)[:100]}-s{seed}"
-
-
 def stage_of(s, name, data):
     """The settings as one stage has them. Its tokens become steps, in `s`, too: these define it."""
     prefix = "warmup_" if name == "warmup" else ""
@@ -741,16 +737,12 @@ def summarise(found, s):
               "right" if bits is None else f"{bits:.4f} bits per byte")
     files = ", ".join(sorted(path.name for path in Path(s.out).glob("[!.]*")))
     other = "none" if tokens["procedural"] else "dyck"
-    twin, here = default_folder(s.preset, s.data, other, s.seed), shlex.quote(s.out)
-    then = f"python analyze.py curves {here} {twin}"
-    if not Path(twin, "result.json").exists():
-        then = (f"the same command with --warmup {other} (in another --out, if you name it);\n"
-                f"           then python analyze.py curves {here} and the other's folder")
     say(f"\nwarm-up    {warmup}\n"
         f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
         f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
         f"files      {s.out}: {files} ({clock(found['seconds'])})\n"
-        f"next       {then}")
+        f"next       the same command with --warmup {other}, unless that run is there; then\n"
+        f"           python analyze.py curves {shlex.quote(s.out)} and the other's folder")
 
 
 def main():
