@@ -257,7 +257,7 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
 
 def is_over(progress, stage):
     """After all steps, or when --stop_at was reached twice in a row."""
-    return progress["step"] == stage.steps or progress["passed"] == 2
+    return progress["step"] >= stage.steps or progress["passed"] == 2
 
 
 def grow(progress, model, data, stage):
@@ -445,7 +445,9 @@ def wrapped(model, data, stage):
             say(f"warning: torch.compile cannot run here ({type(error).__name__}): without it")
             net = model
         model.zero_grad(set_to_none=True)
-    return DistributedDataParallel(net, gradient_as_bucket_view=True) if world_size() > 1 else net
+    if world_size() > 1:
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    return net
 
 
 # --------------------------------------------------------------------------------------------------
@@ -630,7 +632,8 @@ def parse(argv):
         shown = "" if default is None else f" (default {default})"
         parser.add_argument(f"--{name}", help=text + shown, **takes)
     given = vars(parser.parse_args(argv))
-    if "" in given.values():  # of a shell's variable that is not set
+    # Of a shell's variable that is not set; of "--" argparse makes an empty list.
+    if "" in given.values() or [] in given.values():
         raise UserError("a flag has an empty value")
     preset = given.get("preset")
     data = given.get("data", PRESETS[preset or "laptop"]["data"])
@@ -736,13 +739,13 @@ def summarise(found, s):
     result = (f"{found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of answers "
               "right" if bits is None else f"{bits:.4f} bits per byte")
     files = ", ".join(sorted(path.name for path in Path(s.out).glob("[!.]*")))
-    other = "none" if tokens["procedural"] else "dyck"
+    other = "none and no other flag of it" if tokens["procedural"] else "dyck"
     say(f"\nwarm-up    {warmup}\n"
         f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
         f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
         f"files      {s.out}: {files} ({clock(found['seconds'])})\n"
-        f"next       the same command with --warmup {other}, unless that run is there; then\n"
-        f"           python analyze.py curves {shlex.quote(s.out)} and the other's folder")
+        f"next       the same command with --warmup {other}, unless that run is\n"
+        f"           there; then python analyze.py curves {shlex.quote(s.out)} and its folder")
 
 
 def main():
