@@ -6,9 +6,8 @@
     python train.py --preset c4 --warmup union     a published run (first: data.py prepare c4)
     torchrun --nproc_per_node=8 train.py ...       on eight GPUs: the same batches
 
-Read from `run`, which has two stages, through `train`, which is one, to the end of `Log`. Settings,
-such as the learning rate, are in `DEFAULTS`. `s` are all of them, `stage` the same as a stage sees
-them: `stage.lr` of the warm-up is `s.warmup_lr`.
+Read from `run`, which has two stages, through `train`, which is one, to the end of `Log`. `s` are
+all settings, `stage` the same as a stage sees them: `stage.lr` of the warm-up is `s.warmup_lr`.
 """
 import contextlib
 import datetime
@@ -40,6 +39,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+
+# The settings of the first two commands. Published ones, and the flags, are at the end of the file.
+# On two CPU cores in less than three minutes, in which no more than eight types of brackets are
+# learned; the lowest loss of what was tried.
+LAPTOP = dict(
+    data="code", size="tiny", dtype="float32", eval_rows=320, warmups={"dyck": ("k=8", {})},
+    steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine", lr_ramp=100,
+    warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
+    warmup_lr_ramp=200, warmup_min_lr=0.0)
 
 # --------------------------------------------------------------------------------------------------
 # A run: two stages, and what moves between them
@@ -93,20 +101,6 @@ def open_data(s):
     return data, make_data(s.warmup, s.seed, s.warmup_block_size)
 
 
-def check_data(data, rule, s):
-    """Refuses data that cannot be trained on -> their fingerprint. Raises UserError."""
-    both = [data, rule] if rule else [data]
-    for each, batch_size in zip(both, (s.batch_size, s.warmup_batch_size)):
-        if (each.train.__getitems__(range(64))[1] == -1).all():
-            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}")
-        if batch_size < world_size():
-            raise UserError(f"a batch of {batch_size} is too small for {world_size()} processes")
-    fingerprint = [each.fingerprint() for each in both]
-    if total(*fingerprint) != [mine * world_size() for mine in fingerprint]:
-        raise UserError("processes see different data: each machine needs the same corpora")
-    return fingerprint
-
-
 def new_model(data, size, tied, dropout, seed):
     torch.manual_seed(seed)
     return GPT(GPTConfig(data.vocab_size, data.block_size, *parse_size(size), dropout=dropout,
@@ -135,6 +129,343 @@ def start_from_checkpoints(model, s):
                 warmed["tokens"] += warm.get("tokens", 0)
                 specs.append(str(state.get("source", {}).get("spec", Path(path).stem)))
     return warmed | {"spec": " + ".join(specs) or s.warmup}
+
+
+# --------------------------------------------------------------------------------------------------
+# A stage of training
+
+
+def train(model, data, stage, file, fingerprint, warmed):
+    """Trains a model for one stage, from its checkpoint `file` on, if there is one -> its progress,
+    see `resume`. Raises UserError, and Stopped after a signal."""
+    announce(data, stage)
+    model.recompute = stage.recompute
+    model.to(stage.device)
+    optimizer = make_optimizer(model, stage)
+    scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
+    progress = resume(file, model, optimizer, scaler, stage, fingerprint)
+    began = time.monotonic() - progress["seconds"]
+    source = {"spec": data.spec, "tokenizer": stage.tokenizer, "seed": stage.seed,
+              "eval_rows": stage.eval_rows}
+    log = Log(file.with_name("log.jsonl"), stage, progress)
+    held_out = held_out_rows(data, stage.eval_rows)
+    if not progress["before"]:
+        progress["before"] = progress["result"] = evaluation(model, held_out, data, stage)
+        log.add_evaluation(0, progress["before"])
+    if is_over(progress, stage):
+        return progress
+    net = wrapped(model, data, stage)
+    rows = rows_from(data, stage, progress)
+
+    model.train()
+    while not is_over(progress, stage):
+        step = progress["step"]
+        lr = lr_at(stage, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
+            torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
+
+        x, y = next(rows)
+        # One process may have got a signal: all hear of it with this sum, and stop together.
+        n_counted, n_signals = total(int((y != -1).sum()), len(SIGNALS))
+        loss = 0.0
+        micros = micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu")
+        for i, (x, y) in enumerate(micros):
+            x, y = x.to(stage.device, non_blocking=True), y.to(stage.device, non_blocking=True)
+            if world_size() > 1:  # processes share their gradients once a step
+                net.require_backward_grad_sync = i == len(micros) - 1
+            watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
+            with autocast(stage), watched as maps:
+                # A sum over tokens that count, by their number in the step, in all processes.
+                micro_loss = net(x, y) / max(n_counted, 1)
+            loss += micro_loss.detach()
+            if stage.sharpen:
+                entropy = attention_entropy(maps, y).sum() / stage.batch_size
+                micro_loss = micro_loss + stage.sharpen * entropy
+            # DDP takes the mean over processes; wanted is the sum.
+            scaler.scale(micro_loss * world_size()).backward()
+
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip or math.inf)
+        scaler.step(optimizer)  # leaves out a step whose gradient float16 could not hold
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        step += 1
+        progress |= {"step": step, "tokens": step * stage.step_tokens,
+                     "seconds": time.monotonic() - began}
+        last = step == stage.steps
+        if last or step == 1 or step % stage.log_every == 0:
+            log.add_step(step, finite(total(float(loss))[0]), lr)
+        if last or step % stage.eval_every == 0:
+            result = progress["result"] = evaluation(model, held_out, data, stage)
+            log.add_evaluation(step, result)
+            good = result["accuracy"] >= stage.stop_at
+            progress["passed"] = progress["passed"] + 1 if good else 0
+        if grow(progress, model, data, stage):
+            rows = rows_from(data, stage, progress)
+        saving = n_signals or is_over(progress, stage) or step % stage.save_every == 0
+        if saving and rank() == 0:
+            save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                 stage=stage.name, source=source, fingerprint=fingerprint, warmed=warmed,
+                 **progress)
+        if n_signals:
+            raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
+    return progress
+
+
+def announce(data, stage):
+    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
+    say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
+        f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
+        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
+    if stage.lr_ramp >= stage.steps > 0:
+        say(f"[{stage.name}] warning: the ramp is not over before the stage is: the learning rate "
+            "only rises")
+
+
+def resume(file, model, optimizer, scaler, stage, fingerprint):
+    """Takes up a checkpoint, if there is one -> the stage's progress, which every checkpoint keeps:
+    before and result are its first and last evaluation; passed counts those that reached --stop_at
+    in a row; length is that of a curriculum. Raises UserError."""
+    progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": {}, "result": {}, "passed": 0}
+    if stage.curriculum:
+        progress["length"] = 2
+    if not file.exists():
+        return progress
+    saved_model, state = load(file)
+    with reading(file):
+        if saved_model.config != model.config or state["fingerprint"] != fingerprint:
+            raise ValueError("it is of another model, or of other data")
+        progress = {key: type(start)(state[key]) for key, start in progress.items()}
+        say(f"[{stage.name}] taken up at step {progress['step']:,}, held-out loss "
+            f"{progress['result']['loss']:.3f}, after {clock(progress['seconds'])}")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        saved = state["optimizer"]["state"]  # empty before the first step
+        for i, moments in saved.items():
+            moments["step"] = torch.tensor(float(moments["step"]))
+            for name in ("exp_avg", "exp_avg_sq"):
+                # Strides that a file may have would crash the fused step.
+                shape = parameters[i].shape
+                moments[name] = torch.empty(shape).copy_(moments[name].reshape(shape))
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
+        scaler.load_state_dict(state["scaler"])
+    model.load_state_dict(saved_model.state_dict())
+    return progress
+
+
+def is_over(progress, stage):
+    """After all steps, or when --stop_at was reached twice in a row."""
+    return progress["step"] >= stage.steps or progress["passed"] == 2
+
+
+def grow(progress, model, data, stage):
+    """The curriculum: every 20 steps (ours) inputs become longer by 2 if accuracy passes 0.99
+    (paper, "Procedural data"). Returns whether they did."""
+    if not stage.curriculum or progress["step"] % 20 or progress["length"] >= stage.curriculum:
+        return False
+    rows = held_out_rows(data, 256)
+    if evaluation(model, rows, data, stage)["accuracy"] <= 0.99:
+        return False
+    progress["length"] += 2
+    return True
+
+
+def evaluation(model, rows, data, stage):
+    """Loss, accuracy and more, see eval.py. Raises UserError if the loss is not finite."""
+    result = evaluate(model, rows, stage.device, autocast(stage), data.tokenizer)
+    finite(result["loss"])
+    return result
+
+
+def finite(loss):
+    """The loss that it is given. Raises UserError if it is not finite."""
+    if not math.isfinite(loss):
+        raise UserError("the loss is not finite: a lower learning rate may help; --resume goes on "
+                        "from the last checkpoint")
+    return loss
+
+
+def lr_at(stage, step):
+    """The learning rate of a step, from 0 on: a ramp up to lr, then a schedule down to min_lr."""
+    if step < stage.lr_ramp:
+        return stage.lr * (step + 1) / stage.lr_ramp
+    done = (step - stage.lr_ramp) / max(1, stage.steps - stage.lr_ramp)
+    share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1}
+    return stage.min_lr + (stage.lr - stage.min_lr) * share[stage.lr_schedule]
+
+
+def make_optimizer(model, stage):
+    """AdamW, with weight decay on matrices and embeddings, not on biases and norms."""
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay,
+                             fused=stage.device != "mps")
+
+
+def rows_from(data, stage, progress):
+    """An iterator over the steps to come: (x, y) of this process's share of the rows. Step s has
+    the rows s * batch_size and on, whatever the number of processes."""
+    if stage.curriculum:
+        data.train.longest = data.val.longest = progress["length"]
+    steps = (range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
+             for step in range(progress["step"], stage.steps))
+    # A batch is a range of row numbers, of which the Dataset makes x and y at once.
+    return iter(DataLoader(data.train, batch_sampler=steps, collate_fn=tuple,
+                           num_workers=stage.workers, worker_init_fn=ignore_ctrl_c,
+                           pin_memory="cuda" in stage.device))
+
+
+def autocast(stage):
+    return torch.autocast(stage.device.partition(":")[0], getattr(torch, stage.dtype),
+                          enabled=stage.dtype != "float32")
+
+
+def attention_entropy(maps, y):
+    """Mean over layers, heads and places up to the last that counts: (rows,). maps: (rows, heads,
+    T, T) of each layer."""
+    read = (y != -1).flip(1).cumsum(1).flip(1) > 0
+    share = read / read.sum(1, keepdim=True).clamp_min(1)
+    # The slope of entr at 0 is infinite.
+    entropy = [torch.special.entr(each.clamp_min(1e-9)).sum(-1).mean(1) for each in maps]
+    return (torch.stack(entropy).mean(0) * share).sum(1)
+
+
+class Log:
+    """log.jsonl, and the same printed. Lines of a stage after its checkpoint are dropped."""
+
+    def __init__(self, path, stage, progress):
+        self.path, self.stage = path, stage
+        self.time, self.step = time.monotonic(), progress["step"]  # of the last line
+        last = progress["step"] if progress["before"] else -1  # step 0 is the evaluation before it
+        if rank() == 0:
+            with reading(path), written_whole(path) as file:
+                for entry in json_lines(path):
+                    if entry["stage"] != stage.name or entry["step"] <= last:
+                        file.write(f"{json.dumps(entry)}\n".encode())
+
+    def add_step(self, step, loss, lr):
+        seconds = max(time.monotonic() - self.time, 1e-3)  # a clock may be coarse
+        speed = (step - self.step) * self.stage.step_tokens / seconds
+        left = clock((self.stage.steps - step) * self.stage.step_tokens / speed)
+        line = f"step {step:,}/{self.stage.steps:,} | loss {loss:.3f}"
+        if step > 1:  # the first is slow, and says nothing of the others
+            line += f" | {speed:,.0f} tokens/s | {left} left"
+        self.time, self.step = time.monotonic(), step
+        self.add(step, line, loss=loss, lr=lr, tokens_per_second=round(speed))
+
+    def add_evaluation(self, step, result):
+        loss, accuracy = result["loss"], result["accuracy"]
+        self.add(step, f"step {step:,}: held-out loss {loss:.3f}, accuracy {accuracy:.1%}",
+                 val_loss=loss, val_accuracy=accuracy)
+
+    def add(self, step, line, **values):
+        say(f"[{self.stage.name}] {line}")
+        entry = {"stage": self.stage.name, "step": step, "tokens": step * self.stage.step_tokens}
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry | values) + "\n")
+
+
+def clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
+
+
+# --------------------------------------------------------------------------------------------------
+# Here a student may stop. Processes and signals
+
+SIGNALS = []  # those that came: a step is finished and saved, then the run stops
+
+
+class Stopped(Exception):
+    """The run was stopped, and can go on from where it was."""
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(s):
+    """Joins the run's other processes, if torchrun started several. Raises UserError."""
+    try:
+        if rank() >= world_size():
+            raise ValueError(f"there is no process {rank()} of {world_size()}")
+        if world_size() > 1:
+            if "cuda" in s.device:
+                s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+                torch.cuda.set_device(s.device)
+            backend = "cpu:gloo,cuda:nccl" if "cuda" in s.device else "gloo"
+            # One may have a corpus to tokenise first.
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"several processes have to be started by torchrun: {error}") from None
+
+
+def total(*values):
+    """Sums over all processes; they meet on the CPU, so that no GPU is waited for."""
+    if world_size() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def listen():
+    """Listens for Ctrl-C, and for what a cluster or a closed terminal sends."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+        code = getattr(signal, name, None)  # Windows has the first two
+        if code and (name != "SIGHUP" or signal.getsignal(code) != signal.SIG_IGN):  # nohup
+            signal.signal(code, lambda received, frame: SIGNALS.append(received))
+
+
+def ignore_ctrl_c(worker):
+    """Ctrl-C reaches a run's workers, too, which its last step still needs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def wrapped(model, data, stage):
+    """The model as it is trained: compiled, if that works here, and shared with other processes."""
+    net = model
+    if stage.compile:
+        # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
+        small = sum(p.numel() for p in model.parameters()) < 10_000_000
+        n_rows = stage.batch_size // (world_size() * stage.grad_accum) or 1
+        x, y = (each.to(stage.device) for each in data.train.__getitems__(range(n_rows)))
+        try:
+            net = torch.compile(model, mode="reduce-overhead" if small else None)
+            with autocast(stage):
+                net(x, y).backward()
+        except Exception as error:  # no compiler, another platform: torch raises many kinds
+            say(f"warning: torch.compile cannot run here ({type(error).__name__}): without it")
+            net = model
+        model.zero_grad(set_to_none=True)
+    if world_size() > 1:
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
+    return net
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run may begin with, and its folder
+
+
+def check_data(data, rule, s):
+    """Refuses data that cannot be trained on -> their fingerprint. Raises UserError."""
+    both = [data, rule] if rule else [data]
+    for each, batch_size in zip(both, (s.batch_size, s.warmup_batch_size)):
+        if (each.train.__getitems__(range(64))[1] == -1).all():
+            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}")
+        if batch_size < world_size():
+            raise UserError(f"a batch of {batch_size} is too small for {world_size()} processes")
+    fingerprint = [each.fingerprint() for each in both]
+    if total(*fingerprint) != [mine * world_size() for mine in fingerprint]:
+        raise UserError("processes see different data: each machine needs the same corpora")
+    return fingerprint
 
 
 def open_run(out, s, fingerprint, warmup):
@@ -188,377 +519,53 @@ def write_result(out, s, fingerprint, warmed, trained):
 
 
 # --------------------------------------------------------------------------------------------------
-# A stage of training
-
-
-def train(model, data, stage, file, fingerprint, warmed):
-    """Trains a model for one stage, from its checkpoint `file` on, if there is one -> how far it
-    is, see `resume`. `warmed` is kept in the file. Raises UserError, and Stopped after a signal."""
-    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
-    say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
-        f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
-        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
-    model.recompute = stage.recompute
-    model.to(stage.device)
-    optimizer = make_optimizer(model, stage)
-    scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
-    progress = resume(file, model, optimizer, scaler, stage, fingerprint)
-    began = time.monotonic() - progress["seconds"]
-    log = Log(file.with_name("log.jsonl"), stage, progress)
-    held_out = held_out_rows(data, stage.eval_rows)
-
-    def evaluate_and_log(step):
-        result = progress["result"] = evaluation(model, held_out, data, stage)
-        loss, accuracy = result["loss"], result["accuracy"]
-        log.add(step, f"step {step:,}: held-out loss {loss:.3f}, accuracy {accuracy:.1%}",
-                val_loss=loss, val_accuracy=accuracy)
-        return result
-
-    if not progress["before"]:
-        progress["before"] = evaluate_and_log(0)
-    if progress["step"] == stage.steps or progress["passed"] == 2:
-        return progress
-    net = wrapped(model, data, stage)
-    rows = rows_from(data, stage, progress)
-
-    def save_progress():
-        if rank() == 0:
-            source = {"spec": data.spec, "tokenizer": stage.tokenizer, "seed": stage.seed,
-                      "eval_rows": stage.eval_rows}
-            save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 stage=stage.name, source=source, fingerprint=fingerprint, warmed=warmed,
-                 **progress)
-
-    model.train()
-    for step in range(progress["step"], stage.steps):
-        lr = lr_at(stage, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
-            torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
-
-        x, y = next(rows)
-        # One process may have got a signal: all hear of it with the sum, and stop together.
-        n_counted, n_signals = total(int((y != -1).sum()), len(SIGNALS))
-        if n_signals:
-            save_progress()
-            raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
-        loss = 0.0
-        micros = micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu")
-        for i, (x, y) in enumerate(micros):
-            x, y = x.to(stage.device, non_blocking=True), y.to(stage.device, non_blocking=True)
-            if world_size() > 1:  # processes share their gradients once a step
-                net.require_backward_grad_sync = i == len(micros) - 1
-            watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
-            with autocast(stage), watched as maps:
-                # A sum over tokens that count, by their number in the step, in all processes.
-                micro_loss = net(x, y) / max(n_counted, 1)
-            loss += micro_loss.detach()
-            if stage.sharpen:
-                entropy = attention_entropy(maps, y).sum() / stage.batch_size
-                micro_loss = micro_loss + stage.sharpen * entropy
-            # DDP takes the mean over processes; wanted is the sum.
-            scaler.scale(micro_loss * world_size()).backward()
-
-        done = step + 1
-        last = done == stage.steps
-        logging = last or done == 1 or done % stage.log_every == 0
-        saving = last or done % stage.save_every == 0
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip or math.inf)
-        # Reading the norm waits for a GPU: there a bad one is met at the next log line or save.
-        check_norm = (logging or saving or stage.device == "cpu") and not scaler.is_enabled()
-        if check_norm and not norm.isfinite():
-            raise UserError("the loss or its gradient is not finite: a lower learning rate may "
-                            "help; --resume goes on from the last checkpoint")
-        scaler.step(optimizer)  # leaves out a step whose gradient float16 could not hold
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-        progress |= {"step": done, "tokens": done * stage.step_tokens,
-                     "seconds": time.monotonic() - began}
-        if logging:
-            log.add_step(done, total(float(loss))[0], lr)
-        if last or done % stage.eval_every == 0:
-            good = evaluate_and_log(done)["accuracy"] >= (stage.stop_at or math.inf)
-            progress["passed"] = progress["passed"] + 1 if good else 0
-        solved = progress["passed"] == 2  # --stop_at was reached twice in a row
-        if grow(progress, model, data, stage):
-            rows = rows_from(data, stage, progress)
-        if saving or solved:
-            save_progress()
-        if solved:
-            break
-    return progress
-
-
-def resume(file, model, optimizer, scaler, stage, fingerprint):
-    """Takes up a checkpoint, if there is one -> how far the stage is. before and result are the
-    first and last evaluation; passed counts those that reached --stop_at in a row; length is that
-    of a curriculum. Raises UserError."""
-    progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": None, "result": None, "passed": 0,
-                "length": 2 if stage.curriculum else None}
-    if not file.exists():
-        return progress
-    saved_model, state = load(file)
-    with reading(file):
-        if saved_model.config != model.config or state["fingerprint"] != fingerprint:
-            raise ValueError("it is of another model, or of other data")
-        progress = {key: state[key] for key in progress}
-        say(f"[{stage.name}] taken up at step {progress['step']:,}, held-out loss "
-            f"{progress['result']['loss']:.3f}, after {clock(progress['seconds'])}")
-        saved = state["optimizer"]["state"]  # empty before the first step
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(parameters if saved else []):
-            saved[i]["step"] = torch.tensor(float(saved[i]["step"]))
-            for name in ("exp_avg", "exp_avg_sq"):
-                # Strides that a file may have would crash the fused step.
-                saved[i][name] = torch.empty(p.shape).copy_(saved[i][name].reshape(p.shape))
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
-        scaler.load_state_dict(state["scaler"])
-    model.load_state_dict(saved_model.state_dict())
-    return progress
-
-
-def grow(progress, model, data, stage):
-    """The curriculum: every 20 steps (ours) inputs become longer by 2 if accuracy passes 0.99
-    (paper, "Procedural data"). Returns whether they did."""
-    if not stage.curriculum or progress["step"] % 20 or progress["length"] >= stage.curriculum:
-        return False
-    rows = held_out_rows(data, 256)
-    if evaluation(model, rows, data, stage)["accuracy"] <= 0.99:
-        return False
-    progress["length"] += 2
-    return True
-
-
-def evaluation(model, rows, data, stage):
-    """Loss, accuracy and more, see eval.py. Raises UserError if the loss is not finite."""
-    result = evaluate(model, rows, stage.device, autocast(stage), data.tokenizer)
-    if not math.isfinite(result["loss"]):
-        raise UserError("the held-out loss is not finite: a lower learning rate may help")
-    return result
-
-
-def lr_at(stage, step):
-    """The learning rate of a step, from 0 on: a ramp up to lr, then a schedule down to min_lr."""
-    if step < stage.lr_ramp:
-        return stage.lr * (step + 1) / stage.lr_ramp
-    done = (step - stage.lr_ramp) / max(1, stage.steps - stage.lr_ramp)
-    share = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1}
-    return stage.min_lr + (stage.lr - stage.min_lr) * share[stage.lr_schedule]
-
-
-def make_optimizer(model, stage):
-    """AdamW, with weight decay on matrices and embeddings, not on biases and norms."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay,
-                             fused=stage.device != "mps")
-
-
-def rows_from(data, stage, progress):
-    """An iterator over the steps to come: (x, y) of this process's share of the rows. Step s has
-    the rows s * batch_size and on, whatever the number of processes."""
-    if stage.curriculum:
-        data.train.longest = data.val.longest = progress["length"]
-    steps = (range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
-             for step in range(progress["step"], stage.steps))
-    cuda, workers = "cuda" in stage.device, stage.workers
-    if workers is None:  # on a CPU, they would take the cores from the model
-        workers = min(8, max(1, os.cpu_count() // 2)) if cuda else 0
-    # A batch is a range of row numbers, of which the Dataset makes x and y at once.
-    return iter(DataLoader(data.train, batch_sampler=steps, collate_fn=tuple, num_workers=workers,
-                           worker_init_fn=ignore_ctrl_c, pin_memory=cuda))
-
-
-def ignore_ctrl_c(worker):
-    """Ctrl-C reaches a run's workers, too, which its last step still needs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def wrapped(model, data, stage):
-    """The model as it is trained: compiled, and shared with other processes."""
-    net = model
-    if stage.compile:
-        # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
-        small = sum(p.numel() for p in model.parameters()) < 10_000_000 and "cuda" in stage.device
-        n = stage.batch_size // (world_size() * stage.grad_accum)
-        x, y = data.train.__getitems__(range(n or 1))
-        try:
-            net = torch.compile(model, mode="reduce-overhead" if small else None)
-            with autocast(stage):
-                net(x.to(stage.device), y.to(stage.device)).backward()
-        except Exception as error:  # no compiler, another platform: torch raises many kinds
-            say(f"warning: torch.compile cannot run here ({type(error).__name__}): without it")
-            net = model
-        model.zero_grad(set_to_none=True)
-    if world_size() > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    return net
-
-
-def autocast(stage):
-    return torch.autocast(stage.device.partition(":")[0], getattr(torch, stage.dtype),
-                          enabled=stage.dtype != "float32")
-
-
-def attention_entropy(maps, y):
-    """Mean over layers, heads and places up to the last that counts: (rows,). maps: (rows, heads,
-    T, T) of each layer."""
-    read = (y != -1).flip(1).cumsum(1).flip(1) > 0
-    share = read / read.sum(1, keepdim=True).clamp_min(1)
-    # The slope of entr at 0 is infinite.
-    entropy = [torch.special.entr(each.clamp_min(1e-9)).sum(-1).mean(1) for each in maps]
-    return (torch.stack(entropy).mean(0) * share).sum(1)
-
-
-class Log:
-    """log.jsonl, and the same printed. Lines of a stage after its checkpoint are dropped."""
-
-    def __init__(self, path, stage, progress):
-        self.path, self.stage = path, stage
-        self.time, self.step = time.monotonic(), progress["step"]  # of the last line
-        last = progress["step"] if progress["before"] else -1  # step 0 is the evaluation before it
-        if rank() == 0:
-            with reading(path), written_whole(path) as file:
-                for entry in json_lines(path):
-                    if entry["stage"] != stage.name or entry["step"] <= last:
-                        file.write(f"{json.dumps(entry)}\n".encode())
-
-    def add_step(self, step, loss, lr):
-        seconds = max(time.monotonic() - self.time, 1e-3)  # a clock may be coarse
-        speed = (step - self.step) * self.stage.step_tokens / seconds
-        left = clock((self.stage.steps - step) * self.stage.step_tokens / speed)
-        line = f"step {step:,}/{self.stage.steps:,} | loss {loss:.3f}"
-        if step > 1:  # the first is slow, and says nothing of the others
-            line += f" | {speed:,.0f} tokens/s | {left} left"
-        self.time, self.step = time.monotonic(), step
-        self.add(step, line, loss=loss, lr=lr, tokens_per_second=round(speed))
-
-    def add(self, step, line, **values):
-        say(f"[{self.stage.name}] {line}")
-        entry = {"stage": self.stage.name, "step": step, "tokens": step * self.stage.step_tokens}
-        if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(entry | values) + "\n")
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
-
-
-# --------------------------------------------------------------------------------------------------
-# Here a student may stop. Processes and signals
-
-SIGNALS = []  # those that came: a step is finished and saved, then the run stops
-
-
-class Stopped(Exception):
-    """The run was stopped, and can go on from where it was."""
-
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_processes(s):
-    """Joins the run's other processes, if torchrun started several. Raises UserError."""
-    try:
-        if rank() >= world_size():
-            raise ValueError(f"there is no process {rank()} of {world_size()}")
-        if world_size() > 1:
-            cuda = "cuda" in s.device
-            if cuda:
-                s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-                torch.cuda.set_device(s.device)
-            patience = datetime.timedelta(hours=6)  # one may have a corpus to tokenise
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"several processes have to be started by torchrun: {error}") from None
-
-
-def listen():
-    """Listens for Ctrl-C, and for what a cluster or a closed terminal sends."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        code = getattr(signal, name, None)  # Windows has the first two
-        if code and (name != "SIGHUP" or signal.getsignal(code) != signal.SIG_IGN):  # nohup
-            signal.signal(code, lambda received, frame: SIGNALS.append(received))
-
-
-def total(*values):
-    """Sums over all processes; they meet on the CPU, so that no GPU is waited for."""
-    if world_size() == 1:
-        return list(values)
-    sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums)
-    return sums.tolist()
-
-
-# --------------------------------------------------------------------------------------------------
 # Settings
 #
-# What is used is what a flag says; else the shape of the checkpoint that a run starts from; else
-# its row of DEFAULTS: that of its preset, or of its task, or "laptop", for text without a preset.
+# What is used is what a flag says; else the shape of the checkpoint that a run starts from; else a
+# row: that of its preset or of its task, or LAPTOP, for text without a preset; else as in FLAGS.
 
 # A rule's name alone, as in --warmup dyck, stands for these parameters and settings (paper,
 # "Procedural data"), with models of GPT-2's size. Elsewhere it has data.py's own, or as rows say.
-LONG = "k=64,length=2048", dict(warmup_steps=500, warmup_batch_size=32)
+LONG = dict(warmup_steps=500, warmup_batch_size=32)
 WARMUPS = dict.fromkeys(("identity", "reverse", "sort", "set", "union", "delete", "stack"),
                         ("length=64", {}))
-WARMUPS |= {"dyck": LONG, "dyck_shuffle": LONG, "eca": ("length=2048", LONG[1]),
+WARMUPS |= {"dyck": ("k=64,length=2048", LONG), "dyck_shuffle": ("k=64,length=2048", LONG),
+            "eca": ("length=2048", LONG),
             "text": ("", dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32))}
 
-# Tasks, as published (paper, "Algorithmic tasks"). The warm-up is ours: models this small learn no
-# rule with the published one.
-TASK = dict(size="2_4_16", tied=False, dtype="float32", eval_rows=4000,
-            steps=10_000, batch_size=1000, lr=1e-3, lr_schedule="cosine", lr_ramp=500, min_lr=0.0,
-            weight_decay=1e-3, dropout=0.0,
-            warmup_steps=10_000, warmup_batch_size=128, warmup_lr=5e-3, warmup_lr_schedule="cosine",
-            warmup_lr_ramp=200, warmup_min_lr=0.0, warmup_weight_decay=0.1, warmup_dropout=0.0)
 # Text, with GPT-2's size (paper, "Semantic pretraining"); no positions move.
 C4 = dict(data="c4", size="gpt2", positions="random", eval_rows=640, warmups=WARMUPS,
-          steps=10_000, batch_size=32, block_size=2048, lr=5e-4, lr_schedule="cosine", lr_ramp=0,
-          weight_decay=0.0, dropout=0.1,
-          warmup_steps=2500, warmup_batch_size=64, warmup_lr=5e-4, warmup_lr_schedule="constant",
-          warmup_lr_ramp=0, warmup_weight_decay=0.1, warmup_dropout=0.1)
+          steps=10_000, batch_size=32, block_size=2048, lr=5e-4, weight_decay=0.0, dropout=0.1,
+          warmup_steps=2500, warmup_batch_size=64, warmup_lr=5e-4,
+          warmup_lr_schedule="constant", warmup_dropout=0.1)
 PARROT = C4 | dict(data="codeparrot", steps=20_000, batch_size=48, block_size=1024, lr=5e-5,
                    min_lr=0.0, weight_decay=0.01)
-
-DEFAULTS = {
-    # Ours: on two CPU cores in less than three minutes; the lowest loss of what was tried. It
-    # learns no more than eight types of brackets in the time.
-    "laptop": dict(
-        data="code", size="tiny", dtype="float32", eval_rows=320, warmups={"dyck": ("k=8", {})},
-        steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine", lr_ramp=100,
-        weight_decay=0.1, dropout=0.0,
-        warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
-        warmup_lr_ramp=200, warmup_min_lr=0.0, warmup_weight_decay=0.1, warmup_dropout=0.0),
-    # Ours: corpora of some 10 MB, on a GPU.
-    "gpu": C4 | dict(data="code", steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1,
-                     dropout=0.0, warmup_dropout=0.0),
-    "c4": C4, "codeparrot": PARROT,
+PRESETS = {
+    "laptop": LAPTOP, "c4": C4, "codeparrot": PARROT,
     "deepmind_math": PARROT | dict(data="deepmind_math", steps=50_000, batch_size=64,
                                    block_size=512),
     "wikitext103": C4 | dict(data="wikitext103", block_size=1024)}  # ours, after C4's
 for name in ("c4", "codeparrot", "deepmind_math", "wikitext103"):
-    DEFAULTS[f"{name}-350m"] = DEFAULTS[name] | dict(size="24_16_1024")
-    DEFAULTS[f"{name}-1.3b"] = DEFAULTS[name] | dict(size="1.3b", recompute=True)
-DEFAULTS["c4-1.3b"]["steps"] = 160_000  # 10.5 billion tokens, the largest published run
-PRESETS = dict(DEFAULTS)  # the names that --preset takes; the other rows are of tasks
-DEFAULTS |= {
-    "haystack": TASK | dict(transfer="attn"),
-    "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64, warmup_steps=2500,
-                                  warmup_batch_size=64, warmup_lr=5e-4),
-    # Ours, with --preset laptop, before a task's own: a quarter of its rows at twice the rate,
-    # until it is learned; brackets as long as 15 pairs are.
-    "laptop task": dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
-                        warmup_steps=4000, warmups={"dyck": ("length=36", {})})}
+    PRESETS[f"{name}-350m"] = PRESETS[name] | dict(size="24_16_1024")
+    PRESETS[f"{name}-1.3b"] = PRESETS[name] | dict(size="1.3b", recompute=True)
+PRESETS["c4-1.3b"]["steps"] = 160_000  # 10.5 billion tokens, the largest published run
+# Ours: corpora of some 10 MB, on a GPU.
+PRESETS["gpu"] = C4 | dict(data="code", steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1,
+                           dropout=0.0, warmup_dropout=0.0)
+
+# Tasks, as published (paper, "Algorithmic tasks"). The warm-up is ours: models this small learn no
+# rule with the published one.
+TASK = dict(size="2_4_16", tied=False, dtype="float32", eval_rows=4000,
+            steps=10_000, batch_size=1000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3,
+            warmup_steps=10_000, warmup_batch_size=128, warmup_lr=5e-3, warmup_lr_ramp=200,
+            warmup_min_lr=0.0)
+TASKS = {"haystack": TASK | dict(transfer="attn"),
+         "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64,
+                                       warmup_steps=2500, warmup_batch_size=64, warmup_lr=5e-4)}
+# Ours, with --preset laptop: a quarter of a task's rows at twice the rate, until it is learned;
+# brackets as long as 15 pairs are.
+LAPTOP_TASK = dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
+                   warmup_steps=4000, warmups={"dyck": ("length=36", {})})
 
 # Flags: name: (type or choices, default, what it is). Both stages have those of STAGE: --steps is
 # the training's, --warmup_steps the warm-up's.
@@ -568,11 +575,11 @@ STAGE = {
     "batch_size": (number(1, 1e6), None, "sequences per step, over all processes"),
     "block_size": (number(1, 1e6), None, "context in tokens; of rules and tasks: their rows"),
     "lr": (number(0, kind=float), None, "learning rate"),
-    "lr_schedule": (("cosine", "linear", "constant"), None, "how the learning rate falls"),
-    "lr_ramp": (number(0, 1e9), None, "steps in which it rises first"),
+    "lr_schedule": (("cosine", "linear", "constant"), "cosine", "how the learning rate falls"),
+    "lr_ramp": (number(0, 1e9), 0, "steps in which it rises first"),
     "min_lr": (number(0, kind=float), None, "where it ends; if not given, a tenth of its height"),
-    "weight_decay": (number(0, kind=float), None, "on matrices and embeddings alone"),
-    "dropout": (number(0, 1, float), None, "dropout")}
+    "weight_decay": (number(0, kind=float), 0.1, "on matrices and embeddings alone"),
+    "dropout": (number(0, 1, float), 0.0, "fraction of activations that is left out")}
 FLAGS = {
     "warmup": (str, "dyck", "a rule or mixture (data.py list); none; text: other text of --data"),
     "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it learns"),
@@ -582,8 +589,8 @@ FLAGS = {
     "transfer": (str, "full", "what moves: full; attn,mlp,norm or some; all: the whole --init"),
     "embeddings": (("random", "mean", "keep"), "random", "at first; mean, keep: the warm-up's"),
     "positions": (("fit", "moved", "random"), "fit", "fit: moved where the warm-up has as many"),
-    "preset": (tuple(PRESETS), None, "a row of DEFAULTS: a published run, or laptop, or gpu"),
-    "data": (str, None, "a task, a corpus or a path (data.py list); code if not given"),
+    "preset": (tuple(PRESETS), None, "settings of a published run, or laptop, or gpu"),
+    "data": (str, None, "a task, a corpus or a path (data.py list)"),
     "tokenizer": (str, None, "of text: bytes, or one that tiktoken knows, such as gpt2"),
     "size": (str, None, "tiny, gpt2, gpt2-medium, -large, -xl, 1.3b, or layers_heads_width"),
     "tied": (bool, True, "the output head shares its weight with the token embeddings"),
@@ -592,8 +599,8 @@ FLAGS = {
     "sharpen": (number(0, kind=float), 0.0, "adds so much of the attention's entropy to the loss"),
     "seed": (number(0, 2 ** 32), 0, "of weights, rows and their order"),
     "device": (str, None, "cuda, mps or cpu"),
-    "dtype": (("float32", "bfloat16", "float16"), None, "of matrix products"),
-    "compile": (bool, None, "torch.compile"),
+    "dtype": (("float32", "bfloat16", "float16"), "float32", "of matrix products"),
+    "compile": (bool, None, "torch.compile (default: on CUDA)"),
     "recompute": (bool, False, "less memory for a third more work"),
     "workers": (number(0, 257), None, "processes that make rows ahead"),
     "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
@@ -604,43 +611,50 @@ FLAGS = {
     "out": (str, None, "the run's folder; out/DATA-WARMUP-sSEED"),
     "resume": (bool, False, "go on with the run in --out"),
     **STAGE}
-FLAGS |= {f"warmup_{name}": (kind, None, f"of the warm-up: {text}")
-          for name, (kind, _, text) in STAGE.items()}
+FLAGS |= {f"warmup_{name}": (kind, default, f"of the warm-up: {text}")
+          for name, (kind, default, text) in STAGE.items()}
 # What may differ between a run and its resumption; everything else defines the run.
 OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_every", "log_every",
                "grad_accum", "out", "resume"}
 
 
 def parse(argv):
-    """The command line -> (all settings, a namespace; those that were given). Raises UserError."""
-    parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
+    """The command line -> all settings, a Namespace. Raises UserError."""
+    parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults are those of --preset laptop; "
+                    "others are in PRESETS and TASKS, in train.py.", argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
-        takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
+        takes = {"type": kind, "metavar": "TEXT" if kind is str else "NUMBER"}
+        if isinstance(kind, tuple):
+            takes = {"choices": kind}
         if kind is bool:
             takes = {"action": BooleanOptionalAction}
-        if default:
-            text += f" (default {default})"
-        parser.add_argument(f"--{name}", help=text, **takes)
+        default = LAPTOP.get(name, default)
+        shown = "" if default is None else f" (default {default})"
+        parser.add_argument(f"--{name}", help=text + shown, **takes)
     given = vars(parser.parse_args(argv))
-    if "" in given.values():  # of a shell's variable that is not set
+    # Of a shell's variable that is not set; of "--" argparse makes an empty list.
+    if "" in given.values() or [] in given.values():
         raise UserError("a flag has an empty value")
     preset = given.get("preset")
-    data = given.get("data", DEFAULTS[preset or "laptop"]["data"])
+    data = given.get("data", PRESETS[preset or "laptop"]["data"])
     kind = kind_of(data)
     checkpoint = given.get("init") or given.get("attn_from") or given.get("mlp_from")
     warmup = given.get("warmup", "none" if checkpoint else "dyck")
 
     s = {name: default for name, (_, default, _) in FLAGS.items()}
-    s |= {"out": default_folder(given), "device": find_device(given.get("device")),
-          "dtype": "float32", "compile": False}
+    data_name = Path(given.get("data", "" if preset else "code")).name
+    name = "-".join(filter(None, (preset, data_name, "init" if checkpoint else warmup)))
+    name = re.sub(r"[^\w.=+-]+", "_", name, flags=re.ASCII)
+    s["out"] = f"out/{name[:100]}-s{given.get('seed', 0)}"
+    s["device"] = find_device(given.get("device"))
+    s["compile"] = "cuda" in s["device"] and not given.get("sharpen")
     if "cuda" in s["device"]:  # old GPUs have no bfloat16
         s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
-        s["compile"] = not given.get("sharpen")
     if kind == "task":
-        s |= DEFAULTS.get(data.partition(":")[0], TASK)
-        s |= DEFAULTS["laptop task"] if preset else {}
+        s |= TASKS.get(data.partition(":")[0], TASK)
+        s |= LAPTOP_TASK if preset else {}
     else:
-        s |= DEFAULTS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
+        s |= PRESETS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
     # A control has all that its rule has, in another order.
     parameters, own = s.pop("warmups", {}).get(warmup.removeprefix("shuffled:"), ("", {}))
     s |= own
@@ -654,20 +668,24 @@ def parse(argv):
         s["size"] = f"{c.n_layer}_{c.n_head}_{c.n_embd}"
         if given.get("transfer") == "all":
             s |= dict(tied=c.tied, block_size=c.block_size, embeddings="keep", positions="moved")
-            with reading(checkpoint):  # other people's files name no tokenizer
-                s["tokenizer"] = state.get("source", {}).get("tokenizer") or s["tokenizer"]
+            if kind == "text":
+                with reading(checkpoint):  # other people's files name no tokenizer
+                    s["tokenizer"] = state.get("source", {}).get("tokenizer") or s["tokenizer"]
     s |= given | {"data": data, "warmup": f"{warmup}:{parameters}" if parameters else warmup}
     if "warmup_steps" in given:
         s["warmup_tokens"] = None
     check(s, given, kind, checkpoint)
-    return Namespace(**s), given
+    return Namespace(**s)
 
 
 def check(s, given, kind, checkpoint):
     """Refuses what would silently be another experiment than was meant. Raises UserError."""
     warmup, rule = s["warmup"], s["warmup"] not in ("none", "text")
+    nothing_moves = warmup == "none" and not checkpoint
     idle = {"tokenizer": kind != "text", "preset": kind == "task" and s["preset"] != "laptop",
-            "steps": "tokens" in given, "warmup_steps": "warmup_tokens" in given}
+            "steps": "tokens" in given, "warmup_steps": "warmup_tokens" in given,
+            "transfer": warmup == "none" and not s["init"], "embeddings": nothing_moves,
+            "positions": nothing_moves}
     idle = [name for name in given
             if idle.get(name) or name.startswith("warmup_") and warmup == "none"]
     for wrong, line in (
@@ -683,15 +701,6 @@ def check(s, given, kind, checkpoint):
              "--sharpen excludes --compile and --recompute")):
         if wrong:
             raise UserError(line)
-
-
-def default_folder(given):
-    """Where a run with these flags is: "out/code-dyck-s0", and before code the preset, if any."""
-    data = given.get("data", "" if "preset" in given else "code")
-    start = "init" if {"init", "attn_from", "mlp_from"} & given.keys() else "dyck"
-    what = given.get("preset"), Path(data).name, given.get("warmup", start)
-    name = re.sub(r"[^\w.=+-]+", "_", "-".join(filter(None, what)), flags=re.ASCII)
-    return f"out/{name[:100]}-s{given.get('seed', 0)}"
 
 
 def stage_of(s, name, data):
@@ -712,13 +721,16 @@ def stage_of(s, name, data):
         stage.grad_accum = math.ceil(tokens * data.vocab_size / 2 ** 30)
         if stage.device == "cpu" and data.kind != "text":  # measured: rows of like length together
             stage.grad_accum = max(1, min(8, int(tokens / 2000)))
+    if stage.workers is None:  # on a CPU, they would take the cores from the model
+        stage.workers = min(8, max(1, os.cpu_count() // 2)) if "cuda" in stage.device else 0
     stage.curriculum = data.train.longest if prefix and s.warmup_curriculum else None
-    if prefix:
-        stage.stop_at, stage.sharpen = None, 0.0
+    stage.stop_at = math.inf if prefix else s.stop_at or math.inf
+    stage.sharpen = 0.0 if prefix else s.sharpen
     return stage
 
 
 def summarise(found, s):
+    """Says what came of a run, and what to do next."""
     warmup, tokens, bits = found["warmup"], found["tokens"], found["val_bits_per_byte"]
     if found["warmup_loss"] is not None:
         warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> "
@@ -727,17 +739,17 @@ def summarise(found, s):
     result = (f"{found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of answers "
               "right" if bits is None else f"{bits:.4f} bits per byte")
     files = ", ".join(sorted(path.name for path in Path(s.out).glob("[!.]*")))
-    other = "none, and no other flags of a warm-up" if tokens["procedural"] else "dyck"
+    other = "none and no other flag of it" if tokens["procedural"] else "dyck"
     say(f"\nwarm-up    {warmup}\n"
         f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
         f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
         f"files      {s.out}: {files} ({clock(found['seconds'])})\n"
-        f"next       the same command with --warmup {other} (in another --out, if you name it);\n"
-        f"           then python analyze.py curves {shlex.quote(s.out)} and the other's folder")
+        f"next       the same command with --warmup {other}, unless that run is\n"
+        f"           there; then python analyze.py curves {shlex.quote(s.out)} and its folder")
 
 
 def main():
-    settings, _ = parse(sys.argv[1:])
+    settings = parse(sys.argv[1:])
     try:
         found = run(settings)
         if rank() == 0:

@@ -34,9 +34,8 @@ KINDS = {"text": f"{TEXT} --warmup dyck:k=4,length=32",
 
 def start(kind, folder):
     """A run in a folder, which has a text and a cache of its own."""
-    if not folder.exists():
-        folder.mkdir()
-        (folder / "text").write_text("The quick brown fox jumps over the lazy dog. " * 2000)
+    folder.mkdir(exist_ok=True)
+    (folder / "text").write_text("The quick brown fox jumps over the lazy dog. " * 2000)
     command = [sys.executable, *(TORCHRUN if "two" in kind else []), TRAIN, *KINDS[kind].split()]
     with open(folder / "stderr", "wb") as errors:
         return subprocess.Popen(
@@ -61,10 +60,9 @@ def kill_and_resume(kind, folder, seconds, r):
 
 def what_came_of(folder):
     """All weights, and the log but for how fast it was: {what: value}"""
-    found = {}
-    for path in sorted(folder.glob("run/*.pt")):
-        for key, tensor in torch.load(path, weights_only=True)["model"].items():
-            found[f"{path.name} {key}"] = tensor.numpy().tobytes()
+    found = {f"{path.name} {key}": tensor.numpy().tobytes()
+             for path in sorted(folder.glob("run/*.pt"))
+             for key, tensor in torch.load(path, weights_only=True)["model"].items()}
     for number, line in enumerate(open(folder / "run" / "log.jsonl"), 1):
         found[f"log.jsonl line {number}"] = json.loads(line) | {"tokens_per_second": None}
     return found

@@ -1,7 +1,6 @@
 """Runs end to end: what they compute, what they take over, what they survive and refuse."""
 import itertools
 import json
-import math
 import os
 import re
 import resource
@@ -34,7 +33,7 @@ def words(out="run", *more, **flags):
 
 
 def go(*out, **flags):
-    return train.run(train.parse(words(*out, **flags))[0])
+    return train.run(train.parse(words(*out, **flags)))
 
 
 @pytest.fixture(autouse=True)
@@ -147,28 +146,29 @@ def test_the_learning_rate_ramps_up_and_follows_its_schedule(schedule, min_lr, r
     assert log("run", "lr", "warmup") == pytest.approx([.25, .5, .5])
 
 
-def test_weight_decay_is_on_matrices_alone():
-    start = start_of("start")
-    go("0", weight_decay=0, steps=1, lr_ramp=0)
-    go("1", weight_decay=0.5, steps=1, lr_ramp=0)
-    for name, p in start.items():
-        lost = state_of("0")["model"][name] - state_of("1")["model"][name]
-        torch.testing.assert_close(lost, p * (p.dim() > 1) * 5e-3, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("accumulated", [1, 5])
-@pytest.mark.parametrize("data", ["haystack:pairs=3", "addition:digits=2"])
-def test_the_loss_of_step_s_is_the_mean_over_what_counts_in_rows_s_times_batch_size_and_on(
-        data, accumulated):
-    go(data=data, seed=5, lr=0, steps=3, grad_accum=accumulated, log_every=1)
-    model, rows = load("run")[0], make_data(data, seed=5).train
-    for step, loss in enumerate(log("run", "loss")):
-        losses = []
-        for i in range(8 * step, 8 * step + 8):
-            x, y = rows[i]
-            chances = model(x[None])[0].softmax(-1).tolist()
-            losses += [-math.log(chances[t][y[t]]) for t in range(len(y)) if y[t] != -1]
-        assert loss == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+@pytest.mark.parametrize("data,accumulated", [("haystack:pairs=3", 1), ("addition:digits=2", 5)])
+def test_a_plain_loop_in_torch_has_the_same_losses(data, accumulated):
+    flags = dict(data=data, warmup="none", seed=5)
+    start = start_of("start", **flags)
+    go(**flags, steps=9, lr=0.05, lr_ramp=3, weight_decay=0.5, grad_clip=0.3, log_every=1,
+       grad_accum=accumulated)
+    model, rows = load("start")[0], make_data(data, seed=5).train
+    model.load_state_dict(start)
+    matrices, others = [p for p in model.parameters() if p.dim() > 1], [
+        p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.5},
+                                   {"params": others, "weight_decay": 0.0}])
+    for step, (logged, lr) in enumerate(zip(log("run", "loss"), log("run", "lr"))):
+        x, y = map(torch.stack, zip(*(rows[i] for i in range(8 * step, 8 * step + 8))))
+        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten(),
+                                                 ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        assert logged == pytest.approx(loss.item(), abs=1e-4), step
 
 
 def test_two_processes_end_with_the_loss_of_one(script):
@@ -376,15 +376,6 @@ def test_a_run_goes_on_after_a_signal(number):
     assert outcome("run") == outcome("whole")
 
 
-def test_stopped_before_its_first_step_a_run_goes_on(usual):
-    train.SIGNALS.append(signal.SIGTERM)
-    with pytest.raises(train.Stopped):
-        go()
-    train.SIGNALS.clear()
-    go("run", "--resume")
-    assert outcome("run") == usual
-
-
 def test_a_full_disk_is_one_line_and_harms_no_checkpoint(refused, usual):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -477,8 +468,10 @@ def test_a_damaged_file_is_named_and_kept(name, damage, refused, cut):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(step="3"), dict(seconds="long"), dict(fingerprint=[1]), dict(optimizer={"state": []}),
-    dict(exp_avg=torch.zeros(1)), dict(exp_avg=None), dict(exp_avg=torch.zeros(1).expand(256, 8))],
+    dict(step="three"), dict(passed=None), dict(before=[1]), dict(result={}), dict(seconds="long"),
+    dict(fingerprint=[1]), dict(optimizer={"state": []}), dict(exp_avg=torch.zeros(1)),
+    dict(exp_avg=None), dict(exp_avg=torch.zeros(256, 8).to_sparse()),
+    dict(exp_avg=torch.zeros(1).expand(256, 8))],
     ids=str)
 def test_a_checkpoint_with_something_else_in_it_is_refused(wrong, refused, cut):
     shutil.copytree(cut, "run")
@@ -486,7 +479,7 @@ def test_a_checkpoint_with_something_else_in_it_is_refused(wrong, refused, cut):
     place = state["optimizer"]["state"][0] if "exp_avg" in wrong else state
     place.update(wrong)
     torch.save(state, "run/ckpt.pt")
-    if torch.is_tensor(wrong.get("exp_avg")) and wrong["exp_avg"].numel() > 1:
+    if getattr(wrong.get("exp_avg"), "layout", None) == torch.strided and len(wrong["exp_avg"]) > 1:
         go("run", "--resume")  # a file may repeat one number; fused AdamW crashed on this
     else:
         assert "ckpt.pt" in refused(train, *words("run", "--resume"))
@@ -498,10 +491,19 @@ def test_a_checkpoint_with_something_else_in_it_is_refused(wrong, refused, cut):
     ("--warmup=none", "would do nothing"), ("--tokenizer=bytes", "would do nothing"),
     ("--tokens=1M", "--steps would do nothing"), ("--preset=c4", "would do nothing"),
     ("--init=none.pt", "none.pt"), ("--transfer=all", "needs --init"), ("--lr=nan", "nan"),
-    ("--block_size=4", "haystack"), ("--sharpen=1 --recompute", "excludes")])
+    ("--block_size=4", "haystack"), ("--sharpen=1 --recompute", "excludes"),
+    ("--log_every=--", "empty"), ("--lr=1_1_8", "1_1_8")])
 def test_a_bad_command_line_is_one_line_and_writes_nothing(bad, said, refused):
     assert said in refused(train, *words(), *bad.split())
     assert not os.listdir()
+
+
+@pytest.mark.parametrize("flags", [
+    "--init CUT --warmup_lr 1", "--attn_from CUT --mlp_from CUT --transfer attn",
+    "--warmup none --transfer attn", "--warmup none --embeddings mean"])
+def test_flags_that_would_do_nothing_are_refused(flags, cut):
+    with pytest.raises(UserError, match="would do nothing here"):
+        train.parse(f"--device cpu --data haystack {flags}".replace("CUT", str(cut)).split())
 
 
 # Settings and names
@@ -535,7 +537,7 @@ TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, l
     ("--preset c4 --warmup text --warmup_steps 9", dict(warmup_tokens=None, warmup_steps=9)),
     ("--data haystack --init CUT", dict(size="1_2_8", warmup="none", warmup_steps=0))])
 def test_what_is_not_given_comes_from_a_checkpoint_or_a_published_row(given, expected, cut):
-    settings, _ = train.parse(["--device=cpu", *given.replace("CUT", str(cut)).split()])
+    settings = train.parse(["--device=cpu", *given.replace("CUT", str(cut)).split()])
     assert {key: getattr(settings, key) for key in expected} == expected
 
 
@@ -550,7 +552,7 @@ def test_folders_are_named_by_data_warm_up_and_seed():
             ("--data docs --preset c4 --warmup none", "c4-docs-none-s0"),
             ("--data haystack:pairs=3 --warmup shuffled:set", "haystack_pairs=3-shuffled_set-s0"),
             (f"--warmup {'+'.join(['set'] * 99)}", f"code{('-' + 'set+' * 99)[:96]}-s0")):
-        assert train.parse(["--device=cpu", *argv.split()])[0].out == f"out/{name}"
+        assert train.parse(["--device=cpu", *argv.split()]).out == f"out/{name}"
 
 
 def test_what_a_newcomer_reads(monkeypatch, capfd):
@@ -558,6 +560,8 @@ def test_what_a_newcomer_reads(monkeypatch, capfd):
     train.main()
     lines, result = capfd.readouterr().out.splitlines(), result_of("my run")
     assert "[train] learning rate 0.01: a ramp of 4 steps, then cosine to 0" in lines
+    assert any("[warmup] warning: the ramp is not over" in line for line in lines)
+    assert not any("[train] warning" in line for line in lines)
     for line, said in zip(lines[-6:], (
             f"{result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} nats",
             "864 of warm-up, 1,008 of haystack:pairs=3", f"{result['val_loss']:.4f} nats",
