@@ -12,6 +12,7 @@ all settings, `stage` the same as a stage sees them: `stage.lr` of the warm-up i
 import contextlib
 import datetime
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -138,7 +139,10 @@ def start_from_checkpoints(model, s):
 def train(model, data, stage, file, fingerprint, warmed):
     """Trains a model for one stage, from its checkpoint `file` on, if there is one -> its progress,
     see `resume`. Raises UserError, and Stopped after a signal."""
-    announce(data, stage)
+    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
+    say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
+        f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
+        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
     model.recompute = stage.recompute
     model.to(stage.device)
     optimizer = make_optimizer(model, stage)
@@ -154,8 +158,8 @@ def train(model, data, stage, file, fingerprint, warmed):
         log.add_evaluation(0, progress["before"])
     if is_over(progress, stage):
         return progress
-    net = wrapped(model, data, stage)
-    rows = rows_from(data, stage, progress)
+    net = wrapped(model, stage)
+    rows = rows_from(data, stage, progress["step"])
 
     model.train()
     while not is_over(progress, stage):
@@ -203,8 +207,6 @@ def train(model, data, stage, file, fingerprint, warmed):
             log.add_evaluation(step, result)
             good = result["accuracy"] >= stage.stop_at
             progress["passed"] = progress["passed"] + 1 if good else 0
-        if grow(progress, model, data, stage):
-            rows = rows_from(data, stage, progress)
         saving = n_signals or is_over(progress, stage) or step % stage.save_every == 0
         if saving and rank() == 0:
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
@@ -215,23 +217,11 @@ def train(model, data, stage, file, fingerprint, warmed):
     return progress
 
 
-def announce(data, stage):
-    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
-    say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
-        f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
-        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
-    if stage.lr_ramp >= stage.steps > 0:
-        say(f"[{stage.name}] warning: the ramp is not over before the stage is: the learning rate "
-            "only rises")
-
-
 def resume(file, model, optimizer, scaler, stage, fingerprint):
     """Takes up a checkpoint, if there is one -> the stage's progress, which every checkpoint keeps:
     before and result are its first and last evaluation; passed counts those that reached --stop_at
-    in a row; length is that of a curriculum. Raises UserError."""
+    in a row. Raises UserError."""
     progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": {}, "result": {}, "passed": 0}
-    if stage.curriculum:
-        progress["length"] = 2
     if not file.exists():
         return progress
     saved_model, state = load(file)
@@ -258,18 +248,6 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
 def is_over(progress, stage):
     """After all steps, or when --stop_at was reached twice in a row."""
     return progress["step"] >= stage.steps or progress["passed"] == 2
-
-
-def grow(progress, model, data, stage):
-    """The curriculum: every 20 steps (ours) inputs become longer by 2 if accuracy passes 0.99
-    (paper, "Procedural data"). Returns whether they did."""
-    if not stage.curriculum or progress["step"] % 20 or progress["length"] >= stage.curriculum:
-        return False
-    rows = held_out_rows(data, 256)
-    if evaluation(model, rows, data, stage)["accuracy"] <= 0.99:
-        return False
-    progress["length"] += 2
-    return True
 
 
 def evaluation(model, rows, data, stage):
@@ -304,13 +282,11 @@ def make_optimizer(model, stage):
                              fused=stage.device != "mps")
 
 
-def rows_from(data, stage, progress):
-    """An iterator over the steps to come: (x, y) of this process's share of the rows. Step s has
-    the rows s * batch_size and on, whatever the number of processes."""
-    if stage.curriculum:
-        data.train.longest = data.val.longest = progress["length"]
+def rows_from(data, stage, first):
+    """An iterator over the steps from `first` on: (x, y) of this process's share of the rows. Step
+    s has the rows s * batch_size and on, whatever the number of processes."""
     steps = (range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
-             for step in range(progress["step"], stage.steps))
+             for step in range(first, stage.steps))
     # A batch is a range of row numbers, of which the Dataset makes x and y at once.
     return iter(DataLoader(data.train, batch_sampler=steps, collate_fn=tuple,
                            num_workers=stage.workers, worker_init_fn=ignore_ctrl_c,
@@ -429,22 +405,13 @@ def ignore_ctrl_c(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def wrapped(model, data, stage):
-    """The model as it is trained: compiled, if that works here, and shared with other processes."""
+def wrapped(model, stage):
+    """The model as it is trained: compiled, and shared with other processes."""
     net = model
     if stage.compile:
         # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
-        small = sum(p.numel() for p in model.parameters()) < 10_000_000
-        n_rows = stage.batch_size // (world_size() * stage.grad_accum) or 1
-        x, y = (each.to(stage.device) for each in data.train.__getitems__(range(n_rows)))
-        try:
-            net = torch.compile(model, mode="reduce-overhead" if small else None)
-            with autocast(stage):
-                net(x, y).backward()
-        except Exception as error:  # no compiler, another platform: torch raises many kinds
-            say(f"warning: torch.compile cannot run here ({type(error).__name__}): without it")
-            net = model
-        model.zero_grad(set_to_none=True)
+        small = "cuda" in stage.device and sum(p.numel() for p in model.parameters()) < 10_000_000
+        net = torch.compile(model, mode="reduce-overhead" if small else None)
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     return net
@@ -559,7 +526,7 @@ TASK = dict(size="2_4_16", tied=False, dtype="float32", eval_rows=4000,
             steps=10_000, batch_size=1000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3,
             warmup_steps=10_000, warmup_batch_size=128, warmup_lr=5e-3, warmup_lr_ramp=200,
             warmup_min_lr=0.0)
-TASKS = {"haystack": TASK | dict(transfer="attn"),
+TASK_SETTINGS = {"haystack": TASK | dict(transfer="attn"),
          "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64,
                                        warmup_steps=2500, warmup_batch_size=64, warmup_lr=5e-4)}
 # Ours, with --preset laptop: a quarter of a task's rows at twice the rate, until it is learned;
@@ -582,7 +549,6 @@ STAGE = {
     "dropout": (number(0, 1, float), 0.0, "fraction of activations that is left out")}
 FLAGS = {
     "warmup": (str, "dyck", "a rule or mixture (data.py list); none; text: other text of --data"),
-    "warmup_curriculum": (bool, False, "inputs of the warm-up grow from length 2 as it learns"),
     "init": (str, None, "take up this checkpoint of a warm-up instead of making one"),
     "attn_from": (str, None, "a mixture of weights: the attention of this checkpoint,"),
     "mlp_from": (str, None, "and the MLPs of this one"),
@@ -620,8 +586,8 @@ OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_
 
 def parse(argv):
     """The command line -> all settings, a Namespace. Raises UserError."""
-    parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults are those of --preset laptop; "
-                    "others are in PRESETS and TASKS, in train.py.", argument_default=SUPPRESS)
+    parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults: those of --preset laptop.",
+                    argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
         takes = {"type": kind, "metavar": "TEXT" if kind is str else "NUMBER"}
         if isinstance(kind, tuple):
@@ -647,11 +613,12 @@ def parse(argv):
     name = re.sub(r"[^\w.=+-]+", "_", name, flags=re.ASCII)
     s["out"] = f"out/{name[:100]}-s{given.get('seed', 0)}"
     s["device"] = find_device(given.get("device"))
-    s["compile"] = "cuda" in s["device"] and not given.get("sharpen")
+    compiler = importlib.util.find_spec("triton")  # which is not everywhere, as on Windows
+    s["compile"] = bool("cuda" in s["device"] and compiler and not given.get("sharpen"))
     if "cuda" in s["device"]:  # old GPUs have no bfloat16
         s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
     if kind == "task":
-        s |= TASKS.get(data.partition(":")[0], TASK)
+        s |= TASK_SETTINGS.get(data.partition(":")[0], TASK)
         s |= LAPTOP_TASK if preset else {}
     else:
         s |= PRESETS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
@@ -695,8 +662,6 @@ def check(s, given, kind, checkpoint):
             (warmup == "text" and kind != "text", "--warmup text needs --data that is text"),
             (warmup != "none" and checkpoint, "--warmup excludes --init, --attn_from, --mlp_from"),
             (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),
-            (s["warmup_curriculum"] and (not rule or "eca" in warmup),
-             "--warmup_curriculum needs a rule that can grow from length 2"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
              "--sharpen excludes --compile and --recompute")):
         if wrong:
@@ -723,7 +688,6 @@ def stage_of(s, name, data):
             stage.grad_accum = max(1, min(8, int(tokens / 2000)))
     if stage.workers is None:  # on a CPU, they would take the cores from the model
         stage.workers = min(8, max(1, os.cpu_count() // 2)) if "cuda" in stage.device else 0
-    stage.curriculum = data.train.longest if prefix and s.warmup_curriculum else None
     stage.stop_at = math.inf if prefix else s.stop_at or math.inf
     stage.sharpen = 0.0 if prefix else s.sharpen
     return stage
@@ -733,19 +697,18 @@ def summarise(found, s):
     """Says what came of a run, and what to do next."""
     warmup, tokens, bits = found["warmup"], found["tokens"], found["val_bits_per_byte"]
     if found["warmup_loss"] is not None:
-        warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> "
-                   f"{found['warmup_loss']:.2f} nats per token, accuracy "
-                   f"{found['warmup_first_accuracy']:.0%} -> {found['warmup_accuracy']:.0%}")
-    result = (f"{found['val_accuracy']:.2%} of answer tokens, {found['val_exact']:.2%} of answers "
-              "right" if bits is None else f"{bits:.4f} bits per byte")
-    files = ", ".join(sorted(path.name for path in Path(s.out).glob("[!.]*")))
+        warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> {found['warmup_loss']:.2f}"
+                   f" nats per counted token, {found['warmup_accuracy']:.0%} right")
+    result = f"{found['val_accuracy']:.2%} of answer tokens right"
+    if bits is not None:
+        result = f"{bits:.4f} bits per byte"
     other = "none and no other flag of it" if tokens["procedural"] else "dyck"
     say(f"\nwarm-up    {warmup}\n"
         f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
         f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
-        f"files      {s.out}: {files} ({clock(found['seconds'])})\n"
-        f"next       the same command with --warmup {other}, unless that run is\n"
-        f"           there; then python analyze.py curves {shlex.quote(s.out)} and its folder")
+        f"files      {s.out} ({clock(found['seconds'])})\n"
+        f"next       the same command with --warmup {other}, unless that run is there;\n"
+        f"           then python analyze.py curves {shlex.quote(s.out)} and its folder")
 
 
 def main():

@@ -63,7 +63,7 @@ def nanowarm(flags, batches, name="train"):
     """The step of train.py, without what it logs, evaluates and saves."""
     settings, data, stage, model = a_run(flags, name)
     optimizer, losses = train.make_optimizer(model, stage), []
-    net, cpu = train.wrapped(model, data, stage), settings.device == "cpu"
+    net, cpu = train.wrapped(model, stage), settings.device == "cpu"
     model.train()
     for step, (x, y) in enumerate(batches):
         if step == WARM:

@@ -26,7 +26,7 @@ TEXT = f"--data text --block_size 32 {SMALL}"
 TASK = f"--data haystack:pairs=4 {SMALL}"
 KINDS = {"text": f"{TEXT} --warmup dyck:k=4,length=32",
          "text, dropout": f"{TEXT} --warmup text --dropout 0.1 --warmup_dropout 0.2",
-         "task, curriculum": f"{TASK} --warmup set:length=8,vocab=3 --warmup_curriculum",
+         "task": f"{TASK} --warmup set:length=8,vocab=3",
          "task, dropout, workers": f"{TASK} --warmup union --dropout 0.1 --workers 2",
          "text, dropout, two processes": f"{TEXT} --warmup set --dropout 0.1",
          "task, two processes": f"{TASK} --warmup dyck:k=4,length=32"}
