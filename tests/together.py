@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import copy
 import json
-import math
 import shlex
 import sys
 import time
@@ -30,6 +29,8 @@ from model import save
 
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call, vmap
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -67,9 +68,9 @@ class Member:
         return train.evaluation(model.to(self.s.device), rows, data, self.s)
 
     def finish(self, step, weights):
-        """Writes what train.py would have in the run's folder."""
+        """Writes what train.py would have in the run's folder. weights: all in one row."""
         s, warmed, self.ended = self.s, self.warmed, True
-        self.model.load_state_dict(weights, strict=False)  # a tied head is no parameter of its own
+        vector_to_parameters(weights, self.model.parameters())
         done = {"step": step, "tokens": step * self.stage.step_tokens, "before": self.before,
                 "seconds": time.monotonic() - self.began,
                 "result": self.evaluation(self.model, self.data)}
@@ -96,73 +97,21 @@ class Steps(Dataset):
     def __getitem__(self, step):
         rows = range(step * self.batch_size, (step + 1) * self.batch_size)
         xs, ys = zip(*(data.train.__getitems__(rows) for data in self.datas))
-        return torch.stack(xs).int(), torch.stack(ys).int()
+        return torch.stack(xs), torch.stack(ys)
 
 
-class Stack:
-    """E models of one shape; `flat` (E, P) has a model's parameters in each row."""
+def stacked_losses(model):
+    """Of models as this one, with their parameters in the rows of flat (E, P): a function of flat,
+    x and y (E, B, T) -> the loss of each (E,), and how many tokens it has right (E,)."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
 
-    def __init__(self, members, device):
-        self.config = members[0].model.config
-        self.shapes = {name: p.shape for name, p in members[0].model.named_parameters()}
-        self.flat = torch.stack([torch.cat([p.detach().flatten() for p in m.model.parameters()])
-                                 for m in members]).to(device)
-        decayed = [torch.full([shape.numel()], float(len(shape) >= 2))
-                   for shape in self.shapes.values()]
-        self.decayed = torch.cat(decayed).to(device)
-        self.first = (torch.arange(len(members)) * self.config.vocab_size).to(device)
-
-    def parts(self, flat):
-        pieces = flat.split([shape.numel() for shape in self.shapes.values()], dim=1)
-        return {name: piece.view(-1, *shape)
-                for (name, shape), piece in zip(self.shapes.items(), pieces)}
-
-    def logits(self, flat, x, place):
-        """x (E, B, T) -> logits (E, N, vocab). place (E, B): the one that counts in a row, or None,
-        where N is all B * T."""
-        p, c = self.parts(flat), self.config
-        E, B, T = x.shape
-        C, H = c.n_embd, c.n_head
-
-        def linear(x, name):
-            x = x.reshape(E, -1, x.shape[-1])
-            return torch.baddbmm(p[f"{name}.bias"][:, None], x, p[f"{name}.weight"].mT)
-
-        def norm(x, name):
-            y = F.layer_norm(x.reshape(E, -1, C), (C,))
-            return y * p[f"{name}.weight"][:, None] + p[f"{name}.bias"][:, None]
-
-        tokens = p["wte.weight"].reshape(-1, C)
-        h = F.embedding(x + self.first[:, None, None], tokens) + p["wpe.weight"][:, None, :T]
-        h = h.reshape(E, B, T, C)
-        for i in range(c.n_layer):
-            q, k, v = (linear(norm(h, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
-                       .view(E * B, T, 3, H, C // H).permute(2, 0, 3, 1, 4))
-            if place is not None and i == c.n_layer - 1:  # nothing reads the others
-                where = place.reshape(-1, 1, 1, 1).expand(-1, H, 1, C // H)
-                scores = (q.gather(2, where) * k).sum(-1) / math.sqrt(C // H)
-                late = torch.arange(T, device=x.device) > place.reshape(-1, 1, 1)
-                y = (scores.masked_fill(late, -math.inf).softmax(-1)[..., None] * v).sum(2)
-                h = h.gather(2, place[..., None, None].expand(-1, -1, 1, C))
-            else:
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-            h = h + linear(y.reshape(E, -1, C), f"h.{i}.attn.c_proj").view(h.shape)
-            a = F.gelu(linear(norm(h, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"), approximate="tanh")
-            h = h + linear(a, f"h.{i}.mlp.c_proj").view(h.shape)
-        head = p["wte.weight" if c.tied else "lm_head.weight"]
-        return torch.bmm(norm(h, "ln_f"), head.mT)
-
-    def losses(self, flat, x, y, one):
-        """-> loss of each model (E,), and how many answer tokens it has right (E,). one: a row has
-        one answer token."""
-        counts = y != -1
-        place = counts.int().argmax(2) if one else None
-        logits = self.logits(flat, x, place)
-        wanted = (y.gather(2, place[..., None]) if one else y).reshape(len(y), -1).long()
-        each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1,
-                               reduction="none").view(wanted.shape)
-        right = (logits.argmax(-1) == wanted) & (wanted != -1)
-        return each.sum(1) / counts.sum((1, 2)), right.sum(1)
+    def of_one(parameters, x, y):
+        pieces = parameters.split([shape.numel() for shape in shapes.values()])
+        pieces = {name: piece.view(shape) for piece, (name, shape) in zip(pieces, shapes.items())}
+        logits, wanted = functional_call(model, pieces, x).flatten(0, 1), y.flatten()
+        loss = F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum")
+        return loss / (wanted != -1).sum(), (logits.argmax(-1) == wanted).sum()
+    return vmap(of_one)
 
 
 def adamw(flat, grad, m, v, lr, decay, decayed, bias1, bias2):
@@ -184,18 +133,19 @@ def train_together(members, device, workers):
     which = torch.tensor([[*data].index((m.data.spec, m.s.seed)) for m in members]).to(device)
     stages, data = [m.stage for m in members], list(data.values())
     steps, B, every = max(s.steps for s in stages), stages[0].batch_size, members[0].s.eval_every
-    stack = Stack(members, device)
-    one = bool((data[0].train.__getitems__(range(64))[1] != -1).sum(1).eq(1).all())
+    flat = torch.stack([parameters_to_vector(m.model.parameters()).detach() for m in members])
+    flat = flat.to(device).requires_grad_()
+    decayed = [torch.full([p.numel()], float(p.dim() >= 2)) for p in members[0].model.parameters()]
+    decayed = torch.cat(decayed).to(device)
     rates = [[train.lr_at(stage, i) if i < stage.steps else 0.0 for i in range(steps)]
              for stage in stages]
     rates = torch.tensor(rates).T.contiguous()[..., None].to(device)
     decay = torch.tensor([[stage.weight_decay] for stage in stages]).to(device)
     powers = torch.arange(1, steps + 1, dtype=torch.float64)
     bias1, bias2 = ((1 - beta ** powers).float().to(device) for beta in (0.9, 0.999))
-    losses, update = stack.losses, adamw
+    losses, update = stacked_losses(copy.deepcopy(members[0].model).to(device)), adamw
     if device == "cuda":
         losses, update = torch.compile(losses), torch.compile(adamw)
-    flat = stack.flat.requires_grad_()
     m, v = torch.zeros_like(flat), torch.zeros_like(flat)
     held_out = zip(*(first_rows(each, members[0].s.eval_rows) for each in data))
     held_out = [] if warm else [torch.stack(each).to(device) for each in held_out]
@@ -205,8 +155,8 @@ def train_together(members, device, workers):
         """[losses, accuracies], of each member, in parts as large as a step."""
         sums = torch.zeros(3, len(members), device=device, dtype=torch.float64)
         for x, y in zip(*(each.split(B, dim=1) for each in held_out)):
-            x, y = x[which].int(), y[which].int()
-            loss, right = losses(flat, x, y, one)
+            x, y = x[which], y[which]
+            loss, right = losses(flat, x, y)
             n = (y != -1).sum((1, 2))
             sums += torch.stack([loss * n, right, n])
         return (sums[:2] / sums[2]).tolist()
@@ -219,8 +169,7 @@ def train_together(members, device, workers):
             if not warm and step <= member.stage.steps:
                 last = member.note(step, result[0][i], result[1][i])
             if last and not member.ended:
-                weights = {name: p[i].clone() for name, p in stack.parts(flat.data).items()}
-                member.finish(step, weights)
+                member.finish(step, flat.data[i].clone())
 
     loader = iter(DataLoader(Steps(data, B), batch_size=None, sampler=range(steps),
                              num_workers=workers, pin_memory=device == "cuda",
@@ -229,10 +178,9 @@ def train_together(members, device, workers):
         end(0)
     for step in range(steps):
         x, y = (each.to(device, non_blocking=True)[which] for each in next(loader))
-        loss, _ = losses(flat, x, y, one)
+        loss, _ = losses(flat, x, y)
         grad, = torch.autograd.grad(loss.sum(), flat)
-        norm = update(flat.data, grad, m, v, rates[step], decay, stack.decayed, bias1[step],
-                      bias2[step])
+        norm = update(flat.data, grad, m, v, rates[step], decay, decayed, bias1[step], bias2[step])
         done = step + 1
         if not warm and done % every == 0 or done in {stage.steps for stage in stages}:
             end(done)
@@ -243,7 +191,6 @@ def train_together(members, device, workers):
                 members = [members[i] for i in live]
                 flat, m, v = flat.data[live].requires_grad_(), m[live], v[live]
                 which, rates, decay = which[live], rates[:, live], decay[live]
-                stack.first = stack.first[:len(live)]
         if done % 500 == 0:
             assert norm.isfinite().all()
             print(f"{members[0].data.spec} x {len(members)}: step {done:,} of {steps:,}, loss "
