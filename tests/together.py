@@ -30,6 +30,7 @@ from model import save
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, Dataset
 
@@ -125,6 +126,7 @@ def adamw(flat, grad, m, v, lr, decay, decayed, bias1, bias2):
     return norm
 
 
+@sdpa_kernel(SDPBackend.MATH)  # which vmap takes on any device
 def train_together(members, device, workers):
     """Trains the members, of one shape, and finishes each as it ends."""
     warm, data = members[0].warm, {}
