@@ -963,8 +963,10 @@ def main():
     command, results = args.command, args.results
     if command in EXPERIMENTS:
         settings = part_of_experiment(command, args.budget, args.only)
+        if not args.show and results.is_file():
+            raise UserError(f"{results} is a packed file: --show, or a folder for --results")
         if not args.show:
-            with lock(results / ".lock"):  # a packed file is no folder: refused
+            with lock(results / ".lock"):
                 run_all(settings, args.seeds, results.resolve(), args.jobs)
     with reading(results or ", ".join(args.runs)):  # a record is checked by being used
         if command == "pack":

@@ -377,6 +377,13 @@ def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeyp
     assert "full" in line and "rank correlation -1.00, p 0.08" in line  # p is 2 of 4!
 
 
+def test_a_table_and_figure_come_though_a_notebook_names_its_own_backend(script, tmp_path):
+    done = script("analyze.py", *"strangers --show --only none --results".split(), PACKED,
+                  cwd=tmp_path, env={"MPLBACKEND": "module://nosuch"})
+    assert done.returncode == 0 and "| none | 6,000 |" in done.stdout, done.stderr
+    assert (tmp_path / "strangers-quick.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_result_hides_a_failure_that_was_packed(tmp_path):
     folder = kept({"zz": GOOD}, tmp_path)
     (tmp_path / "zzz.gz").write_bytes(gzip.compress(b'{"name": "zz", "failed": "no room"}'))
@@ -389,6 +396,7 @@ def test_a_folder_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch, refus
     for order in (("pack", "good.gz"), ("claims",), ("report",), ("table", "--show"),
                   ("curves", "x")):
         assert "typo" in refused(analyze, *order, "--results", "typo")
+    assert "packed file" in refused(analyze, "table", "--results", "good.gz")
     assert (tmp_path / "good.gz").read_bytes() == b"precious" and not (tmp_path / "typo").exists()
 
 
