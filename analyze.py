@@ -1,6 +1,6 @@
 """What many runs say.
 
-    python analyze.py curves out/code-dyck-s0 out/code-none-s0    held-out loss by tokens, a picture
+    python analyze.py curves out/code-dyck-s0 out/code-none-s0    held-out loss, a picture
     python analyze.py table --seeds 3 --jobs 2                    runs what an experiment lacks
     python analyze.py table --show                                its table and figure; runs nothing
     python analyze.py claims                                      what the paper says, what is found
@@ -18,7 +18,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, combinations, count, cycle, pairwise, permutations, product
@@ -26,12 +25,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # data.py prepares torch's threads, so it comes before torch.
-from data import (RULES, TASKS, Busy, Parser, UserError, json_lines, lock, number, read_json,
-                  reading, run_main, write_json, written_whole)
+from data import (RULES, TASKS, Parser, UserError, json_lines, lock, number, read_json, reading,
+                  run_main, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
-from train import (OPERATIONAL, Stopped, clock, new_model, open_data, parse,
-                   start_from_checkpoints)
+from train import OPERATIONAL, new_model, open_data, parse, start_from_checkpoints
 
 import numpy as np
 import torch
@@ -40,48 +38,46 @@ import torch
 # Experiments are settings, and settings are command lines
 
 
-def as_dict(flags):
-    """"--data code --lr 1e-3" -> {"--data": "code", "--lr": "1e-3"}. Each flag has one value."""
-    words = shlex.split(flags)
+def as_dict(*flags):
+    """"--data code --lr 1e-3" -> {"--data": "code", "--lr": "1e-3"}. The later value counts."""
+    words = shlex.split(" ".join(flags))
     return dict(zip(words[::2], words[1::2]))
 
 
 def join(*flags):
-    """Flags one after another; of one that comes twice, the later value counts."""
-    merged = as_dict(" ".join(flags))
-    return shlex.join(chain.from_iterable(merged.items()))
+    """"--data code --lr 1", "--lr 2" -> "--data code --lr 2"."""
+    return shlex.join(chain.from_iterable(as_dict(*flags).items()))
 
 
-def folder_of(seed, train, warmup="", change="", mlp_from="", warmup_seeds=()):
+def folder_of(seed, train, warmups=(), change="", warmup_seeds=()):
     """Where a run is. The same flags in any order are the same run, whichever experiment asks."""
-    flags = as_dict(train)
-    parts = [sorted(as_dict(part).items()) for part in (train, warmup, mlp_from)]
+    run, warmup, second = map(as_dict, (train, *warmups, "", "")[:3])
+    parts = [sorted(flags.items()) for flags in (run, warmup, second)]
     if any(each != seed for each in warmup_seeds):
         parts.append(warmup_seeds)
-    data = Path(flags.get("--data") or flags["--preset"]).name
-    label = ["warmup" if flags.get("--steps") == "0" else data,
-             flags.get("--warmup") or as_dict(warmup).get("--warmup"), flags.get("--transfer"),
-             change, f"{zlib.crc32(repr((parts, change)).encode()):08x}", f"s{seed}"]
+    data = Path(run.get("--data") or run["--preset"]).name
+    label = ["warmup" if run.get("--steps") == "0" else data,
+             run.get("--warmup") or warmup.get("--warmup"), run.get("--transfer"), change,
+             f"{zlib.crc32(repr((parts, change)).encode()):08x}", f"s{seed}"]
     return re.sub(r"[^\w.=+*-]+", "_", "-".join(filter(None, label)))
 
 
 class Setting(NamedTuple):
     column: str
     name: str
-    train: str          # flags of train.py, but for --seed and --out
-    warmup: str = ""    # flags of the warm-up that it takes up: a run of its own, made once
-    change: str = ""    # what is done to the weights of the warm-up first, see change_weights
-    mlp_from: str = ""  # flags of a second warm-up, whose MLPs are taken with the first's attention
-    warmup_seeds: tuple = ()  # of these warm-ups, where they are not the run's own
-    seeds: int = 10     # how many runs it wants
+    train: str      # flags of train.py, but for --seed and --out
+    warmups: tuple  # flags of the warm-up that it takes up: a run of its own, made once; of two the
+                    # first gives the attention, the second the MLPs
+    change: str     # what is done to the weights of the warm-up first, see change_weights
+    warmup_seeds: tuple  # of these warm-ups, where they are not the run's own
+    seeds: int      # how many runs it wants
 
     def folder(self, seed):
-        return folder_of(seed, *self[2:7])
+        return folder_of(seed, *self[2:6])
 
-    def warmups(self, seed):
+    def warmup_runs(self, seed):
         """The flags and seeds of the warm-ups that it takes up."""
-        flags = [each for each in (self.warmup, self.mlp_from) if each]
-        return list(zip(flags, self.warmup_seeds or (seed, seed)))
+        return list(zip(self.warmups, self.warmup_seeds or (seed, seed)))
 
 
 # The quick budget (ours) is for two CPU cores: minutes a run. Its tasks have the published model
@@ -123,15 +119,14 @@ STARTS = {"whole": "--transfer full --embeddings mean --positions fit",
           "attention": f"--transfer attn {FRESH}",
           "attention, positions": "--transfer attn --embeddings random --positions fit"}
 
-
 class Line(NamedTuple):
-    """Settings: each combination of the alternatives in braces, which {0}, {1} are further on."""
+    """Settings: one for each choice from the braces in its name, which {0}, {1} are further on."""
     columns: tuple
     name: str
-    warmup: str = "none"  # its spec, and flags of it; equal: as many tokens as BEFORE_TASK's dyck
+    warmup: str = "none"  # its spec, and flags of it; equal: as many tokens as BEFORE_TASK's dyck.
+                          # After a slash a second one, whose MLPs are taken
     flags: str = ""       # how it moves over, and what else differs; or one of STARTS
     change: str = ""
-    mlp_from: str = ""    # a second warm-up
     warmup_seeds: tuple = ()
     budget: str = ""      # which alone has it
 
@@ -157,8 +152,8 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
         Line(RECALL_15, f"dyck, as published, warm-up {seed}", "dyck", warmup_seeds=(seed,))
         for seed in range(10)]),
     "strangers": ("is it these MLPs, or that they and the attention are strangers?", 2, [
-        Line(RECALL_15, f"attention of {a}, MLPs of {b}", "dyck",
-             "--embeddings random --positions fit", mlp_from="dyck", warmup_seeds=(a, b))
+        Line(RECALL_15, f"attention of {a}, MLPs of {b}", "dyck / dyck",
+             "--embeddings random --positions fit", warmup_seeds=(a, b))
         for a, b in permutations((0, 1, 4, 7), 2)]),
     "budgets": ("the warm-up's tokens as further steps, and other rates and ramps", 10, [
         Line(RECALL_15, "dyck, attention, positions", "dyck", OURS),
@@ -202,8 +197,8 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
           for x in (0.25, 0.5, 0.75)),
         Line(DIAGNOSTICS, "rule 110, MLPs", "eca equal", f"--transfer mlp {FRESH}", budget="quick"),
         Line(DIAGNOSTICS, "{dyck|set}, attention", "{0} equal", "attention", budget="quick"),
-        Line(DIAGNOSTICS, "attention of {dyck|set}, MLPs of rule 110", "{0} equal", FRESH,
-             mlp_from="eca equal", budget="quick")]),
+        Line(DIAGNOSTICS, "attention of {dyck|set}, MLPs of rule 110",
+             "{0} equal / eca equal", FRESH, budget="quick")]),
     "efficiency": ("how much less text does it take to reach the baseline's loss", 10, [
         Line(TEXTS, "{set|union|sort|dyck|dyck_shuffle|eca|eca:rule=random|text}", "{0}"),
         *(Line(TEXTS, f"{rule}, {share}% of the text", rule, f"--steps {25 * share}",
@@ -239,21 +234,18 @@ def setting(line, column, budget, seeds):
     own, on_task = COLUMNS[budget][column], column in TASK_COLUMNS
     how = STARTS["whole"] if on_task else "--positions random"
     how = {"none": "--warmup none", "text": "--transfer all"}.get(line.warmup, how)
-    if line.mlp_from:  # it says itself what moves
+    warmups = [] if line.warmup == "none" else line.warmup.split(" / ")
+    if len(warmups) == 2:  # which says itself what moves
         how = ""
-    return Setting(column, line.name, join(own, how, STARTS.get(line.flags, line.flags)),
-                   warmup_flags(line.warmup, own, budget, on_task),
-                   line.change.replace("as it is", ""),
-                   warmup_flags(line.mlp_from, own, budget, on_task), line.warmup_seeds,
-                   seeds if on_task else 6)
+    warmups = tuple(warmup_flags(each, own, budget, on_task) for each in warmups)
+    return Setting(column, line.name, join(own, how, STARTS.get(line.flags, line.flags)), warmups,
+                   line.change.replace("as it is", ""), line.warmup_seeds, seeds if on_task else 6)
 
 
 def warmup_flags(warmup, own, budget, on_task):
     """The flags of a run that stops after its warm-up, which quick columns share."""
     spec, _, flags = warmup.partition(" ")
     rule = spec.removeprefix("shuffled:")
-    if spec in ("", "none"):
-        return ""
     if budget == "quick" and on_task:
         own = "--data haystack --warmup_tokens 49152000" if flags == "equal" else BEFORE_TASK
         if rule == "dyck":
@@ -326,7 +318,7 @@ def share_that_differs(setting, seed, results):
     answer what they never saw with one large constant."""
     with contextlib.chdir(results), contextlib.redirect_stdout(None):  # it says what moved
         flags = with_checkpoints(setting, seed, Path())
-        s, _ = parse([*shlex.split(flags), "--seed", str(seed), "--device", "cpu"])
+        s = parse([*shlex.split(flags), "--seed", str(seed), "--device", "cpu"])
         data, _ = open_data(s)
         model = new_model(data, s.size, s.tied, s.dropout, s.seed).eval()
         start_from_checkpoints(model, s)
@@ -339,25 +331,23 @@ def share_that_differs(setting, seed, results):
 # Running, and what was run
 
 
-def call_train(flags, folder, seed, device):
-    """Runs or resumes train.py in a folder. Raises UserError with what it said, and Stopped."""
+def call_train(flags, folder, seed):
+    """Runs or resumes train.py in a folder. Raises UserError with the last line that it said."""
     script = Path(__file__).resolve().with_name("train.py")
-    command = [sys.executable, script, *shlex.split(flags), *device, "--seed", str(seed),
+    command = [sys.executable, script, *shlex.split(flags), "--seed", str(seed),
                "--out", folder.name, "--resume"]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
-    # 128 + SIGHUP, SIGINT, SIGUSR1 or SIGTERM; below 0 a signal that it could not catch.
-    if done.returncode < 0 or done.returncode in (129, 130, 138, 143, Busy.status):
-        raise Stopped
+    done = subprocess.run(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise UserError(said.removeprefix("error: "))
+        said = done.stdout.strip().splitlines()[-1:]
+        raise UserError(f"exit status {done.returncode}: {''.join(said)}")
 
 
-def make_warmup(flags, seed, results, device):
-    """Makes a warm-up unless it is there, and asks what it learned. Raises UserError, Stopped."""
+def make_warmup(flags, seed, results):
+    """Makes a warm-up unless it is there, and asks what it learned. Raises UserError."""
     folder = results / folder_of(seed, flags)
     if not (folder / "result.json").exists():
-        call_train(flags, folder, seed, device)
+        call_train(flags, folder, seed)
     if not (folder / "learned.json").exists():
         found = probe_learned(Opened(folder / "warmup.pt", "cpu"))
         write_json(folder / "learned.json", found or {})
@@ -366,11 +356,12 @@ def make_warmup(flags, seed, results, device):
 def with_checkpoints(setting, seed, results):
     """The flags of a setting, and in them the checkpoints of its warm-ups, as they are called in
     `results`, where they are. One that is to be changed is copied first, beside the run."""
-    paths = [f"{folder_of(of, warmup)}/warmup.pt" for warmup, of in setting.warmups(seed)]
+    runs = setting.warmup_runs(seed)
+    paths = [f"{folder_of(of, warmup)}/warmup.pt" for warmup, of in runs]
     if setting.change:
         made_from, paths = paths[0], [f"{setting.folder(seed)}.changed.pt"]
         changed_checkpoint(results / made_from, setting.change, seed, results / paths[0])
-    names = ("--attn_from", "--mlp_from") if setting.mlp_from else ("--init",)
+    names = ("--init",) if len(paths) == 1 else ("--attn_from", "--mlp_from")
     return " ".join([setting.train, *map("{} {}".format, names, paths)])
 
 
@@ -383,34 +374,29 @@ def missing(settings, seeds, results):
     return runs
 
 
-def run_all(settings, seeds, results, jobs, device):
+def run_all(settings, seeds, results, jobs):
     """Runs what has no result yet, `jobs` at a time, each after the warm-ups that it takes up."""
-    runs, warmups = missing(settings, seeds, results), {}
-    began, ended = time.monotonic(), count(1)
+    runs, warmups, ended = missing(settings, seeds, results), {}, count(1)
 
     def run(folder, setting, seed):
         try:
-            for warmup in setting.warmups(seed):
+            for warmup in setting.warmup_runs(seed):
                 warmups[warmup].result()  # raises what making it raised
             flags = with_checkpoints(setting, seed, results)
-            call_train(flags, results / folder, seed, device)
+            call_train(flags, results / folder, seed)
             (results / f"{folder}.changed.pt").unlink(missing_ok=True)
             said = "done"
-        except Stopped:
-            said = "stopped"
         except UserError as error:
             said = f"failed: {error}"
-        n = next(ended)
-        left = clock((time.monotonic() - began) / n * (len(runs) - n))
-        print(f"[{n}/{len(runs)}] {setting.column} | {setting.name} | seed {seed}: {said}; {left} "
-              "left", flush=True)
+        print(f"[{next(ended)}/{len(runs)}] {setting.column} | {setting.name} | seed {seed}: "
+              f"{said}", flush=True)
 
     print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
     pool = ThreadPoolExecutor(jobs)
     for folder, (setting, seed) in runs.items():
-        for warmup in setting.warmups(seed):
+        for warmup in setting.warmup_runs(seed):
             if warmup not in warmups:
-                warmups[warmup] = pool.submit(make_warmup, *warmup, results, device)
+                warmups[warmup] = pool.submit(make_warmup, *warmup, results)
         runs[folder] = pool.submit(run, folder, setting, seed)
     try:
         for future in runs.values():
@@ -434,14 +420,14 @@ def read_run(path):
 def read_results(where):
     """{folder name: what read_run says} of a folder with runs and packed files, or of one file."""
     where, found = Path(where), {}
-    with reading(where):
-        for path in [where] if where.is_file() else sorted(where.iterdir()):
-            if path == where or path.suffix == ".gz":
-                with reading(path), gzip.open(path, "rt") as file:
-                    records = [json.loads(line) for line in file]
-                    found |= {each.pop("name"): each for each in records}
-            elif (path / "result.json").exists():
-                found[path.name] = read_run(path)
+    paths = [where] if where.is_file() else where.iterdir()
+    for path in sorted(paths, key=lambda path: (path.suffix != ".gz", path)):
+        if (path / "result.json").exists():  # these come last: a run hides a packed one
+            found[path.name] = read_run(path)
+        elif path == where or path.suffix == ".gz":
+            with reading(path), gzip.open(path, "rt") as file:
+                records = [json.loads(line) for line in file]
+                found |= {each.pop("name"): each for each in records}
     return found
 
 
@@ -452,7 +438,7 @@ def pack(where, to):
         record = found.get(setting.folder(seed))
         moves_mlps = as_dict(setting.train).get("--transfer") in ("full", "attn,mlp")
         if record and moves_mlps and "share" not in record:
-            if Path(where, folder_of(seed, setting.warmup)).exists():
+            if Path(where, folder_of(seed, setting.warmups[0])).exists():
                 record["share"] = share_that_differs(setting, seed, where)
     text = "".join(json.dumps({"name": name, **record}) + "\n" for name, record in found.items())
     with written_whole(to) as file:
@@ -497,7 +483,7 @@ def value_of(record, measure):
 
 
 @functools.cache
-def choices(n, of):
+def ways(n, of):
     """All ways to choose n places, the first n first, or 100,000 random ones: (ways, n)."""
     if math.comb(of, n) <= 200_000:
         return np.array(list(combinations(range(of), n)))
@@ -509,7 +495,7 @@ def choices(n, of):
 def differences(a, b):
     """Mean of a less mean of b, as they are, and for every other way to give out their values."""
     both = np.array([*a, *b], float)
-    sums = both[choices(len(a), len(both))].sum(1)
+    sums = both[ways(len(a), len(both))].sum(1)
     return sums / len(a) - (both.sum() - sums) / len(b)
 
 
@@ -555,16 +541,12 @@ class Outcome:
 
     def __init__(self, setting, seeds, found, base=None):
         self.setting, self.measure = setting, measure_of(setting.column)
-        self.runs, self.left_out, learned = {}, [], []
-        for seed in range(seeds or setting.seeds):
-            record, theirs = found.get(setting.folder(seed)), base and base.runs.get(seed)
-            if record and theirs and (record["result"]["fingerprint"][0]  # of its data
-                                      != theirs["result"]["fingerprint"][0]):
-                self.left_out.append(seed)
-            elif record:
-                self.runs[seed] = record
-                names = [folder_of(of, warmup) for warmup, of in setting.warmups(seed)[:1]]
-                learned += [found[name]["learned"] for name in names if name in found]
+        folders = {seed: setting.folder(seed) for seed in range(seeds or setting.seeds)}
+        there = {seed: found[folder] for seed, folder in folders.items() if folder in found}
+        data_of = lambda record: record["result"]["fingerprint"][0]
+        self.runs = {seed: record for seed, record in there.items() if not base
+                     or data_of(base.runs.get(seed, record)) == data_of(record)}
+        self.left_out = sorted(there.keys() - self.runs.keys())
         self.n, results = len(self.runs), [each["result"] for each in self.runs.values()]
         if results:
             values = [value_of(each, self.measure) for each in self.runs.values()]
@@ -572,7 +554,9 @@ class Outcome:
             self.budget = results[0]["settings"]["steps"]
             self.accuracy = np.mean([each["val_accuracy"] for each in results])
             self.warmup_tokens = np.mean([each["tokens"]["procedural"] for each in results])
-            self.learned = shown_learned(learned)
+            warmups = [folder_of(of, flags) for seed in self.runs
+                       for flags, of in setting.warmup_runs(seed)]
+            self.learned = [found[each]["learned"] for each in warmups if each in found]
             steps, number = self.measure is STEPS, (self.values < self.budget).sum()
             self.all_found = not steps or number == self.n
             self.number = f"{number} of {self.n} found" if steps else f"n = {self.n}"
@@ -597,7 +581,9 @@ class Outcome:
         gain, p = signed[0].mean() - signed[1].mean(), permutation_p(*signed)
         low, high = permutation_interval(*signed)
         words = [f"{bound}{self.show(gain)}", f"{self.show(low)} to {self.show(high)}",
-                 "" if math.isnan(p) else f"{p:.4f}" if p >= 1e-4 else "< 0.0001"]
+                 f"{p:.4f}" if p >= 1e-4 else "< 0.0001"]
+        if math.isnan(p):  # of one run there is neither
+            words[1:] = "-", "-"
         return theirs.mean(), ours.mean(), gain, low, high, p, words
 
 
@@ -615,16 +601,33 @@ def compare(settings, seeds, found):
 # --------------------------------------------------------------------------------------------------
 # Tables and figures
 
-TITLES = {"recall": "recall of 30 pairs", "recall of 15": "recall of 15 pairs",
-          "reversed_addition": "reversed addition"}
+WORDS = {"recall": "recall of 30 pairs", "recall of 15": "recall of 15 pairs",
+         "haystack": "recall of 30 pairs", "haystack:pairs=15": "recall of 15 pairs",
+         "reversed_addition": "reversed addition", "none": "no warm-up", "dyck": "brackets",
+         "dyck_shuffle": "interleaved brackets", "eca": "automata", "nca": "neural automata",
+         "whole": "everything", "full": "everything", "attn": "attention", "mlp": "MLPs",
+         "norm": "norms", "lr": "learning rate", "lr_ramp": "ramp", "shuffled:": "shuffled "}
 COLOURS = dict(zip(  # of a warm-up, in all figures: pyplot's, and six of Tol's "muted"
     "dyck set identity union eca nca none text sort reverse delete stack dyck_shuffle".split(),
     "C0 C1 C2 C3 C4 C5 C6 C7 #882255 #999933 #332288 #117733 #44AA99".split()))
 
 
 def colour_of(warmup):
-    """"dyck:k=3" -> that of dyck; of a mixture, that of its first rule."""
-    return COLOURS.get(re.search(r"[a-z]\w*", warmup)[0], "#CC6677")
+    """"shuffled:dyck:k=3" -> that of dyck; of a mixture, that of its first rule."""
+    return COLOURS.get(re.search(r"[a-z]\w*", warmup.removeprefix("shuffled:"))[0], "#CC6677")
+
+
+def in_words(name):
+    """A setting's name as figures have it: "dyck:k=3, attn,norm, lr 1e-3" -> "after brackets (k=3):
+    attention and norms, learning rate 1e-3"."""
+    said = re.sub(r":(\w+=\S*[^\s,])", r" (\1)", name)
+    said = re.sub(r"shuffled:|\w+", lambda word: WORDS.get(word[0], word[0]), said)
+    rule = re.match(r"(shuffled:)?(\w*)", name)[2]
+    if rule not in COLOURS:
+        return said
+    start, _, more = said.partition(", ")
+    more = re.sub(r",(?! )|(?<=attention), (?=positions)", " and ", more)
+    return ("" if rule == "none" else "after ") + start + (f": {more}" if more else "")
 
 
 def markdown(head, rows):
@@ -634,32 +637,36 @@ def markdown(head, rows):
 
 def table_lines(columns):
     lines = []
-    for column, outcomes in columns.items():
-        first, rows, notes = outcomes[0], [], []
-        for each in [each for each in outcomes if each.n]:
+    for column, (first, *_) in columns.items():
+        rows, without, notes = [], [], []
+        for each in columns[column]:
+            name = each.setting.name
+            if each.left_out:
+                notes.append(f"left out: {column} | {name} | seeds {each.left_out}: not the data "
+                             f"of {first.setting.name} (another Python's code and docs?)")
+            if not each.n:
+                without.append(name)
+                continue
             gain = each.against(first)[-1] if first.n and each is not first else [""] * 3
             warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
-            rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
-                         each.number, *gain, warmup, each.learned])
+            rows.append([name, each.show(each.values.mean()), f"{each.accuracy:.1%}", each.number,
+                         *gain, warmup, learned_in_words(each.learned)])
             shares = [record["share"] for record in each.runs.values() if "share" in record]
             if len(shares) == each.n > 2:
                 rho, p = rank_correlation(shares, each.values)
-                notes.append("share that differs after the transfer, and steps: "
-                             f"{each.setting.name}: rank correlation {rho:.2f}, p {p:.4f}")
+                notes.append(f"share that differs after the transfer, and steps: {name}: rank "
+                             f"correlation {rho:.2f}, p {p:.4f}")
         if rows:
             head = [column, first.measure.name, "accuracy", "seeds", f"gain over "
                     f"{first.setting.name}", "95 %", "p", "tokens of warm-up", "learned"]
             lines += ["", *markdown(head, rows)]
-        without = [each.setting.name for each in outcomes if not each.n]
-        notes += [f"no result yet of {column}: {'; '.join(without)}"] if without else []
-        notes += [f"left out: {column} | {each.setting.name} | seeds {each.left_out}: not the data "
-                  f"of {first.setting.name} (another Python's code and docs, or other files)"
-                  for each in outcomes if each.left_out]
+        if without:
+            notes.append(f"no result yet of {column}: {'; '.join(without)}")
         lines += ["", *notes] if notes else []
     return lines
 
 
-def shown_learned(probed):
+def learned_in_words(probed):
     """The mean share learned of what can be; the tokens right, unless the records are old."""
     shares = [1 - each["above it"] / each["above it, the blind"] if "above it, the blind" in each
               else each["learned (share of what can be)"] for each in probed if each]
@@ -669,32 +676,33 @@ def shown_learned(probed):
 
 
 def draw(name, columns, path):
-    """A panel for each column, and in it a line for each setting: every seed a dot, or a ring where
-    the weights of its warm-up were changed. A bar is the mean, unless some seeds are never."""
+    """A panel for each column, in it a line for each setting, and on it a dot for each seed. A bar
+    is the mean, unless some seeds never got there."""
     if name == "tasks":
         return draw_gains(columns, path)
     panels = [[each for each in outcomes if each.n] for outcomes in columns.values()]
     panels = [there for there in panels if there]
     sizes = [len(there) + 2 for there in panels]
     figure, axes = pyplot().subplots(len(panels), 1, squeeze=False, height_ratios=sizes,
-                                     figsize=(9, 0.45 * sum(sizes)))
+                                     figsize=(11, 0.45 * sum(sizes)))
     for axis, there in zip(axes[:, 0], panels):
-        first, steps, rows = there[0], there[0].measure is STEPS, np.arange(len(there))
+        steps, column = there[0].measure is STEPS, there[0].setting.column
         for y, each in enumerate(there):
-            warmup = as_dict(each.setting.warmup or each.setting.train)["--warmup"]
+            warmup = as_dict(each.setting.train, *each.setting.warmups[:1])["--warmup"]
             places = y + np.linspace(-0.3, 0.3, each.n + 2)[1:-1]  # else equal values are one dot
-            axis.plot(each.values, places, "o", color=colour_of(warmup), alpha=0.7,
-                      fillstyle="none" if each.setting.change else "full")
+            axis.plot(each.values, places, "o", color=colour_of(warmup), alpha=0.7)
             if each.all_found:
                 axis.plot(each.values.mean(), y, "|k", markersize=18, markeredgewidth=2)
-        line = [each.budget if steps else first.values.mean() for each in there]
-        axis.vlines(line, rows - 0.5, rows + 0.5, "grey", ":", zorder=0)
-        axis.text(line[0], -0.55, "never" if steps else f"mean of {first.setting.name}",
-                  color="grey", ha="center", va="bottom")
-        axis.set_yticks(rows, [f"{each.setting.name} ({each.number})" for each in there])
-        axis.set(ylim=(len(there) - 0.5, -0.5), xlabel=first.measure.name)
-        axis.set_xlim(left=0 if steps else None)
-        axis.set_title(TITLES.get(first.setting.column, first.setting.column), pad=18)
+            if steps:
+                axis.vlines(each.budget, y - 0.5, y + 0.5, "grey", ":", zorder=0)
+            axis.text(1.02, y, each.number, transform=axis.get_yaxis_transform(), va="center")
+        if steps:
+            axis.text(there[0].budget, -0.55, "never", color="grey", ha="center", va="bottom")
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set_yticks(range(len(there)), [in_words(each.setting.name) for each in there])
+        axis.set(ylim=(len(there) - 0.5, -0.5), xlabel=there[0].measure.name)
+        axis.set_title(WORDS.get(column, column), pad=18)
     keep_figure(figure, path)
 
 
@@ -708,65 +716,83 @@ PUBLISHED = {"none": (11.3, 76.4, 59.1, 82.7), "dyck, whole": (96.9,),
 def draw_gains(columns, path):
     """The paper's first figure: rules by tasks, a panel for each start. In a cell the points of
     accuracy at the end that a warm-up gains, n, and what is published."""
-    found = {(column, each.setting.name): each for column, outcomes in columns.items()
-             for each in outcomes}
-    rules = list(dict.fromkeys(name.split(", ")[0] for _, name in found if name != "none"))
-    figure, axes = pyplot().subplots(1, 2, figsize=(14, 1 + len(rules)))
+    outcomes = [each for column in columns.values() for each in column[1:]]
+    rules = list(dict.fromkeys(each.setting.name.split(", ")[0] for each in outcomes))
+    figure, axes = pyplot().subplots(1, 2, figsize=(13.3, 1 + len(rules)), sharey=True)
     for axis, start in zip(axes, ("whole", "attention")):
         gains = np.full((len(rules), len(columns)), np.nan)
-        for (i, rule), (j, column) in product(enumerate(rules), enumerate(columns)):
-            base, each = found[column, "none"], found.get((column, f"{rule}, {start}"))
-            text, place = "not run", DIAGNOSTICS.index(column)
-            if each and each.n and base.n:
+        for each in outcomes:
+            (rule, moved), column = each.setting.name.split(", "), each.setting.column
+            if moved != start:
+                continue
+            i, j, place = rules.index(rule), [*columns].index(column), DIAGNOSTICS.index(column)
+            base, text = columns[column][0], "not run"
+            if each.n and base.n:
                 gains[i, j] = 100 * (each.accuracy - base.accuracy)
                 text = f"{gains[i, j]:+.1f} (n = {min(each.n, base.n)})"
-            for published in PUBLISHED.get(f"{rule}, {start}", ())[place:place + 1]:
+            for published in PUBLISHED.get(each.setting.name, ())[place:place + 1]:
                 text += f"\npaper {published - PUBLISHED['none'][place]:+.1f}"
-            axis.text(j, i, text, ha="center", va="center")
+            axis.text(j, i, text, ha="center", va="center",
+                      color="white" if abs(gains[i, j]) > 60 else "black")
         image = axis.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
-        titles = [TITLES.get(column, column).replace(" ", "\n", 1) for column in columns]
-        axis.set_xticks(range(len(columns)), titles)
-        axis.set_yticks(range(len(rules)), rules)
+        axis.set_xticks(range(len(columns)), [WORDS.get(column, column).replace(" ", "\n", 1)
+                                              for column in columns])
+        axis.set_yticks(range(len(rules)), [in_words(rule) for rule in rules])
         axis.grid(False)
-        axis.set_title(f"{start} moved")
-    figure.colorbar(image, ax=axes, label="points of accuracy over none (the paper: recall of 30)")
+        axis.set_title(f"{WORDS.get(start, start)} moved")
+    figure.colorbar(image, ax=axes, label="points of accuracy over no warm-up")
     keep_figure(figure, path)
 
 
+# Settings in which runs that are compared may differ, beside those of their warm-ups.
+STARTING = {"seed", "init", "attn_from", "mlp_from", "transfer", "embeddings", "positions"}
+
+
 def curves(runs, picture):
-    """Held-out loss or accuracy by tokens: a thin line for each run, a thick one for the mean of
-    those that differ in the seed alone, as far as all of them go. runs: {name: record}."""
-    data = {record["result"]["settings"]["data"] for record in runs.values()}
-    if len(data) > 1:
-        raise UserError(f"these runs are on different data: {', '.join(sorted(data))}")
-    metric, ylabel = "val_loss", "held-out loss (nats per token)"
-    if min(data).partition(":")[0] in TASKS:
-        metric, ylabel = "val_accuracy", "accuracy on held-out answers"
-    groups, styles, free = {}, {}, OPERATIONAL | {"seed", "init", "attn_from", "mlp_from"}
+    """Accuracy on a task by steps, or held-out loss of text by tokens: a thin line for each run,
+    and for those that differ in the seed alone a thick one, their mean. runs: {name: record}."""
+    groups, values, styles = {}, {}, {}
     for name, record in runs.items():
-        s, label, log = record["result"]["settings"], record["result"]["warmup"], record["log"]
+        s, warmup, log = record["result"]["settings"], record["result"]["warmup"], record["log"]
         if not log:
             raise UserError(f"{name} has no evaluation of its training yet")
-        print(f"{name}: warm-up {label}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, loss "
+        print(f"{name}: warm-up {warmup}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, loss "
               f"{log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
-        if label != "none":
-            label += f": {s['transfer']}, embeddings {s['embeddings']}, positions {s['positions']}"
-        alike = label, repr([s[key] for key in sorted(s.keys() - free)])
+        if warmup != "none":
+            positions = {"random": "", "fit": ", positions that fit"}
+            warmup += f", {s['transfer']}{positions.get(s['positions'], ', positions')}"
+            warmup += "" if s["embeddings"] == "random" else f", embeddings {s['embeddings']}"
+        alike = {key: str(s[key]) for key in sorted(s.keys() - OPERATIONAL - STARTING)}
         # The untrained model's loss would flatten the picture: the first evaluation is left out.
-        curve = {each["tokens"]: each[metric] for each in log[1:] or log}
-        groups.setdefault(alike, []).append(curve)
-    figure, axis = pyplot().subplots(figsize=(9, 6.5))
-    for (label, _), group in groups.items():
-        colour = colour_of(label)  # one for each warm-up, whose groups differ in style
+        groups.setdefault((warmup, str(alike)), []).append(log[1:] or log)
+        for key, value in alike.items():
+            values.setdefault(key, set()).add(value)
+    data = ", ".join(sorted(values["data"]))
+    if len(values["data"]) > 1:
+        raise UserError(f"these runs are on different data: {data}")
+    differ = [f"{key} ({', '.join(sorted(each))})" for key, each in values.items()
+              if len(each) > 1 and not key.startswith("warmup")]
+    if differ:
+        print(f"warning: not only warm-up and seed differ, but {', '.join(differ)}")
+    x, y, xlabel, ylabel = "tokens", "val_loss", "tokens", "held-out loss (nats per token)"
+    if data.partition(":")[0] in TASKS:
+        x, y, xlabel, ylabel = "step", "val_accuracy", "steps", "accuracy on held-out answers"
+    figure, axis = pyplot().subplots(figsize=(11, 6.5))
+    for (warmup, _), logs in groups.items():
+        colour = colour_of(warmup)  # one for each rule, whose groups differ in style
         style = next(styles.setdefault(colour, cycle(("-", "--", ":", "-."))))
-        for curve in group:
-            axis.plot(list(curve), list(curve.values()), style, color=colour, alpha=0.5, lw=1)
-        shared = sorted(set(group[0]).intersection(*group))
-        mean = [np.mean([curve[tokens] for curve in group]) for tokens in shared]
-        axis.plot(shared, mean, style, color=colour, lw=2.5, label=f"{label} (n = {len(group)})")
-    axis.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g} M")
-    axis.set(title=f"{min(data)} (thick: means, as far as all their runs go)",
-             xlabel="tokens of training", ylabel=ylabel)
+        places, curves = ([[each[key] for each in log] for log in logs] for key in (x, y))
+        for line in zip(places, curves):
+            axis.plot(*line, style, color=colour, alpha=0.5, lw=1)
+        label, mean = f"{in_words(warmup)} (n = {len(logs)})", ([], [])
+        if all(each == places[0] for each in places):
+            mean = places[0], np.mean(curves, axis=0)
+        else:
+            label += "; no mean, since they end at different steps"
+        axis.plot(*mean, style, color=colour, lw=2.5, label=label)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.set(title=f"{WORDS.get(data, data)} (thin: a run; thick: the mean of a group)",
+             xlabel=f"{xlabel} of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)
 
@@ -835,12 +861,12 @@ def judge(claim, seeds, found):
     settings = {each.name: each for each in settings_in(claim.experiment, "quick")
                 if each.column == claim.column}
     both = [settings[claim.worse], settings[claim.better]]
-    base, ours = outcomes = compare(both, seeds, found)[claim.column]
+    base, ours = compare(both, seeds, found)[claim.column]
     if not ours.n or not base.n:
         return ["", "0", "", "not run"]
     if claim.counting_warmup:
-        for each in outcomes:
-            each.count_warmup()
+        base.count_warmup()
+        ours.count_warmup()
     before, after, gain, low, high, p, (gained, limits, shown_p) = ours.against(base)
     verdict = "undecided"
     if p < 0.05 / len(CLAIMS):  # Bonferroni: one false finding in 20 such lists of claims
@@ -861,18 +887,19 @@ def claims_lines(found, seeds):
          f"`{claim.experiment} --only {shlex.quote(claim.column)}`"] for claim in CLAIMS])
 
 
+# --------------------------------------------------------------------------------------------------
+# Commands
+
 MARK = "<!-- written by analyze.py report from here on -->"
 
 
-def report(results, seeds):
-    """What there are results for, in report.md beside them, below MARK: what is above it stays."""
-    found, folder = read_results(results), results if results.is_dir() else results.parent
+def report(found, folder, seeds):
+    """What there are results for, in the folder's report.md below MARK: what is above it stays."""
     path, shown = folder / "report.md", set()
     lines = path.read_text("utf-8").split("\n") if path.exists() else []
     lines = lines[:lines.index(MARK)] if MARK in lines else []
     lines += [MARK, "", "# What was found", "", *claims_lines(found, seeds), "",
-              "In the figures: a dot for each seed, a ring where the weights of its warm-up were "
-              "changed, a bar for the mean."]
+              "In the figures a dot is a seed, and a bar the mean where all seeds got there."]
     for budget, name in product(COLUMNS, EXPERIMENTS):
         columns = compare(settings_in(name, budget), seeds, found)
         columns = {column: outcomes for column, outcomes in columns.items()
@@ -884,39 +911,28 @@ def report(results, seeds):
             lines += ["", f"## {name} ({budget}): {EXPERIMENTS[name][0]}",
                       *table_lines(columns), "", f"![{name}]({name}-{budget}.png)"]
     if not shown:
-        raise UserError(f"{results} has no result of any experiment")
+        raise UserError(f"{folder} has no result of any experiment")
     with written_whole(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     print(path)
 
 
-def experiment(name, args):
-    """Runs what is missing of an experiment, or of the part that --only names, and shows it."""
-    settings, results = settings_in(name, args.budget), Path(args.results)
-    wanted = [each for each in settings if args.only in f"{each.column} | {each.name}"]
+def part_of_experiment(name, budget, only):
+    """Its settings of the column `only`, or whose names begin so, or as "column | beginning" says;
+    and the first of their columns, with which they are compared. Raises UserError."""
+    column, both, beginning = only.partition(" | ")
+    settings = settings_in(name, budget)
+    wanted = [each for each in settings if each.column == only or each.name.startswith(only)
+              or both and each.column == column and each.name.startswith(beginning)]
     if not wanted:
-        raise UserError(f"--only {args.only} is in no setting of {name}, such as "
-                        f"\"{settings[0].column} | {settings[0].name}\"")
+        raise UserError(f"--only {only}: {name} has no such column or setting, see --help")
     columns = {each.column for each in wanted}
-    settings = [each for each in settings  # a column's first, too, which it is compared with
-                if each in wanted or each.name == "none" and each.column in columns]
-    if not args.show and results.is_file():
-        raise UserError(f"{results} is a packed file, for --show, claims, report and curves")
-    if not args.show:
-        with lock(results / ".lock"):
-            run_all(settings, args.seeds, results.resolve(), args.jobs,
-                    ["--device", args.device] if args.device else [])
-    with reading(results):  # a record is checked by being used
-        columns = compare(settings, args.seeds, read_results(results))
-        lines = table_lines(columns)
-    print(f"\n{name} ({args.budget}): {EXPERIMENTS[name][0]}", *lines, sep="\n")
-    if any(each.n for outcomes in columns.values() for each in outcomes):
-        folder = results if results.is_dir() else Path()
-        draw(name, columns, folder / f"{name}-{args.budget}.png")
+    return [each for each in settings
+            if each in wanted or each.name == "none" and each.column in columns]
 
 
 COMMANDS = {name: question for name, (question, *_) in EXPERIMENTS.items()} | {
-    "curves": "held-out loss or accuracy by tokens, of any runs",
+    "curves": "held-out loss of text, or accuracy on a task, of any runs",
     "claims": "each claim: supported, contradicted or undecided here",
     "report": "all tables and figures, in report.md beside the results",
     "pack": "all results in one small file"}
@@ -927,37 +943,53 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         flag = commands.add_parser(name, help=text).add_argument
-        flag("--results", default=None if name == "curves" else "results",
+        flag("--results", type=Path, default=None if name == "curves" else "results",
              help="a folder, or a packed file (default %(default)s)")
         if name == "curves":
             flag("runs", nargs="+", help="folders, or with --results parts of names")
-            flag("--picture", default="curves.png", help="(default %(default)s)")
+            flag("--picture", help="a .png, .pdf or .svg (default curves-RUNS.png)")
         elif name == "pack":
             flag("to", help="such as results.jsonl.gz")
         else:
             flag("--seeds", type=number(1, 1000), help="at most (default: as planned)")
         if name in EXPERIMENTS:
-            flag("--budget", choices=COLUMNS, default="quick", help="for CPUs, or as published")
-            flag("--only", default="", help="settings with this in \"column | setting\"")
-            flag("--jobs", type=number(1, 1000), default=1, help="runs at a time")
+            flag("--budget", choices=COLUMNS, default="quick",
+                 help="quick, for CPUs, or paper, as published (default %(default)s)")
+            flag("--only", default="", metavar="X", help="a column, the beginning of settings' "
+                 "names, or both, as in \"recall | dyck\" (default: all)")
+            flag("--jobs", type=number(1, 1000), default=1, help="runs at a time (default 1)")
             flag("--show", action="store_true", help="run nothing")
-            flag("--device", help="cuda, mps or cpu")
     args = parser.parse_args()
-    if args.command in EXPERIMENTS:
-        return experiment(args.command, args)
-    with reading(args.results or ", ".join(args.runs)):  # as above
-        if args.command == "pack":
-            return pack(args.results, args.to)
-        if args.command == "report":
-            return report(Path(args.results), args.seeds)
-        if args.command == "claims":
-            return print("\n".join(claims_lines(read_results(args.results), args.seeds)))
-        found = (read_results(args.results) if args.results
-                 else {run: read_run(Path(run)) for run in args.runs})
-        runs = {name: found[name] for name in found if any(part in name for part in args.runs)}
-        if not runs:
-            raise UserError(f"no run in {args.results} is named like {', '.join(args.runs)}")
-        curves(runs, args.picture)
+    command, results = args.command, args.results
+    if command in EXPERIMENTS:
+        settings = part_of_experiment(command, args.budget, args.only)
+        if not args.show and results.is_file():
+            raise UserError(f"{results} is a packed file: --show, or a folder for --results")
+        if not args.show:
+            with lock(results / ".lock"):
+                run_all(settings, args.seeds, results.resolve(), args.jobs)
+    with reading(results or ", ".join(args.runs)):  # a record is checked by being used
+        if command == "pack":
+            return pack(results, args.to)
+        found = read_results(results) if results else {
+            run: read_run(Path(run)) for run in args.runs}
+        folder = results if results and results.is_dir() else Path()
+        if command in EXPERIMENTS:
+            columns = compare(settings, args.seeds, found)
+            print(f"\n{command} ({args.budget}): {EXPERIMENTS[command][0]}", *table_lines(columns),
+                  sep="\n")
+            if any(each.n for each in sum(columns.values(), [])):
+                draw(command, columns, folder / f"{command}-{args.budget}.png")
+        elif command == "claims":
+            print("\n".join(claims_lines(found, args.seeds)))
+        elif command == "report":
+            report(found, folder if results.is_dir() else results.parent, args.seeds)
+        else:
+            runs = {name: found[name] for name in found if any(part in name for part in args.runs)}
+            if not runs:
+                raise UserError(f"no run in {results} is named like {', '.join(args.runs)}")
+            names = "-".join(Path(run).resolve().name for run in args.runs)
+            curves(runs, args.picture or f"curves-{names[:100]}.png")
 
 
 if __name__ == "__main__":
