@@ -9,7 +9,6 @@ An experiment is a list of settings. A setting is a command line of train.py, ru
 in a folder of its own below --results. In each column, a task or a text, the first setting has no
 warm-up, and the others are compared with it.
 """
-import contextlib
 import functools
 import gzip
 import json
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # data.py prepares torch's threads, so it comes before torch.
-from data import (RULES, TASKS, Parser, UserError, json_lines, lock, number, read_json, reading,
+from data import (TASKS, Parser, UserError, json_lines, lock, number, read_json, reading,
                   run_main, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
-from train import OPERATIONAL, new_model, open_data, parse, start_from_checkpoints
+from train import OPERATIONAL
 
 import numpy as np
 import torch
@@ -80,10 +79,10 @@ class Setting(NamedTuple):
         return list(zip(self.warmups, self.warmup_seeds or (seed, seed)))
 
 
-# The quick budget (ours) is for two CPU cores: minutes a run. Its tasks have the published model
-# and a quarter of the published rows at twice the rate. Recall stops once it is solved; arithmetic
-# and sorting have a fixed budget, as published. Warm-ups before tasks are shorter than train.py's,
-# with brackets as long as recall's rows; those before text have the published batch and rate.
+# Settings for two CPU cores (ours): minutes a run. Tasks have the published model and a quarter of
+# the published rows at twice the rate. Recall stops once it is solved; arithmetic and sorting have
+# a fixed budget, as published. Warm-ups before tasks are shorter than train.py's, with brackets as
+# long as recall's rows; those before text have the published batch and rate.
 TASK = "--batch_size 250 --lr 2e-3"
 STOPPED = f"{TASK} --eval_every 100 --stop_at 0.9"
 FIXED = f"{TASK} --eval_every 500 --steps 6000"
@@ -93,24 +92,14 @@ BEFORE_TASK = "--data haystack --warmup_steps 6000"  # of brackets 49.2 M tokens
 BEFORE_TEXT = ("--data haystack --warmup_batch_size 64 --warmup_lr 5e-4 --warmup_lr_ramp 0 "
                "--warmup_lr_schedule constant --warmup_dropout 0.1 --warmup_tokens 4M")
 COLUMNS = {
-    "quick": {"recall": f"--data haystack {STOPPED}",
-              "recall of 15": f"--data haystack:pairs=15 --steps 6000 {STOPPED}",
-              **{task: f"--data {task} {FIXED}"
-                 for task in ("addition", "reversed_addition", "sorting")},
-              "code": f"--data code {TEXT}",
-              "english": f"--data docs {TEXT}",
-              "english, smaller": f"--data docs {TEXT} --size 2_4_64",
-              "english, larger": f"--data docs {TEXT} --size 6_8_256",
-              "math": f"--data math {TEXT}"},
-    "paper": {"recall": "--data haystack --eval_every 100",
-              **{task: f"--data {task} --eval_every 100"
-                 for task in ("addition", "reversed_addition", "sorting")},
-              "multiplication": "--data multiplication --eval_every 1500",
-              "code": "--preset codeparrot", "english": "--preset c4",
-              "english, larger": "--preset c4-350m", "math": "--preset deepmind_math"}}
+    "recall": f"--data haystack {STOPPED}",
+    "recall of 15": f"--data haystack:pairs=15 --steps 6000 {STOPPED}",
+    **{task: f"--data {task} {FIXED}" for task in ("addition", "reversed_addition", "sorting")},
+    "code": f"--data code {TEXT}", "english": f"--data docs {TEXT}",
+    "english, smaller": f"--data docs {TEXT} --size 2_4_64",
+    "english, larger": f"--data docs {TEXT} --size 6_8_256", "math": f"--data math {TEXT}"}
 TEXTS = ("code", "english", "math")
-TASK_COLUMNS = ("recall", "recall of 15", "addition", "reversed_addition", "multiplication",
-                "sorting")
+TASK_COLUMNS = "recall", "recall of 15", "addition", "reversed_addition", "sorting"
 
 # How a task starts from its warm-up: the first two are published, the third is ours, train.py's
 # default before haystack: the best of four on seeds 0 to 2 of brackets.
@@ -128,7 +117,6 @@ class Line(NamedTuple):
     flags: str = ""       # how it moves over, and what else differs; or one of STARTS
     change: str = ""
     warmup_seeds: tuple = ()
-    budget: str = ""      # which alone has it
 
 
 RECALL, RECALL_15, RECALLS = ("recall",), ("recall of 15",), ("recall", "recall of 15")
@@ -141,7 +129,7 @@ HEADS = ("{as it is|only sharp|only blurred|only random|without sharp|without bl
          "without random}")
 EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
     # Said before the runs, of five starts that were tried: in each that moves MLPs, a warm-up with
-    # a smaller share_that_differs is to find the needle later (Spearman's rank correlation).
+    # a smaller share_that_differs (tests/share.py) is to find the needle later.
     "starts": ("which part makes it, and which breaks it: the MLPs (ours)", 10, [
         Line(RECALL_15, "dyck, {attn|attn,norm|attn,mlp|full}, embeddings {random|mean}", "dyck",
              MOVED),
@@ -158,19 +146,17 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
     "budgets": ("the warm-up's tokens as further steps, and other rates and ramps", 10, [
         Line(RECALL_15, "dyck, attention, positions", "dyck", OURS),
         Line(RECALL_15, "none, steps 12144", flags="--steps 12144"),
-        Line(TEXTS, "none, steps 3500", flags="--steps 3500", budget="quick"),
+        Line(TEXTS, "none, steps 3500", flags="--steps 3500"),
         Line((*RECALLS, *TEXTS), "none, {lr 1e-3|lr 4e-3|lr 8e-3|lr_ramp 0|lr_ramp 1000}",
              flags="--{0}")]),
     "tasks": ("which rule helps which task, all after 49.2 M tokens of warm-up", 6, [
         Line(DIAGNOSTICS, "{dyck|identity|set|union|delete|eca}, {whole|attention}", "{0} equal",
-             "{1}", budget="quick")]),
+             "{1}")]),
     "table": ("which warm-up helps which task, moved over as published, or as ours", 10, [
         Line(TASK_COLUMNS, "{dyck|identity|set|eca|eca:rule=random,length=64}, "
-             "{whole|attention|attention, positions}", "{0}", "{1}", budget="quick"),
+             "{whole|attention|attention, positions}", "{0}", "{1}"),
         # It can no longer be run: its ten results are kept.
-        Line(RECALL_15, "{nca:states=2,grid=6,length=64}, attention, positions", "{0}", OURS),
-        Line(TASK_COLUMNS, f"{{{'|'.join(RULES)}|eca:rule=random}}, "
-             "{whole|attention|attention, positions}", "{0}", "{1}", budget="paper")]),
+        Line(RECALL_15, "{nca:states=2,grid=6,length=64}, attention, positions", "{0}", OURS)]),
     "transfer": ("what has to move over: the whole model, attention, MLPs or norms", 10, [
         Line((*RECALL, *TEXTS), "{set|dyck}, {full|attn|mlp|norm}", "{0}", "--transfer {1}")]),
     "controls": ("the critics' controls: shuffled rows, as many tokens of text", 10, [
@@ -195,14 +181,14 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
         Line(TEXTS, "{set|union}", "{0}"),
         *(Line(TEXTS, f"{x} set, the rest union", f"{x}*set:length=64+{1 - x}*union:length=64")
           for x in (0.25, 0.5, 0.75)),
-        Line(DIAGNOSTICS, "rule 110, MLPs", "eca equal", f"--transfer mlp {FRESH}", budget="quick"),
-        Line(DIAGNOSTICS, "{dyck|set}, attention", "{0} equal", "attention", budget="quick"),
+        Line(DIAGNOSTICS, "rule 110, MLPs", "eca equal", f"--transfer mlp {FRESH}"),
+        Line(DIAGNOSTICS, "{dyck|set}, attention", "{0} equal", "attention"),
         Line(DIAGNOSTICS, "attention of {dyck|set}, MLPs of rule 110",
-             "{0} equal / eca equal", FRESH, budget="quick")]),
+             "{0} equal / eca equal", FRESH)]),
     "efficiency": ("how much less text does it take to reach the baseline's loss", 10, [
         Line(TEXTS, "{set|union|sort|dyck|dyck_shuffle|eca|eca:rule=random|text}", "{0}"),
-        *(Line(TEXTS, f"{rule}, {share}% of the text", rule, f"--steps {25 * share}",
-               budget="quick") for rule in ("set", "union") for share in (85, 70, 55))]),
+        *(Line(TEXTS, f"{rule}, {share}% of the text", rule, f"--steps {25 * share}")
+          for rule in ("set", "union") for share in (85, 70, 55))]),
     "tuned": ("what rate and ramp are worth to the baseline and beside a warm-up", 10, [
         Line(TEXTS, "{none|set|union}, {5e-4|1e-3|3e-3}, ramp {0|200}", "{0}",
              "--lr {1} --lr_ramp {2}")]),
@@ -214,8 +200,8 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
 }
 
 
-def settings_in(name, budget):
-    """The settings of an experiment, by columns, as far as a budget has these; the base first."""
+def settings_in(name):
+    """The settings of an experiment, by columns, the base first."""
     columns, (_, seeds, lines) = {}, EXPERIMENTS[name]
     for line in lines:
         pieces = re.split(r"{(.*?)}", line.name)  # every second one was in braces
@@ -224,42 +210,44 @@ def settings_in(name, budget):
             filled = [part.format(*chosen) for part in line[2:5]]
             one = Line(line.columns, "".join(pieces), *filled, *line[5:])
             for column in line.columns:
-                if column in COLUMNS[budget] and line.budget in ("", budget):
-                    columns.setdefault(column, [Line((), "none")]).append(one)
-    return [setting(line, column, budget, seeds) for column in columns for line in columns[column]]
+                columns.setdefault(column, [Line((), "none")]).append(one)
+    return [setting(line, column, seeds) for column in columns for line in columns[column]]
 
 
-def setting(line, column, budget, seeds):
+def setting(line, column, seeds):
     """A warm-up moves over as published, the whole model, unless the line says otherwise."""
-    own, on_task = COLUMNS[budget][column], column in TASK_COLUMNS
+    own, on_task = COLUMNS[column], column in TASK_COLUMNS
     how = STARTS["whole"] if on_task else "--positions random"
     how = {"none": "--warmup none", "text": "--transfer all"}.get(line.warmup, how)
     warmups = [] if line.warmup == "none" else line.warmup.split(" / ")
     if len(warmups) == 2:  # which says itself what moves
         how = ""
-    warmups = tuple(warmup_flags(each, own, budget, on_task) for each in warmups)
+    warmups = tuple(warmup_flags(each, own, on_task) for each in warmups)
     return Setting(column, line.name, join(own, how, STARTS.get(line.flags, line.flags)), warmups,
                    line.change.replace("as it is", ""), line.warmup_seeds, seeds if on_task else 6)
 
 
-def warmup_flags(warmup, own, budget, on_task):
-    """The flags of a run that stops after its warm-up, which quick columns share."""
+def warmup_flags(warmup, own, on_task):
+    """The flags of a run that stops after its warm-up, which all tasks share, or all texts."""
     spec, _, flags = warmup.partition(" ")
     rule = spec.removeprefix("shuffled:")
-    if budget == "quick" and on_task:
-        own = "--data haystack --warmup_tokens 49152000" if flags == "equal" else BEFORE_TASK
+    if on_task:
+        before = BEFORE_TASK
         if rule == "dyck":
-            own, spec = BEFORE_TASK, f"{spec}:length=64"
-    elif budget == "quick":
+            spec += ":length=64"
+        elif flags == "equal":
+            before = "--data haystack --warmup_tokens 49152000"
+    else:
         before = f"{BEFORE_TEXT} --size {as_dict(own)['--size']}"
-        own = f"{own} --warmup_tokens 4M" if spec == "text" else before
-    if not on_task and rule in ("identity", "sort", "set", "union"):
-        spec += ":length=64"  # as published; before tasks it is 20
-    return join(own, flags.removeprefix("equal"), f"--warmup {spec} --steps 0")
+        if spec == "text":
+            before = f"{own} --warmup_tokens 4M"
+        if rule in ("identity", "sort", "set", "union"):
+            spec += ":length=64"  # as published; before tasks it is 20
+    return join(before, flags.removeprefix("equal"), f"--warmup {spec} --steps 0")
 
 
 # --------------------------------------------------------------------------------------------------
-# What is done to a warm-up, or asked of it, before a run
+# What is done to a warm-up before a run
 
 
 @torch.no_grad()
@@ -310,21 +298,6 @@ def changed_checkpoint(path, change, seed, to):
     change_weights(c.model, change, seed, entropy_of_heads(c.attention(x), c.real(x)))
     source = state["source"] | {"spec": f"{c.spec} ({change})"}
     save(to, c.model, stage="warmup", step=c.step, tokens=state["tokens"], source=source)
-
-
-def share_that_differs(setting, seed, results):
-    """Right after the transfer, of the power of the states that the head reads where the key is
-    asked for, the share that differs between 1,000 held-out rows (ours). Small where the MLPs
-    answer what they never saw with one large constant."""
-    with contextlib.chdir(results), contextlib.redirect_stdout(None):  # it says what moved
-        flags = with_checkpoints(setting, seed, Path())
-        s = parse([*shlex.split(flags), "--seed", str(seed), "--device", "cpu"])
-        data, _ = open_data(s)
-        model = new_model(data, s.size, s.tied, s.dropout, s.seed).eval()
-        start_from_checkpoints(model, s)
-    with torch.no_grad():
-        states, _ = model.counted_states(*data.val.__getitems__(range(1000)))
-    return 1 - float(states.mean(0).square().sum() / states.square().sum(1).mean())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,12 +407,6 @@ def read_results(where):
 def pack(where, to):
     """All results of a folder in one small file, from which everything can be drawn again."""
     found = read_results(where)
-    for setting, seed in product(settings_in("starts", "quick"), range(10)):
-        record = found.get(setting.folder(seed))
-        moves_mlps = as_dict(setting.train).get("--transfer") in ("full", "attn,mlp")
-        if record and moves_mlps and "share" not in record:
-            if Path(where, folder_of(seed, setting.warmups[0])).exists():
-                record["share"] = share_that_differs(setting, seed, where)
     text = "".join(json.dumps({"name": name, **record}) + "\n" for name, record in found.items())
     with written_whole(to) as file:
         file.write(gzip.compress(text.encode(), mtime=0))
@@ -525,15 +492,6 @@ def permutation_interval(a, b):
         bounds[always] = math.inf  # with few values nothing is ever rejected
         ends.append(sign * np.sort(bounds)[::-1][math.ceil(0.05 * len(e)) - 1])
     return tuple(np.mean(a) - np.mean(b) + ends)
-
-
-def rank_correlation(x, y):
-    """Spearman's rank correlation, and its two-sided p by 100,000 random orders."""
-    # Ranks, but for their scale: of how many it is the larger, less of how many the smaller.
-    x, y = (np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y))
-    orders = np.random.default_rng(0).permuted(np.tile(y, (100_000, 1)), axis=1)
-    p = float((np.abs(orders @ x) >= abs(x @ y) - 1e-9).mean())
-    return x @ y / max(math.sqrt(x @ x * (y @ y)), 1e-9), p
 
 
 class Outcome:
@@ -651,11 +609,6 @@ def table_lines(columns):
             warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
             rows.append([name, each.show(each.values.mean()), f"{each.accuracy:.1%}", each.number,
                          *gain, warmup, learned_in_words(each.learned)])
-            shares = [record["share"] for record in each.runs.values() if "share" in record]
-            if len(shares) == each.n > 2:
-                rho, p = rank_correlation(shares, each.values)
-                notes.append(f"share that differs after the transfer, and steps: {name}: rank "
-                             f"correlation {rho:.2f}, p {p:.4f}")
         if rows:
             head = [column, first.measure.name, "accuracy", "seeds", f"gain over "
                     f"{first.setting.name}", "95 %", "p", "tokens of warm-up", "learned"]
@@ -668,8 +621,7 @@ def table_lines(columns):
 
 def learned_in_words(probed):
     """The mean share learned of what can be; the tokens right, unless the records are old."""
-    shares = [1 - each["above it"] / each["above it, the blind"] if "above it, the blind" in each
-              else each["learned (share of what can be)"] for each in probed if each]
+    shares = [each["learned (share of what can be)"] for each in probed if each]
     right = [each["accuracy"] for each in probed if "accuracy" in each]
     words = [f"{np.mean(shares):.0%}"] if shares else []
     return ", ".join(words + [f"{np.mean(right):.0%} right"] if right else words)
@@ -858,7 +810,7 @@ CLAIMS = [
 
 def judge(claim, seeds, found):
     """A claim -> what was measured, in words; n; p; the verdict."""
-    settings = {each.name: each for each in settings_in(claim.experiment, "quick")
+    settings = {each.name: each for each in settings_in(claim.experiment)
                 if each.column == claim.column}
     both = [settings[claim.worse], settings[claim.better]]
     base, ours = compare(both, seeds, found)[claim.column]
@@ -900,16 +852,16 @@ def report(found, folder, seeds):
     lines = lines[:lines.index(MARK)] if MARK in lines else []
     lines += [MARK, "", "# What was found", "", *claims_lines(found, seeds), "",
               "In the figures a dot is a seed, and a bar the mean where all seeds got there."]
-    for budget, name in product(COLUMNS, EXPERIMENTS):
-        columns = compare(settings_in(name, budget), seeds, found)
+    for name in EXPERIMENTS:
+        columns = compare(settings_in(name), seeds, found)
         columns = {column: outcomes for column, outcomes in columns.items()
                    if any(each.n for each in outcomes[1:])}
         runs = {each.setting.folder(0) for each in sum(columns.values(), []) if each.n}
         if runs - shown:  # several experiments may have a run
             shown |= runs
-            draw(name, columns, folder / f"{name}-{budget}.png")
-            lines += ["", f"## {name} ({budget}): {EXPERIMENTS[name][0]}",
-                      *table_lines(columns), "", f"![{name}]({name}-{budget}.png)"]
+            draw(name, columns, folder / f"{name}.png")
+            lines += ["", f"## {name}: {EXPERIMENTS[name][0]}", *table_lines(columns), "",
+                      f"![{name}]({name}.png)"]
     if not shown:
         raise UserError(f"{folder} has no result of any experiment")
     with written_whole(path) as file:
@@ -917,11 +869,11 @@ def report(found, folder, seeds):
     print(path)
 
 
-def part_of_experiment(name, budget, only):
+def part_of_experiment(name, only):
     """Its settings of the column `only`, or whose names begin so, or as "column | beginning" says;
     and the first of their columns, with which they are compared. Raises UserError."""
     column, both, beginning = only.partition(" | ")
-    settings = settings_in(name, budget)
+    settings = settings_in(name)
     wanted = [each for each in settings if each.column == only or each.name.startswith(only)
               or both and each.column == column and each.name.startswith(beginning)]
     if not wanted:
@@ -953,8 +905,6 @@ def main():
         else:
             flag("--seeds", type=number(1, 1000), help="at most (default: as planned)")
         if name in EXPERIMENTS:
-            flag("--budget", choices=COLUMNS, default="quick",
-                 help="quick, for CPUs, or paper, as published (default %(default)s)")
             flag("--only", default="", metavar="X", help="a column, the beginning of settings' "
                  "names, or both, as in \"recall | dyck\" (default: all)")
             flag("--jobs", type=number(1, 1000), default=1, help="runs at a time (default 1)")
@@ -962,7 +912,7 @@ def main():
     args = parser.parse_args()
     command, results = args.command, args.results
     if command in EXPERIMENTS:
-        settings = part_of_experiment(command, args.budget, args.only)
+        settings = part_of_experiment(command, args.only)
         if not args.show and results.is_file():
             raise UserError(f"{results} is a packed file: --show, or a folder for --results")
         if not args.show:
@@ -976,10 +926,9 @@ def main():
         folder = results if results and results.is_dir() else Path()
         if command in EXPERIMENTS:
             columns = compare(settings, args.seeds, found)
-            print(f"\n{command} ({args.budget}): {EXPERIMENTS[command][0]}", *table_lines(columns),
-                  sep="\n")
+            print(f"\n{command}: {EXPERIMENTS[command][0]}", *table_lines(columns), sep="\n")
             if any(each.n for each in sum(columns.values(), [])):
-                draw(command, columns, folder / f"{command}-{args.budget}.png")
+                draw(command, columns, folder / f"{command}.png")
         elif command == "claims":
             print("\n".join(claims_lines(found, args.seeds)))
         elif command == "report":

@@ -15,6 +15,7 @@ import eval as probes
 import model
 import train
 from conftest import ROOT
+from share import rank_correlation
 from data import Parser
 
 README = (ROOT / "README.md").read_text()
@@ -80,7 +81,7 @@ def test_what_is_pointed_to_is_there(text, folder):
 
 def steps_of(found, column, name, experiment="starts"):
     """(how many seeds of a setting found the needle, of how many, their steps), as packed."""
-    setting = next(each for each in analyze.settings_in(experiment, "quick")
+    setting = next(each for each in analyze.settings_in(experiment)
                    if (each.column, each.name) == (column, name))
     runs = [found[setting.folder(seed)] for seed in range(10) if setting.folder(seed) in found]
     values = [analyze.value_of(run, analyze.STEPS) for run in runs]
@@ -116,16 +117,16 @@ def results_in_words(found):
     unrun = sum("| not run |" in line for line in analyze.claims_lines(found, None))
     yield f"{unrun} of the claims were not run yet"
     rhos = []
-    for setting in analyze.settings_in("starts", "quick"):
+    for setting in analyze.settings_in("starts"):
         runs = [found[setting.folder(seed)] for seed in range(10) if setting.folder(seed) in found]
         if setting.column == "recall of 15" and all("share" in run for run in runs):
             steps = [analyze.value_of(run, analyze.STEPS) for run in runs]
-            rhos.append(analyze.rank_correlation([run["share"] for run in runs], steps))
+            rhos.append(rank_correlation([run["share"] for run in runs], steps))
     assert len(rhos) == 4 and all(p > 0.05 for _, p in rhos)
     yield f"by {max(rhos)[0]:.2f} to {min(rhos)[0]:.2f}"
     for claim in analyze.CLAIMS:
         if claim.text in ("set helps code", "set helps English"):
-            settings = {each.name: each for each in analyze.settings_in("controls", "quick")
+            settings = {each.name: each for each in analyze.settings_in("controls")
                         if each.column == claim.column}
             base, better = analyze.compare([settings["none"], settings["set"]], None,
                                            found)[claim.column]
