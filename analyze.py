@@ -33,8 +33,7 @@ from train import OPERATIONAL
 import numpy as np
 import torch
 
-# --------------------------------------------------------------------------------------------------
-# Experiments are settings, and settings are command lines
+# ---- Experiments are settings, and settings are command lines ------------------------------------
 
 
 def as_dict(*flags):
@@ -246,8 +245,7 @@ def warmup_flags(warmup, own, on_task):
     return join(before, flags.removeprefix("equal"), f"--warmup {spec} --steps 0")
 
 
-# --------------------------------------------------------------------------------------------------
-# What is done to a warm-up before a run
+# ---- What is done to a warm-up before a run ------------------------------------------------------
 
 
 @torch.no_grad()
@@ -300,8 +298,7 @@ def changed_checkpoint(path, change, seed, to):
     save(to, c.model, stage="warmup", step=c.step, tokens=state["tokens"], source=source)
 
 
-# --------------------------------------------------------------------------------------------------
-# Running, and what was run
+# ---- Running, and what was run -------------------------------------------------------------------
 
 
 def call_train(flags, folder, seed):
@@ -413,8 +410,7 @@ def pack(where, to):
     print(f"{to}: {len(found)} runs, {Path(to).stat().st_size / 1e6:.2f} MB")
 
 
-# --------------------------------------------------------------------------------------------------
-# What a run is worth, and whether two settings differ
+# ---- What a run is worth, and whether two settings differ ----------------------------------------
 
 
 class Measure(NamedTuple):
@@ -556,8 +552,7 @@ def compare(settings, seeds, found):
     return columns
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables and figures
+# ---- Tables and figures --------------------------------------------------------------------------
 
 WORDS = {"recall": "recall of 30 pairs", "recall of 15": "recall of 15 pairs",
          "haystack": "recall of 30 pairs", "haystack:pairs=15": "recall of 15 pairs",
@@ -749,8 +744,7 @@ def curves(runs, picture):
     keep_figure(figure, picture)
 
 
-# --------------------------------------------------------------------------------------------------
-# Verdicts
+# ---- Verdicts ------------------------------------------------------------------------------------
 
 
 class Claim(NamedTuple):
@@ -839,8 +833,7 @@ def claims_lines(found, seeds):
          f"`{claim.experiment} --only {shlex.quote(claim.column)}`"] for claim in CLAIMS])
 
 
-# --------------------------------------------------------------------------------------------------
-# Commands
+# ---- Commands ------------------------------------------------------------------------------------
 
 MARK = "<!-- written by analyze.py report from here on -->"
 

@@ -127,8 +127,7 @@ class Opened:
         return torch.stack(maps, 1).cpu().numpy()
 
 
-# --------------------------------------------------------------------------------------------------
-# Probes of its answers, then of its parts
+# ---- Probes of its answers, then of its parts ----------------------------------------------------
 
 
 def means(values, groups):
@@ -340,8 +339,7 @@ PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, cop
               brackets=probe_brackets, heads=probe_heads, linear=probe_linear)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is printed, figures, samples
+# ---- What is printed, figures, samples -----------------------------------------------------------
 
 
 def print_finding(name, finding):

@@ -143,8 +143,7 @@ class GPT(nn.Module):
         return idx
 
 
-# --------------------------------------------------------------------------------------------------
-# Parts, and moving them
+# ---- Parts, and moving them ----------------------------------------------------------------------
 
 
 def part_of(name):
@@ -195,8 +194,7 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
     return moved
 
 
-# --------------------------------------------------------------------------------------------------
-# Here a student may stop. What flags name, and what the heads attend to
+# ---- Here a student may stop. What flags name, and what the heads attend to ----------------------
 
 SIZES = {  # name: (n_layer, n_head, n_embd)
     "tiny": (2, 4, 128),  # for laptops (ours)
@@ -242,8 +240,7 @@ def attention_maps(model):
         yield maps
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints: ours, nanoGPT's, Hugging Face's
+# ---- Checkpoints: ours, nanoGPT's, Hugging Face's ------------------------------------------------
 
 
 def save(path, model, **more):

@@ -50,8 +50,7 @@ LAPTOP = dict(
     warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
     warmup_lr_ramp=200, warmup_min_lr=0.0)
 
-# --------------------------------------------------------------------------------------------------
-# A run: two stages, and what moves between them
+# ---- A run: two stages, and what moves between them ----------------------------------------------
 
 
 def run(s):
@@ -132,8 +131,7 @@ def start_from_checkpoints(model, s):
     return warmed | {"spec": " + ".join(specs) or s.warmup}
 
 
-# --------------------------------------------------------------------------------------------------
-# A stage of training
+# ---- A stage of training -------------------------------------------------------------------------
 
 
 def train(model, data, stage, file, fingerprint, warmed):
@@ -349,8 +347,7 @@ def clock(seconds):
     return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
 
 
-# --------------------------------------------------------------------------------------------------
-# Here a student may stop. Processes and signals
+# ---- Here a student may stop. Processes and signals ----------------------------------------------
 
 SIGNALS = []  # those that came: a step is finished and saved, then the run stops
 
@@ -417,8 +414,7 @@ def wrapped(model, stage):
     return net
 
 
-# --------------------------------------------------------------------------------------------------
-# What a run may begin with, and its folder
+# ---- What a run may begin with, and its folder ---------------------------------------------------
 
 
 def check_data(data, rule, s):
