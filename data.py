@@ -661,7 +661,7 @@ def prepare(name, tokens, source=None):
     tokenizer = load_tokenizer(corpus["tokenizer"])
     base = source or corpus["url"]
     base = base.rstrip("/") if "://" in base else Path(base).resolve().as_uri()
-    folder = cache_folder() / name
+    folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
         for split, share in (("val", HELD_OUT), ("train", tokens)):
             with written_whole(folder / f"{split}.bin") as whole:
@@ -849,14 +849,14 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     elif (folder / "meta.pkl").exists():
         raise UserError(f"{folder} has a vocabulary of its own (meta.pkl): point at its text")
     meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
-    tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))
+    tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))  # nanoGPT's has no meta.json
     windows, size = Problems if tokenizer.name == "characters" else Windows, block_size or 256
     train = windows(folder / "train.bin", tokenizer, size, seed, split)
     val = windows(folder / "val.bin", tokenizer, size, 0, "val")
-    if folder == Path(spec):  # somebody's
-        for rows in (train, val):
+    for rows in (train, val) if folder == Path(spec) else ():  # somebody's may hold anything
+        with reading(rows.path):
             if rows.tokens.max() >= tokenizer.vocab_size:
-                raise UserError(f"{rows.path} holds tokens that {tokenizer.name} does not know")
+                raise ValueError(f"it holds tokens that {tokenizer.name} does not know")
     return Data(spec, kind, train, val, tokenizer.vocab_size, size, tokenizer)
 
 
@@ -904,8 +904,8 @@ def reason_of(error):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one.
-    Raises UserError where it cannot be written: a full disk, a folder that may not be."""
+    """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one,
+    and so does what keeps it from being written. Raises UserError."""
     path = Path(path).resolve()  # a link stays one
     scratch = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it is written over
     try:
@@ -1048,8 +1048,8 @@ def main():
               "mixtures, controls 0.7*set:length=2-20+0.3*union, shuffled:dyck:k=16")
     elif args.command == "show":
         data = make_data(args.spec, args.seed, tokenizer=args.tokenizer)
-        print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; what "
-              "the loss counts is between « and », or all of a row that has none (but its first)")
+        print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; the "
+              "loss counts what is between « and », all of text, and of DeepMind-Math the answers")
         for i in range(args.n):
             print("\n" + data.write(*data.train[i]))
     else:

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -90,6 +89,8 @@ def test_rules_with_input_and_output_agree_with_plain_python(name, vocab, low, h
         lengths.add(len(inputs[0]))
     halves = 2 if name == "union" else 1
     assert lengths == {length // halves for length in range(low, high + 1)}
+    cut = examples(f"{name}:length={low}-{high},vocab={vocab}", vocab + 1, longest=5)
+    assert max(prompt.index(vocab) for prompt, _ in cut) == 5 // halves, "by a curriculum"
 
 
 def test_symbols_pushes_and_what_is_deleted_are_as_frequent_as_published():
@@ -167,6 +168,12 @@ def test_each_row_of_the_automaton_is_the_rules_image_of_the_one_before(rule):
 # Algorithmic tasks
 
 
+def test_sorting_sorts():
+    for prompt, answer in examples("sorting:numbers=7,below=50", pad=None):
+        assert len(prompt) == 8 and prompt[-1] == 50 and max(prompt[:-1]) < 50
+        assert answer == sorted(prompt[:-1])
+
+
 @pytest.mark.parametrize("spec", ["addition", "reversed_addition", "multiplication:digits=2"])
 def test_arithmetic_is_right_digit_by_digit(spec):
     order = -1 if spec.startswith("reversed") else 1
@@ -189,12 +196,6 @@ def test_haystack_asks_for_one_of_its_keys_and_counts_its_value_alone():
         places.add(place)
         in_order += keys == sorted(keys)
     assert sizes == set(range(1, 31)) and places == set(range(30)) and in_order < 300
-
-
-def test_sorting_sorts():
-    for prompt, answer in examples("sorting:numbers=7,below=50", pad=None):
-        assert len(prompt) == 8 and prompt[-1] == 50 and set(prompt[:-1]) <= set(range(50))
-        assert answer == sorted(prompt[:-1])
 
 
 @pytest.mark.parametrize("spec,different", [("addition:digits=1", 81), ("haystack:pairs=1", 127),
@@ -250,12 +251,6 @@ def test_the_shuffled_control_has_the_same_tokens_and_as_many_that_count(spec, p
     assert sum(row == other for row, other in zip(plain, shuffled)) < 20
 
 
-def test_a_curriculum_cuts_the_length_of_inputs_and_nothing_else():
-    assert {len(prompt) for prompt, _ in examples("set", pad=101, longest=4)} == {5}
-    varied = examples("set:length=3-20", pad=101, longest=4)
-    assert {len(prompt) for prompt, _ in varied} == {4, 5}
-
-
 @pytest.mark.parametrize("n", [1, 6, 100])
 def test_micro_batches_are_the_same_rows_without_what_follows_the_last_that_counts(n):
     x, y = make_data("set:length=2-9").train.__getitems__(range(40))
@@ -274,9 +269,9 @@ def test_micro_batches_are_the_same_rows_without_what_follows_the_last_that_coun
 BAD_SPECS = {
     "": "unknown data", "dyke": ", ".join([*data.RULES, *data.TASKS, *data.CORPORA]),
     "set+dyke": "unknown rule", "shuffled:haystack": "neither mixed nor shuffled",
-    "1.2.3*set": "weight", "0*set": "weight", "dyck:p=nan": "p=nan", "dyck:k=0": "k=0",
-    "dyck:depth=3": "takes k=16, length=128, p=0.5", "set:length=1_0": "length=1_0",
-    "set:length=9-2": "length=9-2", "set:length": "length=", "eca:length=8": "above 16"}
+    "1.2.3*set": "1.2.3", "0*set": "'0'", "dyck:p=nan": "'nan'", "dyck:k=0": "from 1",
+    "dyck:depth=3": "k=16, length=128, p=0.5", "set:length=1_0": "'1_0'", "haystack:pairs=65": "65",
+    "set:length": "''", "set:length=-9": "''", "eca:length=8": "above 16"}
 
 
 def test_a_bad_spec_is_one_line_that_says_what_there_is(refused):
@@ -287,11 +282,11 @@ def test_a_bad_spec_is_one_line_that_says_what_there_is(refused):
 
 
 SHOWN = {
-    "stack:length=5": r"(\d+ |pop )+\| «[\d ]+»[ _]*", "dyck:k=9,length=4": r"\(\d «[()\d ]+»",
+    "stack:length=5": r"[\d ]+\| «[\d ]+»[ _]*", "dyck:k=9,length=4": r"\(\d «[()\d ]+»",
     "dyck:k=3,length=8": r"[(\[{] «[()\[\]{} ]{13}»", "haystack:pairs=1": r"k0: \d+ \?k0 .+ _",
     "eca:width=8,length=24": r"[·█]{8}\n«[·█]{8}\n[·█]{8}»",
-    "addition:digits=2": r"\d\d\+\d\d=«\d+\.»_?", "sorting:numbers=2": r"\d+ \d+ \| «\d+ \d+»",
-    "set+dyck": r"(\|dyck\| «[()\d ]+»|[\d ]+\|set\| «[\d ]+»)[ _]*"}
+    "addition:digits=2": r"\d\d\+\d\d=«\d+\.»_?", "multiplication:digits=1": r"\d\*\d=«\d+\.»_+",
+    "sorting:numbers=2": r"\d+ \d+ 100 «\d+ \d+»", "set+dyck": r"[\d ]+«[\d ]+»[ _]*"}
 
 
 def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(capsys, monkeypatch):
@@ -326,23 +321,21 @@ def write(folder, files):
     return str(folder)
 
 
-def tokens_in(folder, *splits):
-    """Those of the files of a folder, in which each is two bytes."""
-    return np.concatenate([np.fromfile(folder / f"{split}.bin", np.uint16) for split in splits])
-
-
-def texts_of(tokens):
-    *texts, rest = split_at(256, tokens.tolist())
-    assert rest == [], "every document is ended"
-    return [bytes(text).decode() for text in texts]
-
-
 def tokenise(path):
     return data.tokenise(str(path), data.load_tokenizer("bytes"))
 
 
+def texts_in(folder, *splits):
+    """The documents in the files of tokens of a folder, of which each is ended."""
+    tokenizer = data.load_tokenizer(data.read_json(folder / "meta.json")["tokenizer"])
+    tokens = [np.fromfile(folder / f"{split}.bin", np.uint16) for split in splits]
+    *texts, rest = split_at(tokenizer.end, np.concatenate(tokens).tolist())
+    assert rest == []
+    return [tokenizer.decode(text).decode() for text in texts]
+
+
 def documents(path):
-    return texts_of(tokens_in(tokenise(path), "train", "val"))
+    return texts_in(tokenise(path), "train", "val")
 
 
 def written(rows):
@@ -370,12 +363,8 @@ def test_a_vocabulary_of_tiktokens_is_used_or_refused(gpt2, tmp_path, refused):
     *tokens, end = [*source.train.tokens, *source.val.tokens]
     assert source.vocab_size == 50257 and end == 50256 not in tokens
     assert source.write(tokens) == text.replace("\ud800", "\ufffd")
-    for name in ("klingon", "characters"):
-        line = refused(data, "show", path, "--tokenizer", name)
-        assert name in line and ("--tokenizer bytes" in line) == (name == "klingon")
-    text = "\n\nfunction words(): return <b>seven</b>\n\n" * 40  # is not cut before words
-    folder = data.tokenise(write(tmp_path / "a", {"a.txt": text}), data.load_tokenizer("gpt2"))
-    assert tokens_in(folder, "train", "val").tolist() == [*gpt2.encode_ordinary(text), 50256]
+    for spec, name in ((path, "klingon"), (path, "characters"), ("c4", "bytes")):
+        assert name in refused(data, "show", spec, "--tokenizer", name)
 
 
 @pytest.mark.parametrize("train,val", [
@@ -403,7 +392,7 @@ def test_else_the_last_tenth_of_the_tokens_is_held_out(files, tmp_path):
 
 
 MIXED = "plain, naïve, 日本語, \U0001f600\r\n\t" + "".join(map(chr, range(32, 400)))
-MARKED = [f"{i} " + "<" * (i % 3) + "日" * (i % 37) for i in range(40_000)]
+MARKED = "one<|endoftext|>two" * 40_000  # a mark is letters, within a piece and across two
 
 
 @pytest.mark.parametrize("name,content,expected", [
@@ -412,19 +401,19 @@ MARKED = [f"{i} " + "<" * (i % 3) + "日" * (i % 37) for i in range(40_000)]
     ("a.Json", b'\xef\xbb\xbf{"text": "one"}\r\n{ "text": "two"}', ["one", "two"]),
     ("a.jl", '{"text": "a\u2028b\x85c"}\n{"text": null}\n', ["a\u2028b\x85c"]),
     ("a.jsonl.gz", json.dumps({"text": "long " * 99_999}), ["long " * 99_999]),
-    ("a.txt.gz", "\ufeff" + MIXED, [MIXED]), ("a.txt", "<|endoftext|>{a<|endoftext|>", ["{a"]),
-    ("a.txt", "<|endoftext|>".join(MARKED), MARKED)], ids=range(8))
+    ("a.txt.gz", "\ufeff" + MIXED, [MIXED]), ("a.txt", MARKED, [MARKED])], ids=range(7))
 def test_text_is_read_document_by_document(name, content, expected, tmp_path):
     write(tmp_path, {name: content})
     assert documents(tmp_path / name) == expected
 
 
 @pytest.mark.parametrize("name,content,reason", [
-    ("a.jsonl", '{"text": "fine"}\n\n{"title": "none"}\n', "line 3"), ("a", '[{"a": 1}]', "UTF-8"),
+    ("a.jsonl", '{"text": "fine"}\n\n{"title": "none"}\n', "content"), ("a", '[{"a": 1}]', "UTF-8"),
     ("a.ndjson", '{"text": 5}', "UTF-8"), ("a.txt", b"x" * 999_999 + b"\xff", "a.txt"),
-    ("a.txt", "Hi\n".encode("utf-16-le"), "UTF-8"), ("a.txt", "one\ntwo\0three", "UTF-8"),
-    ("a.txt", "x" * 99_999 + "\0", "NUL"), ("a.jsonl", "", "too short")])
-def test_what_is_no_text_or_too_little_is_refused(name, content, reason, tmp_path, refused):
+    ("a.txt", "Hi\n".encode("utf-16-le"), "UTF-8"), ("a.txt", "x" * 99_999 + "\0", "NUL"),
+    ("a.jsonl", "", "too short")])
+def test_what_is_no_text_or_too_little_is_refused(
+        name, content, reason, tmp_path, refused, monkeypatch):
     write(tmp_path, {name: content})
     assert reason in refused(data, "show", tmp_path / name)
 
@@ -432,18 +421,15 @@ def test_what_is_no_text_or_too_little_is_refused(name, content, reason, tmp_pat
 def test_what_is_no_text_beside_text_is_left_out_and_named(tmp_path, capsys, monkeypatch):
     write(tmp_path, {"a.txt": "text", "photo.png": b"\x89PNG\xff", "b.ini": b"\xff\xfeA\0",
                      "nul": "ab\ncd\0ef" + "g" * 99, ".git/HEAD": "main", "folder/b.txt": "more",
-                     ".hidden": "secret", "closed/c.txt": "closed"})
+                     ".hidden": "secret", "closed/no": b"\0", "long": '{"text": "' + "x" * 999})
     os.mkfifo(tmp_path / "pipe")
-    scandir = os.scandir
-
-    def refuse_one(path="."):
-        if Path(path).name == "closed":
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-    monkeypatch.setattr(os, "scandir", refuse_one)
+    monkeypatch.setattr(data, "LONG", 500)  # characters, of a line that goes on
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed" and
+                        access(path, mode))  # to root, nothing is closed
     assert sorted(documents(tmp_path)) == ["more", "text"]
     said = capsys.readouterr().out
-    assert all(name in said for name in ("photo.png", "b.ini", "nul", "closed", "pipe"))
+    assert all(name in said for name in ("photo.png", "b.ini", "nul", "closed", "pipe", "long"))
     with pytest.raises(UserError, match="no files"):
         make_data(str(tmp_path / "pipe"))
 
@@ -458,18 +444,18 @@ def test_a_text_is_known_by_its_content_alone(tmp_path, monkeypatch, capsys):
         assert documents("a.txt") == [content] and not capsys.readouterr().out, "made once"
 
 
-def run_until_killed(owner, name, n, function, *args):
+def run_until_killed(owner, name, n, function, *args, by=signal.SIGKILL):
     """Calls the function in a process that is killed when it calls owner.name for the n-th time."""
     child = os.fork()
     if child == 0:
-        original, calls, kill = getattr(owner, name), itertools.count(1), signal.raise_signal
+        original, calls = getattr(owner, name), itertools.count(1)
         setattr(owner, name, lambda *args, **more:
-                kill(signal.SIGKILL) if next(calls) == n else original(*args, **more))
+                signal.raise_signal(by) if next(calls) == n else original(*args, **more))
         try:
             function(*args)
         finally:
             os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert os.waitpid(child, 0)[1] == by
 
 
 @pytest.mark.parametrize("owner,function,n", [(np, "frombuffer", 30), (os, "rename", 1)])
@@ -583,21 +569,17 @@ def test_every_window_comes_once_per_epoch_in_an_order_that_the_seed_decides(gpt
     assert one.fingerprint() != make_data(token_folder(tmp_path / "b", [3] * 999)).fingerprint()
 
 
-def test_somebodys_folder_of_tokens_is_used_or_refused(tmp_path, refused):
+def test_somebodys_folder_of_tokens_is_used_or_refused(gpt2, tmp_path, refused):
     fine = token_folder(tmp_path / "fine", [7] * 999, meta=BYTES)
     assert make_data(fine).train.tokens.tolist() == [7] * 999
     for n, (tokens, dtype, meta, reason) in enumerate((
-            ([7] * 999 + [257], "uint16", BYTES, "train.bin"),
-            ([1] * 999, "uint8", BYTES, "train.bin"),
-            ([1] * 9, "uint16", BYTES, "too short"), ([], "uint16", BYTES, "too short"),
-            ([7] * 999, "uint16", '{"tokenizer": "x"}', "'x'"),
+            ([7] * 999 + [257], "uint16", BYTES, "train.bin"), ([1] * 999, "uint8", BYTES, "bin"),
+            ([7] * 999 + [50257], "uint16", None, "gpt2"), ([], "uint16", BYTES, "too short"),
+            ([7] * 999, "uint16", '{"tokenizer": ["x"]}', "x"),
             ([7] * 999, "uint16", "[9]", "meta.json"), ([7] * 999, "uint16", "\0", "meta.json"))):
         assert reason in refused(data, "show", token_folder(tmp_path / str(n), tokens, dtype, meta))
     (tmp_path / "fine/meta.pkl").touch()
     assert "meta.pkl" in refused(data, "show", fine), "with a vocabulary of its own"
-    os.remove(tmp_path / "fine/meta.pkl")
-    os.remove(tmp_path / "fine/val.bin")
-    assert "val.bin" in refused(data, "show", fine)
 
 
 # Published corpora
@@ -607,8 +589,8 @@ TOKENS = {"c4": 400_000, "codeparrot": 200_000, "wikitext103": 100_000, "deepmin
 
 
 @pytest.fixture
-def mirror(published, own_cache, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before another try
+def mirror(published, own_cache, gpt2, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # before another try
     monkeypatch.setattr(data, "HELD_OUT", 20_000)
     server = Mirror(published)
     yield server
@@ -617,29 +599,20 @@ def mirror(published, own_cache, monkeypatch):
 
 def prepare(name, source, tokens=None):
     data.fetch.cache_clear()  # every call as a command of its own
-    tokenizer = None if name == "deepmind_math" else "bytes"
-    return data.prepare(name, tokens or TOKENS[name], str(source), tokenizer)
-
-
-def contents(folder):
-    """Every file that a preparation leaves, as bytes."""
-    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return data.prepare(name, tokens or TOKENS[name], str(source))
 
 
 def test_shards_are_whole_files_in_order_until_there_are_enough(mirror, published):
     prepare("c4", mirror.url, 1000)
     folder = prepare("c4", mirror.url)  # more adds to what is there
-    files = [C4.format(shard) for shard in range(3)]
-    assert [Path(path).name for path in mirror.requests[1:]] == files, "after the held-out one"
-    expected, lengths = [], []
+    files, expected = [Path(path).name for path in mirror.requests[1:]], []
+    assert files == [C4.format(shard) for shard in range(len(files))], "after the held-out one"
     for each in files:
         with gzip.open(published / each) as lines:
-            texts = [json.loads(line)["text"] for line in lines]
-        expected += texts
-        lengths.append(sum(len(text.encode()) + 1 for text in texts))
-    found = tokens_in(folder, "train")
-    assert texts_of(found) == expected
-    assert sum(lengths[:-1]) < TOKENS["c4"] <= sum(lengths) == len(found)
+            expected += [json.loads(line)["text"] for line in lines]
+    assert texts_in(folder, "train") == expected
+    sizes = [(folder / f"train-{each}.tokens").stat().st_size // 2 for each in files]
+    assert len(sizes) > 2 and sum(sizes[:-1]) < TOKENS["c4"] <= sum(sizes)
 
 
 def test_wikitext_is_what_its_archive_holds(mirror, published):
@@ -647,7 +620,7 @@ def test_wikitext_is_what_its_archive_holds(mirror, published):
     with zipfile.ZipFile(published / "wikitext-103-raw-v1.zip") as archive:
         for split, name in (("train", "train"), ("val", "valid")):
             text = archive.read(f"wikitext-103-raw/wiki.{name}.raw").decode()
-            assert "".join(texts_of(tokens_in(folder, split))) == text
+            assert texts_in(folder, split) == [text]
 
 
 def characters(tokens):
@@ -657,7 +630,8 @@ def characters(tokens):
 
 def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(mirror, published):
     folder, sizes = prepare("deepmind_math", published), collections.Counter()
-    for problem in characters(tokens_in(folder, "train")).split("<problem>")[:-1]:
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    for problem in characters(tokens).split("<problem>")[:-1]:
         asked = re.fullmatch(r"What is (\d+) \+ (\d+)\? \((\w+)\)<answer>(\d+)", problem)
         assert int(asked[1]) + int(asked[2]) == int(asked[4])
         sizes[asked[3]] += len(problem) - len("<answer>") + 2
@@ -689,6 +663,7 @@ def test_a_server_that_misbehaves_gets_three_tries_and_the_same_command_goes_on(
         with pytest.raises(UserError, match=f"prepare {name}"):
             make_data(name)
     folder = prepare(name, mirror.url)
+    contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
     found, asked = contents(folder), len(mirror.requests)
     assert not mirror.faults[file] and contents(prepare(name, mirror.url)) == found
     assert len(mirror.requests) == asked, "all is there"
@@ -701,17 +676,14 @@ def test_a_server_that_misbehaves_gets_three_tries_and_the_same_command_goes_on(
 
 
 def test_what_cannot_be_prepared_is_refused(mirror, tmp_path, refused):
-    order = ["prepare", "c4", "--tokens", "90M", "--tokenizer", "bytes", "--source"]
+    order = ["prepare", "c4", "--tokens", "90M", "--source"]
     line = refused(data, *order, mirror.url)
     assert C4.format(4) in line and "404" in line
-    assert mirror.requests.count(f"/{C4.format(4)}") == 1, "it would not come later"
     mirror.close()
     for source in (mirror.url, "nonsense://x", tmp_path / "nowhere"):
         assert "cannot fetch" in refused(data, *order, source)
     write(tmp_path / "bad", {C4.format(4): b'{"text": "fine"}\n{"url": "x"}\n'})
-    line = refused(data, *order, tmp_path / "bad")
-    assert "line 2" in line and C4.format(4) in line
-    assert "does not go" in refused(data, "prepare", "deepmind_math", "--tokenizer", "bytes")
+    assert C4.format(4) in refused(data, *order, tmp_path / "bad")
 
 
 # What all scripts share: files
@@ -753,18 +725,14 @@ def test_what_is_no_file_is_not_written_to_and_a_link_stays_one(tmp_path, monkey
     assert Path("stdout").is_symlink() and Path("file").read_bytes() == b"1"
 
 
-@pytest.mark.parametrize("error,line", [
-    (KeyError("loss"), "loss"), (ValueError("two\nlines"), "two lines"), (EOFError(), "EOFError"),
-    (OSError(errno.EIO, "Input/output error"), "output"), (UserError("mine"), None)])
-def test_whatever_goes_wrong_while_a_file_is_read_is_one_line_that_names_it(error, line):
-    with pytest.raises(UserError) as caught, data.reading("a.pt"):
-        raise error
-    said = str(caught.value)
-    assert "a.pt" in said and line in said and "\n" not in said if line else caught.value is error
-
-
-def test_json_has_pythons_numbers_and_lines_that_are_none_are_skipped(tmp_path):
-    path = tmp_path / "a.json"
+def test_what_is_read_is_used_in_a_block_that_makes_one_line_of_what_goes_wrong(tmp_path):
+    path, mine = tmp_path / "a.json", UserError("mine")
+    for error, line in ((KeyError("loss"), "loss"), (ValueError("two\nlines"), "two lines"),
+                        (EOFError(), "EOFError"), (OSError(errno.EIO, "Input error"), "Input")):
+        with pytest.raises(UserError, match=f"a.pt: .*{line}[^\n]*$"), data.reading("a.pt"):
+            raise error
+    with pytest.raises(UserError, match="^mine$"), data.reading("a.pt"):
+        raise mine
     data.write_json(path, {"a": np.float32(0.5), "b": np.arange(2), "c": math.nan, "d": -math.inf})
     assert data.read_json(path) == {"a": 0.5, "b": [0, 1], "c": None, "d": None}
     path.write_text('{"a": 1}\n{"b"\n[2]\n' + "[" * 99_999 + '\n{"c": "half')
@@ -783,6 +751,15 @@ def test_a_lock_is_held_by_one_refused_or_waited_for(tmp_path, monkeypatch, caps
     threading.Timer(0.3, lambda: ends.append(held.close())).start()
     with data.lock(path, wait=True):
         assert ends
+    held, worker = data.lock(path), os.fork()  # as a DataLoader's, which outlives a kill
+    if worker == 0:
+        signal.alarm(9)
+        signal.pause()
+    held.close()
+    data.lock(path, wait=True).close()
+    assert os.waitpid(worker, os.WNOHANG) == (0, 0), "it is alive, and holds nothing"
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
     monkeypatch.setattr(data.fcntl, "flock", lambda *args: raise_(OSError(37, "No locks here")))
     with data.lock(path):
         assert "cannot be locked (No locks here)" in capsys.readouterr().out
@@ -798,15 +775,11 @@ def test_a_lock_is_held_by_one_refused_or_waited_for(tmp_path, monkeypatch, caps
     (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left"),
     (MemoryError(), 2, "not enough memory"), (KeyboardInterrupt(), 130, ""),
     (RuntimeError("CUDA out of memory.\nTried to allocate 9 GiB"), 2, "not enough memory")])
-def test_a_script_ends_with_a_status_and_one_line(error, status, line, capsys, monkeypatch):
-    for rank in ("0", "3"):
-        monkeypatch.setenv("RANK", rank)
-        with pytest.raises(SystemExit) as stop:
-            data.run_main(lambda: raise_(error))
-        said = capsys.readouterr().err
-        assert stop.value.code == status and line in said and said.count("\n") == bool(line)
-        assert said.startswith("error: ") == bool(said)
-        assert ("(process 3)" in said) == (rank == "3" and bool(line))
+def test_a_script_ends_with_a_status_and_one_line(error, status, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.run_main(lambda: raise_(error))
+    said = capsys.readouterr().err
+    assert stop.value.code == status and line in said and said.count("\n") == bool(line)
     with pytest.raises(RuntimeError, match="our mistake"):
         data.run_main(lambda: raise_(RuntimeError("our mistake")))
 
@@ -824,7 +797,7 @@ def test_a_number_is_what_was_typed_or_refused(text, kind, value):
         assert parse(text) == value and type(parse(text)) is kind
 
 
-def test_an_odd_standard_output_gets_no_traceback(monkeypatch, tmp_path):
+def test_an_odd_standard_output_gets_no_traceback(tmp_path):
     program = f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
