@@ -391,7 +391,7 @@ def micro_batches(x, y, n, trim=True):
 ANSWER, PROBLEM = 96, 95  # tokens of DeepMind-Math: the marks after a question and after an answer
 PIECE = 50_000  # characters; a million spaces at once make tiktoken panic
 LONG = 1 << 26  # characters of a line of JSON, at most
-VERSION = 6  # to be raised where the same text becomes other tokens
+VERSION = 7  # to be raised where the same text becomes other tokens
 
 
 @dataclass
@@ -455,8 +455,7 @@ def file_pieces(path):
 
 
 def users_files(root):
-    """The text files of a path: (train, val) where names of files or folders say which they are,
-    else (all, []). What is left out is said. Raises UserError."""
+    """The text files of a path, as named for training and validation, or (all, [])."""
     train, val, others, left_out = [], [], [], []
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         place = path.relative_to(root).as_posix().lower()
@@ -470,13 +469,15 @@ def users_files(root):
             split.append(path)
         except UserError:
             left_out.append(path)
-    if not (train and val):
-        train, val, others = sorted(train + val + others), [], []
+    if train and val:
+        left_out += others
+    else:
+        train, val = sorted(train + val + others), []
     if not train:
         raise UserError(f"{root} has no files of UTF-8 text")
-    if left_out + others:
-        names = [path.name for path in (left_out + others)[:9]]
-        say(f"left out of {root}: {len(left_out + others)}, such as {', '.join(names)}")
+    if left_out:
+        names = ", ".join(path.name for path in left_out[:9])
+        say(f"left out of {root}: {len(left_out)}, such as {names}")
     return train, val
 
 
@@ -547,8 +548,7 @@ def cache_folder():
 
 
 def tokenise(spec, tokenizer):
-    """`code`, `docs`, `math` or a path of text -> its folder in the cache, made once for the same
-    names and contents. Raises UserError."""
+    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content."""
     val, read = [], file_pieces
     if spec == "code":
         train = python_files()
@@ -563,15 +563,12 @@ def tokenise(spec, tokenizer):
         with reading(path), open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
     folder = cache_folder() / key.hexdigest()[:24]
-    with lock(cache_folder() / "lock", wait=True):
-        if folder.exists():
+    with lock(folder / "lock", wait=True):
+        if (folder / "meta.json").exists():  # it is written last
             return folder
         say(f"tokenising {spec} into {folder}, once")
-        scratch = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)  # what a kill left of the same
-        scratch.mkdir()
         random.Random(0).shuffle(train)
-        with open(scratch / "train.bin", "w+b") as file, open(scratch / "val.bin", "wb") as other:
+        with open(folder / "train.bin", "w+b") as file, open(folder / "val.bin", "wb") as other:
             ends = write_tokens(file, map(read, train), tokenizer)
             write_tokens(other, map(read, val), tokenizer)
             if not val:  # the last tenth, from where a document ends if that is near
@@ -581,8 +578,7 @@ def tokenise(spec, tokenizer):
                 file.seek(cut * tokenizer.dtype.itemsize)
                 shutil.copyfileobj(file, other)
                 file.truncate(cut * tokenizer.dtype.itemsize)
-        write_json(scratch / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
-        scratch.rename(folder)
+        write_json(folder / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
     return folder
 
 
@@ -603,11 +599,11 @@ PUBLISHED = {  # tokens: what the published run reads, and a bit
     "wikitext103": dict(
         what="Wikipedia's good articles (WikiText-103, raw)", tokenizer="gpt2", tokens=120_000_000,
         url="https://wikitext.smerity.com/",
-        train=["wikitext-103-raw-v1.zip"], val=["wikitext-103-raw-v1.zip"]),
+        train=["wikitext-103-raw-v1.zip"]),  # val is in the same archive
     "deepmind_math": dict(
         what="school mathematics (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
         url="https://storage.googleapis.com/mathematics-dataset/",
-        train=["mathematics_dataset-v1.0.tar.gz"], val=["mathematics_dataset-v1.0.tar.gz"])}
+        train=["mathematics_dataset-v1.0.tar.gz"])}
 HELD_OUT = 10_000_000  # tokens
 
 
@@ -653,10 +649,9 @@ def fetch(url):
 
 
 def prepare(name, tokens, source=None):
-    """Fetches and tokenises a published corpus into the cache. Returns its folder.
-
-    tokens: to train on; whole files are read until there are as many. A shard is there whole or not
-    at all: the same command goes on where it was stopped, or adds to it. Raises UserError."""
+    """Fetches and tokenises a published corpus, whole files until there are as many tokens to train
+    on. Returns its folder in the cache. A shard is there whole or not at all: the same command goes
+    on where it was stopped, or adds to it. Raises UserError."""
     corpus = PUBLISHED[name]
     tokenizer = load_tokenizer(corpus["tokenizer"])
     base = source or corpus["url"]
@@ -665,7 +660,7 @@ def prepare(name, tokens, source=None):
     with lock(folder / "lock"):
         for split, share in (("val", HELD_OUT), ("train", tokens)):
             with written_whole(folder / f"{split}.bin") as whole:
-                for file in corpus[split]:
+                for file in corpus.get(split, corpus["train"]):
                     url = f"{base}/{Path(file).name if base.startswith('file:') else file}"
                     size = f"-{share}" if name == "deepmind_math" else ""  # what is read of it
                     shard = folder / f"{split}-{Path(file).name}{size}.tokens"
@@ -690,7 +685,6 @@ class Windows(Dataset):
     from the other end: text that the run itself comes to last, if ever (`--warmup text`)."""
 
     def __init__(self, path, tokenizer, block_size, seed, split):
-        """Raises UserError."""
         self.path, self.dtype, self.block_size = path, tokenizer.dtype, block_size
         self.seed, self.split = seed, split
         with reading(path):
@@ -747,10 +741,7 @@ class Problems(Windows):
         return torch.from_numpy(both[:, :-1]), torch.from_numpy(y)
 
 
-# --------------------------------------------------------------------------------------------------
-# Any spec -> Data
-
-CORPORA = {
+CORPORA = {  # beside a user's path
     "code": "the Python source of the standard library of this interpreter",
     "docs": "English: docstrings of the standard library, torch, numpy, tiktoken and matplotlib",
     "math": "school mathematics, question and answer in words, made here",
@@ -793,8 +784,7 @@ class Data:
 
     def fingerprint(self):
         """A number that is another where the data are others."""
-        both = self.train.fingerprint(), self.val.fingerprint()
-        return zlib.crc32(repr(both).encode())
+        return zlib.crc32(repr((self.train.fingerprint(), self.val.fingerprint())).encode())
 
     def write(self, x, y=None):
         """Tokens as a person would write them; of a row x, y what counts is between « and »."""
@@ -830,7 +820,6 @@ def default_tokenizer(spec):
 
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     """The data that a spec names: a rule or mixture, a task, a corpus or a path. Raises UserError.
-
     block_size: tokens of a row (default: as long as they come; of text 256). tokenizer: of text.
     split "warmup": train is other text of the same corpus, see Windows."""
     kind = kind_of(spec)
@@ -1015,12 +1004,12 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
-        line, status = " ".join(str(error).split()), getattr(error, "status", 2)
+        line, status = str(error), getattr(error, "status", 2)
     except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
         if not re.search("allocate|out of memory|^$", str(error)):
             raise
         line, status = "not enough memory: smaller batches or models, or --grad_accum, need less", 2
-    print(f"error: {line}", file=sys.stderr)
+    print("error:", *line.split(), file=sys.stderr)
     sys.exit(status)
 
 
