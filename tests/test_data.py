@@ -284,24 +284,22 @@ def test_a_bad_spec_is_one_line_that_says_what_there_is(refused):
 SHOWN = {
     "stack:length=5": r"[\d ]+\| «[\d ]+»[ _]*", "dyck:k=9,length=4": r"\(\d «[()\d ]+»",
     "dyck:k=3,length=8": r"[(\[{] «[()\[\]{} ]{13}»", "haystack:pairs=1": r"k0: \d+ \?k0 .+ _",
-    "eca:width=8,length=24": r"[·█]{8}\n«[·█]{8}\n[·█]{8}»",
-    "addition:digits=2": r"\d\d\+\d\d=«\d+\.»_?", "multiplication:digits=1": r"\d\*\d=«\d+\.»_+",
-    "sorting:numbers=2": r"\d+ \d+ 100 «\d+ \d+»", "set+dyck": r"[\d ]+«[\d ]+»[ _]*"}
+    "eca:width=8,length=24": r"[·█]{8}\n«[·█]{8}\n[·█]{8}»", "set+dyck": r"[\d ]+«[\d ]+»[ _]*",
+    "addition:digits=2": r"\d\d\+\d\d=«\d+\.»_?", "sorting:numbers=2": r"\d+ \d+ 100 «\d+ \d+»"}
 
 
-def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(capsys, monkeypatch):
+def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(monkeypatch):
+    def said(*argv):
+        monkeypatch.setattr("sys.argv", ["data.py", *argv])
+        monkeypatch.setattr(sys, "stdout", io.StringIO())  # as a notebook's, no TextIOWrapper
+        data.run_main(data.main)
+        return sys.stdout.getvalue()
     for spec, row in SHOWN.items():
-        monkeypatch.setattr("sys.argv", ["data.py", "show", spec, "-n", "5"])
-        data.main()
-        first, *shown = capsys.readouterr().out.strip("\n").split("\n\n")
+        first, *shown = said("show", spec, "-n", "5").strip("\n").split("\n\n")
         assert first.startswith(spec) and len(shown) == 5
         assert all(re.fullmatch(row, text) for text in shown)
-    monkeypatch.setattr("sys.argv", ["data.py", "list"])
-    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's is no TextIOWrapper either
-    data.run_main(data.main)
     for name in (*data.RULES, *data.TASKS, *data.CORPORA, "PATH"):
-        assert re.search(rf"^ *{name} +\S", sys.stdout.getvalue(), re.M)
-    assert "k=16, length=128, p=0.5" in sys.stdout.getvalue()
+        assert re.search(rf"^ *{name} +\S", said("list"), re.M)
 
 
 # Texts and tokenizers
@@ -441,18 +439,18 @@ def test_a_text_is_known_by_its_content_alone(tmp_path, monkeypatch, capsys):
         assert documents("a.txt") == [content] and not capsys.readouterr().out, "made once"
 
 
-def run_until_killed(owner, name, n, function, *args, by=signal.SIGKILL):
+def run_until_killed(owner, name, n, function, *args):
     """Calls the function in a process that is killed when it calls owner.name for the n-th time."""
     child = os.fork()
     if child == 0:
-        original, calls = getattr(owner, name), itertools.count(1)
+        original, calls, kill = getattr(owner, name), itertools.count(1), signal.raise_signal
         setattr(owner, name, lambda *args, **more:
-                signal.raise_signal(by) if next(calls) == n else original(*args, **more))
+                kill(signal.SIGKILL) if next(calls) == n else original(*args, **more))
         try:
             function(*args)
         finally:
             os._exit(0)
-    assert os.waitpid(child, 0)[1] == by
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 @pytest.mark.parametrize("owner,function,n", [(np, "frombuffer", 30), (os, "replace", 1)])
@@ -468,11 +466,7 @@ def test_killed_while_tokenising_nothing_is_in_the_way_and_what_is_not_ours_stay
     assert (own_cache / ".backup.tmp/a").exists() and (own_cache / ".d.tmp").exists()
 
 
-def test_the_cache_may_be_in_ones_home_and_without_one_that_is_said(
-        prose, tmp_path, monkeypatch, refused):
-    monkeypatch.setenv("NANOWARM_CACHE", "~/x")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert tokenise(prose).parent == tmp_path / "x"
+def test_where_there_is_no_home_that_is_said(prose, monkeypatch, refused):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: there is nobody
     for folder in ("", "~/x", "~nosuchuser/x"):
@@ -482,14 +476,12 @@ def test_the_cache_may_be_in_ones_home_and_without_one_that_is_said(
 
 def test_code_is_python_and_docs_are_docstrings(tmp_path, monkeypatch):
     files = data.python_files()
-    assert Path(random.__file__) in files and Path(json.decoder.__file__) in files
-    assert not [path for path in files if {"site-packages", "test"} & set(path.parts)]
+    assert Path(json.decoder.__file__) in files and tiktoken.__file__ not in map(str, files)
     write(tmp_path, {"bad.py": "def f(:"})
     both = [Path(argparse.__file__), tmp_path / "bad.py"]
     monkeypatch.setattr(data, "python_files", lambda *packages: both if packages else both[:1])
     assert documents("code") == [Path(argparse.__file__).read_text()]
     assert argparse.__doc__.strip() in documents("docs")
-    assert all(len(text) >= 200 for text in documents("docs"))
 
 
 ANSWERS = {  # what a question is, and what its numbers give
@@ -502,24 +494,18 @@ ANSWERS = {  # what a question is, and what its numbers give
         lambda a, b, c, x: a * x * x + b * x + c}
 
 
-def test_answers_of_the_mathematics_corpus_are_right_and_no_question_is_in_both_splits(
-        own_cache, monkeypatch):
-    few = {split: list(itertools.islice(data.questions(split), 4000)) for split in ("train", "val")}
+def test_answers_of_the_mathematics_corpus_are_right_and_no_question_is_in_both_splits():
     asked, kinds = {"train": set(), "val": set()}, set()
-    for split, questions in asked.items():
-        for problem, _ in few[split]:
+    for split in asked:
+        for problem, _ in itertools.islice(data.questions(split), 4000):
             question, answer, rest = problem.split("\n")
             kind, = (kind for kind in ANSWERS
                      if re.fullmatch(kind.replace("N", r"-?\d+"), question))
             numbers = re.fullmatch(kind.replace("N", r"(-?\d+)"), question).groups()
             assert answer == str(ANSWERS[kind](*map(int, numbers))) and rest == ""
-            questions.add(question)
+            asked[split].add(question)
             kinds.add(kind)
     assert not asked["train"] & asked["val"] and kinds == ANSWERS.keys()
-    monkeypatch.setattr(data, "questions", few.get)
-    source = make_data("math", block_size=16)
-    for rows, split in ((source.train, "train"), (source.val, "val")):
-        assert written(rows) == "".join(text for text, _ in few[split])
 
 
 # Folders of tokens, and windows of them
@@ -632,7 +618,6 @@ def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(mirror, 
     ("codeparrot", "file-000000000002.json.gz", ["cut"] * 3, "bytes came"),
     ("codeparrot", "file-000000000002.json.gz", ["empty"], ""),
     ("wikitext103", "wikitext-103-raw-v1.zip", ["truncate"], ""),
-    ("deepmind_math", "mathematics_dataset-v1.0.tar.gz", ["refuse"] * 3, "503"),
     ("deepmind_math", "mathematics_dataset-v1.0.tar.gz", ["corrupt"], "")])
 def test_a_server_that_misbehaves_gets_three_tries_and_the_same_command_goes_on(
         name, file, faults, reason, mirror, published, own_cache, monkeypatch):
@@ -642,28 +627,22 @@ def test_a_server_that_misbehaves_gets_three_tries_and_the_same_command_goes_on(
             prepare(name, mirror.url)
         with pytest.raises(UserError, match=f"prepare {name}"):
             make_data(name)
-    folder = prepare(name, mirror.url)
     contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
-    found, asked = contents(folder), len(mirror.requests)
+    found, asked = contents(prepare(name, mirror.url)), list(mirror.requests)
     assert not mirror.faults[file] and contents(prepare(name, mirror.url)) == found
-    assert len(mirror.requests) == asked, "all is there"
-    assert mirror.requests.count("/codeparrot-clean-train/resolve/main/file-000000000001.json.gz") \
-        == (name == "codeparrot")
-    with data.lock(folder / "lock"), pytest.raises(data.Busy, match="another process"):
-        prepare(name, mirror.url)
+    assert mirror.requests == asked, "all is there"
+    assert sum(path.endswith("file-000000000001.json.gz") for path in asked) < 2
     monkeypatch.setenv("NANOWARM_CACHE", str(own_cache / "other"))
     assert contents(prepare(name, published)) == found, "as from a folder"
 
 
-def test_what_cannot_be_prepared_is_refused(mirror, tmp_path, refused):
-    order = ["prepare", "c4", "--tokens", "90M", "--source"]
-    line = refused(data, *order, mirror.url)
-    assert C4.format(4) in line and "404" in line
-    mirror.close()
-    for source in (mirror.url, "nonsense://x", tmp_path / "nowhere"):
-        assert "cannot fetch" in refused(data, *order, source)
-    write(tmp_path / "bad", {C4.format(4): b'{"text": "fine"}\n{"url": "x"}\n'})
-    assert C4.format(4) in refused(data, *order, tmp_path / "bad")
+def test_what_cannot_be_prepared_is_refused(mirror, tmp_path, own_cache, refused):
+    write(tmp_path, {C4.format(4): b'{"text": "fine"}\n{"url": "x"}\n'})
+    for source, reason in ((mirror.url, "404"), ("nonsense://x", "cannot fetch"),
+                           (tmp_path / "nowhere", "cannot fetch"), (tmp_path, C4.format(4))):
+        assert reason in refused(data, "prepare", "c4", "--tokens", "90M", "--source", source)
+    with data.lock(own_cache / "c4-gpt2/lock"), pytest.raises(data.Busy, match="another process"):
+        prepare("c4", mirror.url)
 
 
 # What all scripts share: files
