@@ -791,7 +791,7 @@ class Data:
         if self.kind == "text":
             return self.tokenizer.decode([int(t) for t in x]).decode("utf-8", "replace")
         words = [word(int(t), self.train) for t in x]
-        if y is not None:  # what counts is in one piece
+        if y is not None and (y != -1).any():  # what counts is in one piece
             counted = (y != -1).nonzero().flatten() + 1
             words[counted[0]] = "«" + words[counted[0]]
             words[counted[-1]] += "»"
@@ -897,9 +897,9 @@ def written_whole(path):
     and so does what keeps it from being written. Raises UserError."""
     path = Path(path).resolve()  # a link stays one
     scratch = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it is written over
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is there and is not a file")
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is there and is not a file")
         with open(scratch, "wb") as file:
             yield file
             file.flush()

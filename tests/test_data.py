@@ -668,12 +668,13 @@ def test_a_file_is_there_whole_or_as_it_was_and_no_other_thing_is_written_to(
             data.write_json("a.json", {"new": 1})
     assert data.read_json("a.json") == {"old": 1} and Path("link").is_symlink()
     os.mkfifo("pipe")  # in the place of a device, which root would replace
+    write(tmp_path, {".pipe.tmp": "mine"})
     for target in ("pipe", tmp_path, "missing/a"):
         with pytest.raises(UserError, match="cannot write"), written_whole(target) as file:
             file.write(b"x")
     data.write_json("a.json", {"new": 1})
     assert data.read_json("link") == {"new": 1} and Path("pipe").is_fifo()
-    assert sorted(os.listdir()) == ["a.json", "link", "pipe"]
+    assert sorted(os.listdir()) == [".pipe.tmp", "a.json", "link", "pipe"]
 
 
 def test_what_is_read_is_used_in_a_block_that_makes_one_line_of_what_goes_wrong(tmp_path):
