@@ -37,9 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-# Threads that spin while they wait take the cores from those that work: on a busy machine a step
-# took 20 times as long. It counts only if it is said before torch is imported, so that every script
-# imports from here first.
+# Threads that spin while they wait take the cores from those that work (a step took 20 times as
+# long). It has to be said before torch is imported, so that every script imports from here first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -245,10 +244,10 @@ RULES_AND_TASKS = RULES | TASKS
 # --------------------------------------------------------------------------------------------------
 # Specs: "dyck:k=64,length=2048", "set:length=2-20", "0.7*set+0.3*union:length=32", "shuffled:dyck"
 
-# The least that a parameter accepts (of others 1), and what is too much. A haystack's keys and
+# What a parameter accepts, from and below; one that is not here from 1. A haystack's keys and
 # queries are two tokens a pair of 128 to 255.
-RANGES = {"vocab": [3], "p": [0, 1], "rule": [0, 256], "width": [3], "pairs": [1, 65],
-          "below": [2, 65536]}
+RANGES = {"vocab": (3, 10 ** 9), "p": (0, 1), "rule": (0, 256), "width": (3, 10 ** 9),
+          "pairs": (1, 65), "below": (2, 65536)}
 
 
 def parse_spec(spec):
@@ -270,7 +269,7 @@ def parse_spec(spec):
 
 def parameters(name, given=""):
     """The parameters of a rule or task, as given ("length=2-20, vocab=50") or as its function has
-    them; a length is a pair (low, high), from which each row draws its own. Raises UserError."""
+    them; a length is a pair (low, high), from which each row draws its own. See parse_spec."""
     if name not in RULES_AND_TASKS:
         raise UserError(f"unknown rule or task {name!r}: there are {', '.join(RULES_AND_TASKS)}")
     signature = inspect.signature(RULES_AND_TASKS[name].make)
@@ -280,7 +279,7 @@ def parameters(name, given=""):
         key, _, text = (word.strip() for word in item.partition("="))
         if key not in p:
             raise UserError(f"no parameter {item.strip()!r}: there is {name}{signature}")
-        read = number(*RANGES.get(key, [1]), kind=type(defaults[key]))
+        read = number(*RANGES.get(key, (1, 10 ** 9)), kind=type(defaults[key]))
         if (key, text) == ("rule", "random"):
             p[key] = RANDOM
         elif key == "length":
@@ -298,8 +297,7 @@ class Rows(Dataset):
 
     Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run, so
     that a run needs nothing but its step number to resume. Of a task, one example in 16, by a hash
-    of its prompt, is held out. There is no last row, and so no len: a DataLoader needs a
-    batch_sampler, as train.py has."""
+    of its prompt, is held out. There is no len: a DataLoader needs a batch_sampler."""
 
     def __init__(self, spec, seed=0, split="train", block_size=None):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
@@ -307,10 +305,9 @@ class Rows(Dataset):
         self.shuffled, self.members = parse_spec(spec)  # members: [(weight, name, parameters), ...]
         # Inputs are cut to this length, which a curriculum changes as it goes.
         self.longest = max(p.get("length", (0, 0))[1] for _, _, p in self.members)
-        longest = max(RULES_AND_TASKS[name].tokens(p) for _, name, p in self.members)
+        separator = 1 if len(self.members) > 1 else 0  # a mixture puts one before brackets
+        longest = separator + max(RULES_AND_TASKS[name].tokens(p) for _, name, p in self.members)
         size = max(RULES_AND_TASKS[name].vocab(p) for _, name, p in self.members)
-        if len(self.members) > 1:
-            longest += 1  # a separator before brackets
         self.block_size = block_size or longest
         if longest > self.block_size:
             raise UserError(f"{spec} makes rows of {longest} tokens, more than {block_size}")

@@ -271,7 +271,7 @@ BAD_SPECS = {
     "set+dyke": "unknown rule", "shuffled:haystack": "neither mixed nor shuffled",
     "1.2.3*set": "1.2.3", "0*set": "'0'", "dyck:p=nan": "'nan'", "dyck:k=0": "from 1",
     "dyck:depth=3": "k=16, length=128, p=0.5", "set:length=1_0": "'1_0'", "haystack:pairs=65": "65",
-    "set:length": "''", "set:length=-9": "''", "eca:length=8": "above 16"}
+    "set:length": "''", "set:vocab=1e30": "1e30", "set:length=-9": "''", "eca:length=8": "above 16"}
 
 
 def test_a_bad_spec_is_one_line_that_says_what_there_is(refused):
