@@ -13,11 +13,9 @@ to there. Texts come next, and last what all five scripts share: files and the c
 import argparse
 import ast
 import contextlib
-import fnmatch
 import functools
 import gzip
 import hashlib
-import http.client
 import importlib.util
 import inspect
 import io
@@ -39,32 +37,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-# Threads that spin while they wait take the cores from those that work: on a busy machine a step
-# took 20 times as long. It counts only if it is said before torch is imported, so that every script
-# imports from here first.
+# Threads that spin while they wait take the cores from those that work (a step took 20 times as
+# long). It has to be said before torch is imported, so that every script imports from here first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import tiktoken
 import torch
 from torch.utils.data import Dataset
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
-class UserError(Exception):
-    """Something the user can put right: one line on stderr and this exit status, see run_main."""
-
-    status = 2
-
-
-class Busy(UserError):
-    """Another process is at work on it: to be tried again later."""
-
-    status = 75  # EX_TEMPFAIL of sysexits.h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,10 +58,6 @@ RANDOM = -1  # what "rule=random" says of eca
 
 def symbols(r, length, vocab):
     return r.choices(range(1, vocab), k=length)
-
-
-def without_repeats(x):
-    return list(dict.fromkeys(x))
 
 
 def identity(r, length=20, vocab=100):
@@ -105,14 +81,14 @@ def sort(r, length=20, vocab=100):
 def set_(r, length=20, vocab=100):
     """the input without repeats, in order of first appearance: 3 7 3 5 | 3 7 5"""
     x = symbols(r, length, vocab)
-    return x + [SEPARATOR], without_repeats(x)
+    return x + [SEPARATOR], list(dict.fromkeys(x))
 
 
 def union(r, length=20, vocab=100):
     """what is in either half, without repeats: 3 7 | 7 5 | 3 7 5"""
     x = symbols(r, length // 2, vocab)
     y = symbols(r, length // 2, vocab)
-    return x + [SEPARATOR] + y + [SEPARATOR], without_repeats(x + y)
+    return x + [SEPARATOR] + y + [SEPARATOR], list(dict.fromkeys(x + y))
 
 
 def delete(r, length=20, vocab=100):
@@ -236,10 +212,9 @@ def sorting(r, numbers=20, below=100):
 
 @dataclass
 class Rule:
-    """A rule or a task. Its parameters are those that its function has after r, with their
-    defaults."""
+    """A rule or a task. Its parameters are those of `make` after r; here they are p."""
     make: Callable
-    tokens: Callable = lambda p: 2 * p["length"] + 1  # of a row, by its parameters, at most
+    tokens: Callable = lambda p: 2 * p["length"][1] + 1  # of a row at most; length: (low, high)
     vocab: Callable = lambda p: p["vocab"]  # how many symbols there are
     pad: int = None                         # of a task: fills its rows up
 
@@ -249,20 +224,19 @@ RULES = {
     "reverse": Rule(reverse),
     "sort": Rule(sort),
     "set": Rule(set_),
-    "union": Rule(union, lambda p: 2 * p["length"] + 2),
-    "delete": Rule(delete, lambda p: 2 * p["length"] + 3),
+    "union": Rule(union, lambda p: 2 * p["length"][1] + 2),
+    "delete": Rule(delete, lambda p: 2 * p["length"][1] + 3),
     "stack": Rule(stack),
-    "dyck": Rule(dyck, lambda p: p["length"], lambda p: 2 * p["k"]),
-    "dyck_shuffle": Rule(dyck_shuffle, lambda p: p["length"], lambda p: 2 * p["k"]),
-    "eca": Rule(eca, lambda p: p["length"], lambda p: 2),
+    "dyck": Rule(dyck, lambda p: p["length"][1], lambda p: 2 * p["k"]),
+    "dyck_shuffle": Rule(dyck_shuffle, lambda p: p["length"][1], lambda p: 2 * p["k"]),
+    "eca": Rule(eca, lambda p: p["length"][1], lambda p: 2),
 }
 TASKS = {
-    "haystack": Rule(haystack, lambda p: 2 * p["pairs"] + 3, lambda p: 256, pad=0),
-    "addition": Rule(addition, lambda p: 3 * p["digits"] + 4, lambda p: 31, pad=12),
-    "reversed_addition": Rule(reversed_addition, lambda p: 3 * p["digits"] + 4, lambda p: 31,
-                              pad=12),
-    "multiplication": Rule(multiplication, lambda p: 5 * p["digits"] + 4, lambda p: 31, pad=12),
-    "sorting": Rule(sorting, lambda p: 2 * p["numbers"] + 1, lambda p: p["below"] + 1, pad=0),
+    "haystack": Rule(haystack, lambda p: 2 * p["pairs"] + 3, lambda p: 256, 0),
+    "addition": Rule(addition, lambda p: 3 * p["digits"] + 4, lambda p: 31, 12),
+    "reversed_addition": Rule(reversed_addition, lambda p: 3 * p["digits"] + 4, lambda p: 31, 12),
+    "multiplication": Rule(multiplication, lambda p: 5 * p["digits"] + 4, lambda p: 31, 12),
+    "sorting": Rule(sorting, lambda p: 2 * p["numbers"] + 1, lambda p: p["below"] + 1, 0),
 }
 RULES_AND_TASKS = RULES | TASKS
 
@@ -270,10 +244,10 @@ RULES_AND_TASKS = RULES | TASKS
 # --------------------------------------------------------------------------------------------------
 # Specs: "dyck:k=64,length=2048", "set:length=2-20", "0.7*set+0.3*union:length=32", "shuffled:dyck"
 
-# What a parameter accepts; one that is not here is 1 or more. A haystack's keys and queries are
-# two tokens a pair of 128 to 255.
-RANGES = {"vocab": (3, math.inf), "p": (0, 1), "rule": (0, 255), "width": (3, math.inf),
-          "pairs": (1, 64), "below": (2, 65535)}
+# What a parameter accepts, from and below; one that is not here from 1. A haystack's keys and
+# queries are two tokens a pair of 128 to 255.
+RANGES = {"vocab": (3, 10 ** 9), "p": (0, 1), "rule": (0, 256), "width": (3, 10 ** 9),
+          "pairs": (1, 65), "below": (2, 65536)}
 
 
 def parse_spec(spec):
@@ -283,12 +257,10 @@ def parse_spec(spec):
         weight, star, rule = text.rpartition("*")
         name, _, given = rule.partition(":")
         try:
-            weight = float(weight) if star else 1.0
-        except ValueError:
-            weight = math.nan
-        if not 0 < weight < math.inf:
-            raise UserError(f"{text}: a weight is a number above 0")
-        members.append((weight, name.strip(), parameters(name.strip(), given)))
+            weight = number(1e-9, kind=float)(weight) if star else 1.0
+            members.append((weight, name.strip(), parameters(name.strip(), given)))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{text}: {error}") from None
     shuffled = spec.startswith("shuffled:")
     if (shuffled or len(members) > 1) and any(name in TASKS for _, name, _ in members):
         raise UserError(f"{spec}: a task is neither mixed nor shuffled, only rules are")
@@ -297,96 +269,61 @@ def parse_spec(spec):
 
 def parameters(name, given=""):
     """The parameters of a rule or task, as given ("length=2-20, vocab=50") or as its function has
-    them; a length is a pair (low, high), from which each row draws its own. Raises UserError."""
+    them; a length is a pair (low, high), from which each row draws its own. See parse_spec."""
     if name not in RULES_AND_TASKS:
         raise UserError(f"unknown rule or task {name!r}: there are {', '.join(RULES_AND_TASKS)}")
-    signature = inspect.signature(RULES_AND_TASKS[name].make).parameters.items()
-    defaults = {key: value.default for key, value in signature if key != "r"}
+    signature = inspect.signature(RULES_AND_TASKS[name].make)
+    defaults = {key: value.default for key, value in signature.parameters.items() if key != "r"}
     p = {key: (value, value) if key == "length" else value for key, value in defaults.items()}
     for item in given.split(",") if given else []:
         key, _, text = (word.strip() for word in item.partition("="))
         if key not in p:
-            takes = ", ".join(f"{key}={value}" for key, value in defaults.items())
-            raise UserError(f"{name}: bad parameter {item.strip()!r}: it takes {takes}")
+            raise UserError(f"no parameter {item.strip()!r}: there is {name}{signature}")
+        read = number(*RANGES.get(key, (1, 10 ** 9)), kind=type(defaults[key]))
         if (key, text) == ("rule", "random"):
             p[key] = RANDOM
-            continue
-        least, most = RANGES.get(key, (1, math.inf))
-        ends = text.split("-", 1) if key == "length" else [text]
-        try:
-            values = [type(defaults[key])(end.replace("_", "x")) for end in ends]  # no 1_000
-        except ValueError:
-            values = [math.nan]
-        if not least <= values[0] <= values[-1] <= most:
-            raise UserError(f"{name}: {key}={text} is not accepted: from {least} to {most}")
-        p[key] = (values[0], values[-1]) if key == "length" else values[0]
+        elif key == "length":
+            low, _, high = text.partition("-")
+            p[key] = sorted([read(low), read(high or low)])
+        else:
+            p[key] = read(text)
     if name == "eca" and p["length"][0] <= p["width"]:
         raise UserError(f"eca: length, the first row and what follows, is above {p['width']}")
     return p
 
 
-def word(token, name, p):
-    """A symbol of a rule or task as a person would write it."""
-    if "k" in p:
-        kind, closes = token % p["k"], token >= p["k"]
-        if p["k"] <= 4:
-            return "()[]{}<>"[2 * kind + closes]
-        return f"{kind})" if closes else f"({kind}"
-    if name == "haystack" and token >= 128:
-        key = token - 128
-        return f"k{key}:" if key < p["pairs"] else f"?k{key - p['pairs']}"
-    if "digits" in p:
-        sign = "*" if name == "multiplication" else "+"
-        return f"0123456789{sign}=_       0123456789."[token]
-    special = {("eca", 0): "·", ("eca", 1): "█", ("stack", 0): "pop", ("haystack", 0): "_",
-               ("sorting", p.get("below")): "|"}
-    return special.get((name, token), str(token))
-
-
-# --------------------------------------------------------------------------------------------------
-# Rows of them
-
-
 class Rows(Dataset):
     """The rows of a rule, a mixture of rules or a task.
 
-    Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run. So a
-    run needs nothing but its step number to resume. Only a curriculum shortens rows as it goes, see
-    `longest`. Of a task, one example in 16, by a hash of its prompt, is held out for validation.
-    There is no last row, and so no len: a DataLoader needs a batch_sampler, as train.py has."""
+    Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run, so
+    that a run needs nothing but its step number to resume. Of a task, one example in 16, by a hash
+    of its prompt, is held out. There is no len: a DataLoader needs a batch_sampler."""
 
     def __init__(self, spec, seed=0, split="train", block_size=None):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
         self.spec, self.seed, self.split = spec, seed, split
         self.shuffled, self.members = parse_spec(spec)  # members: [(weight, name, parameters), ...]
-        self.longest = 0  # input lengths are cut to this, which a curriculum changes
-        lengths, sizes = [], []
-        for _, name, p in self.members:
-            if "length" in p:
-                p = p | {"length": p["length"][1]}
-                self.longest = max(self.longest, p["length"])
-            extra = 1 if len(self.members) > 1 else 0  # a mixture puts a separator before brackets
-            lengths.append(RULES_AND_TASKS[name].tokens(p) + extra)
-            sizes.append(RULES_AND_TASKS[name].vocab(p))
-        self.block_size = block_size or max(lengths)
-        if max(lengths) > self.block_size:
-            raise UserError(f"{spec} makes rows of {max(lengths)} tokens, more than {block_size}")
-        # Tokens: the symbols, which the members of a mixture share, a separator for each member,
-        # and the pad.
-        self.separators = range(max(sizes), max(sizes) + len(self.members))
+        # Inputs are cut to this length, which a curriculum changes as it goes.
+        self.longest = max(p.get("length", (0, 0))[1] for _, _, p in self.members)
+        separator = 1 if len(self.members) > 1 else 0  # a mixture puts one before brackets
+        longest = separator + max(RULES_AND_TASKS[name].tokens(p) for _, name, p in self.members)
+        size = max(RULES_AND_TASKS[name].vocab(p) for _, name, p in self.members)
+        self.block_size = block_size or longest
+        if longest > self.block_size:
+            raise UserError(f"{spec} makes rows of {longest} tokens, more than {block_size}")
+        # Tokens: the symbols, which members share, a separator for each member, and the pad.
+        self.separators = range(size, size + len(self.members))
         self.pad = self.separators.stop
         self.vocab_size = self.pad + 1
         name = self.members[0][1]
         if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
-            self.pad, self.vocab_size = RULES_AND_TASKS[name].pad, max(sizes)
+            self.pad, self.vocab_size = TASKS[name].pad, size
 
     def draw(self, i):
         """Row i as two lists: prompt, answer."""
         r = random.Random(f"{self.seed} {self.split} {i}")
-        place = 0
-        if len(self.members) > 1:
-            weights = [weight for weight, _, _ in self.members]
-            place = r.choices(range(len(self.members)), weights)[0]
+        weights = [weight for weight, _, _ in self.members]
+        place = r.choices(range(len(weights)), weights)[0] if len(weights) > 1 else 0
         _, name, p = self.members[place]
         if "length" in p:
             low, high = p["length"]
@@ -451,8 +388,7 @@ def micro_batches(x, y, n, trim=True):
 ANSWER, PROBLEM = 96, 95  # tokens of DeepMind-Math: the marks after a question and after an answer
 PIECE = 50_000  # characters; a million spaces at once make tiktoken panic
 LONG = 1 << 26  # characters of a line of JSON, at most
-END = "<|endoftext|>"
-VERSION = 6  # to be raised where the same text becomes other tokens
+VERSION = 7  # to be raised where the same text becomes other tokens
 
 
 @dataclass
@@ -479,53 +415,32 @@ def load_tokenizer(name):
         words = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
         return Tokenizer(name, 97, encode, lambda ts: "".join(words[t] for t in ts).encode())
     try:
-        encoding = tiktoken.get_encoding(name)
+        known = tiktoken.get_encoding(name)
     except Exception as error:  # an unknown name, requests' errors, a damaged download
         raise UserError(f"the vocabulary of {name!r} could not be had ({type(error).__name__}): "
-                        "--tokenizer bytes needs no network, and tiktoken knows "
-                        + ", ".join(tiktoken.list_encoding_names())) from None
-
-    def encode(text):
-        pieces = [text[start:start + PIECE] for start in range(0, len(text), PIECE)]
-        return list(itertools.chain.from_iterable(map(encoding.encode_ordinary, pieces)))
-
-    return Tokenizer(name, encoding.n_vocab, encode, encoding.decode_bytes, encoding.eot_token)
-
-
-def cache_folder():
-    with reading("$NANOWARM_CACHE, the cache folder"):  # there may be no home
-        return Path(os.environ.get("NANOWARM_CACHE") or "~/.cache/nanowarm").expanduser()
+                        "bytes needs no network, gpt2 needs it once") from None
+    encode, decode = known.encode_ordinary, known.decode_bytes
+    return Tokenizer(name, known.n_vocab, encode, decode, end=known.eot_token)
 
 
 def pieces_of(file):
     """An open file, gzipped or not: lines of JSON with `text` or `content`, a document each, if it
-    begins as such; else plain text, in which <|endoftext|> ends a document."""
+    begins as such; else plain text, all of it one document."""
     zipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     file = io.TextIOWrapper(gzip.open(file) if zipped else file, "utf-8-sig", newline="\n")
     is_json = re.match(r'\s*\[?\s*{\s*"', file.read(100))
     file.seek(0)
-    if is_json:
-        for n, line in enumerate(iter(lambda: file.readline(LONG), ""), 1):
-            try:
-                record = json.loads(line) if line.strip() else {"text": ""}
-                text = record["text" if "text" in record else "content"] or ""
-                yield text + "", True  # a number is no text
-            except (ValueError, LookupError, TypeError, RecursionError):
-                raise ValueError(f"line {n} is no JSON object with a text or content") from None
-        return
-    held = ""
-    for piece in iter(lambda: file.read(PIECE), ""):
-        if "\0" in piece:
+    for piece in iter(lambda: file.readline(LONG) if is_json else file.read(PIECE), ""):
+        if is_json and piece.strip():
+            record = json.loads(piece)
+            text = record["text" if "text" in record else "content"] or ""
+            yield text + "", True  # a number is no text
+        elif "\0" in piece:
             raise ValueError("it holds a NUL, which no text does")
-        *documents, held = (held + piece).split(END)
-        for text in documents:
-            yield text, True
-        half = held.rfind("<", -len(END))  # this may be half of a mark
-        sure = len(held) if half < 0 else half
-        yield held[:sure], False
-        held = held[sure:]
-    yield held, True
+        elif not is_json:
+            yield piece, False
+    yield "", True
 
 
 def file_pieces(path):
@@ -534,6 +449,33 @@ def file_pieces(path):
             raise ValueError("it is no file")  # a pipe would make us wait for ever
         with open(path, "rb") as file:
             yield from pieces_of(file)
+
+
+def users_files(root):
+    """The text files of a path, as named for training and validation, or (all, [])."""
+    train, val, others, left_out = [], [], [], []
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        place = path.relative_to(root).as_posix().lower()
+        if path.is_dir() and os.access(path, os.R_OK) or re.search(r"(^|/)\..", place):
+            continue  # what is hidden is no text
+        words = set(re.split("[^a-z]+", place))
+        is_val = words & {"val", "valid", "validation", "dev", "test"}
+        split = train if "train" in words else val if is_val else others
+        try:
+            next(file_pieces(path), None)
+            split.append(path)
+        except UserError:
+            left_out.append(path)
+    if train and val:
+        left_out += others
+    else:
+        train, val = sorted(train + val + others), []
+    if not train:
+        raise UserError(f"{root} has no files of UTF-8 text")
+    if left_out:
+        names = ", ".join(path.name for path in left_out[:9])
+        say(f"left out of {root}: {len(left_out)}, such as {names}")
+    return train, val
 
 
 def python_files(*packages):
@@ -582,38 +524,28 @@ def questions(split):
             yield text, False
 
 
-def users_files(root):
-    """The text files of a path: (train, val) where names of files or folders say which they are,
-    else (all, []). What is left out is said. Raises UserError."""
-    left_out, paths, texts = [], [root], {"train": [], "val": [], "other": []}
-    if root.is_dir():
-        paths = []
-        for folder, folders, names in os.walk(root, onerror=lambda e: left_out.append(e.filename)):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            paths += [Path(folder, name) for name in names if not name.startswith(".")]
-    for path in sorted(paths):
-        place = re.sub("valid(ation)?|dev|test", "val", str(path.relative_to(root)).lower())
-        split = next((split for split in texts if split in re.split("[^a-z]+", place)), "other")
-        try:
-            next(file_pieces(path), None)
-            texts[split].append(path)
-        except UserError:
-            left_out.append(path)
-    if texts["train"] and texts["val"]:
-        left_out += texts["other"]
-    else:
-        texts = {"train": sorted(sum(texts.values(), [])), "val": []}
-    if not texts["train"]:
-        raise UserError(f"{root} has no files of UTF-8 text")
-    if left_out:
-        names = [Path(path).name for path in left_out[:9]]
-        say(f"left out of {root}: {len(left_out)} that are no text, such as {', '.join(names)}")
-    return texts["train"], texts["val"]
+def write_tokens(file, texts, tokenizer):
+    """Streams of pieces -> tokens in a file. Returns where documents end, and where all ends."""
+    n, ends = 0, [0]
+    for text, ends_here in itertools.chain.from_iterable(texts):
+        for start in range(0, len(text), PIECE):
+            tokens = tokenizer.encode(text[start:start + PIECE])
+            file.write(np.asarray(tokens, tokenizer.dtype))
+            n += len(tokens)
+        if ends_here and n > ends[-1]:  # else the document is empty
+            file.write(np.array(tokenizer.end, tokenizer.dtype))
+            n += 1
+            ends.append(n)
+    return [*ends, n]
+
+
+def cache_folder():
+    with reading("$NANOWARM_CACHE, the cache folder"):  # there may be no home
+        return Path(os.environ.get("NANOWARM_CACHE") or "~/.cache/nanowarm").expanduser()
 
 
 def tokenise(spec, tokenizer):
-    """`code`, `docs`, `math` or a path of text -> its folder in the cache, made once for the same
-    names and contents. Raises UserError."""
+    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content."""
     val, read = [], file_pieces
     if spec == "code":
         train = python_files()
@@ -628,15 +560,12 @@ def tokenise(spec, tokenizer):
         with reading(path), open(path, "rb") as file:
             key.update(hashlib.file_digest(file, "sha256").digest())
     folder = cache_folder() / key.hexdigest()[:24]
-    with lock(cache_folder() / "lock", wait=True):
-        if folder.exists():
+    with lock(folder / "lock", wait=True):
+        if (folder / "meta.json").exists():  # it is written last
             return folder
         say(f"tokenising {spec} into {folder}, once")
-        scratch = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)  # what a kill left of the same
-        scratch.mkdir()
         random.Random(0).shuffle(train)
-        with open(scratch / "train.bin", "w+b") as file, open(scratch / "val.bin", "wb") as other:
+        with open(folder / "train.bin", "w+b") as file, open(folder / "val.bin", "wb") as other:
             ends = write_tokens(file, map(read, train), tokenizer)
             write_tokens(other, map(read, val), tokenizer)
             if not val:  # the last tenth, from where a document ends if that is near
@@ -646,25 +575,8 @@ def tokenise(spec, tokenizer):
                 file.seek(cut * tokenizer.dtype.itemsize)
                 shutil.copyfileobj(file, other)
                 file.truncate(cut * tokenizer.dtype.itemsize)
-        write_json(scratch / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
-        scratch.rename(folder)
+        write_json(folder / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
     return folder
-
-
-def write_tokens(file, texts, tokenizer):
-    """Streams of pieces -> tokens in a file. Returns where documents end, and where all ends."""
-    n, ends, said = 0, [0], time.monotonic()
-    for text, ends_here in itertools.chain.from_iterable(texts):
-        tokens = np.asarray(tokenizer.encode(text), tokenizer.dtype)
-        if ends_here and n + len(tokens) > ends[-1]:  # else the document is empty
-            tokens = np.append(tokens, np.array(tokenizer.end, tokenizer.dtype))
-            ends.append(n + len(tokens))
-        file.write(tokens)
-        n += len(tokens)
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            say(f"{n / 1e6:,.1f} M tokens")
-    return [*ends[1:], n]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -684,13 +596,12 @@ PUBLISHED = {  # tokens: what the published run reads, and a bit
     "wikitext103": dict(
         what="Wikipedia's good articles (WikiText-103, raw)", tokenizer="gpt2", tokens=120_000_000,
         url="https://wikitext.smerity.com/",
-        train=["wikitext-103-raw-v1.zip"], val=["wikitext-103-raw-v1.zip"]),
+        train=["wikitext-103-raw-v1.zip"]),  # val is in the same archive
     "deepmind_math": dict(
         what="school mathematics (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
         url="https://storage.googleapis.com/mathematics-dataset/",
-        train=["mathematics_dataset-v1.0.tar.gz"], val=["mathematics_dataset-v1.0.tar.gz"])}
+        train=["mathematics_dataset-v1.0.tar.gz"])}
 HELD_OUT = 10_000_000  # tokens
-PAUSES = 0, 2, 10  # seconds before each try of a download
 
 
 def published_pieces(file, name, split, share):
@@ -700,13 +611,12 @@ def published_pieces(file, name, split, share):
     if name.endswith(".json.gz"):
         yield from pieces_of(file)
     elif name.endswith(".zip"):
-        archive = zipfile.ZipFile(file)
-        for member in fnmatch.filter(archive.namelist(), f"*/wiki.{split}*.raw"):
-            yield from pieces_of(archive.open(member))
+        member = {"train": "wiki.train.raw", "val": "wiki.valid.raw"}[split]
+        yield from pieces_of(zipfile.ZipFile(file).open(f"wikitext-103-raw/{member}"))
     else:
-        pattern = {"train": "*/train-*/*.txt", "val": "*/*polate/*.txt"}[split]
+        pattern = {"train": "train-*/*.txt", "val": "*polate/*.txt"}[split]
         with gzip.open(file) as unzipped, tarfile.open(fileobj=unzipped) as archive:
-            modules = [module for module in archive if fnmatch.fnmatch(module.name, pattern)]
+            modules = [module for module in archive if Path(module.name).match(pattern)]
             unzipped.read()  # to its end, where gzip finds out whether it is whole
             for module in modules:
                 start = archive.extractfile(module).read(share // len(modules)).decode("ascii")
@@ -718,7 +628,7 @@ def published_pieces(file, name, split, share):
 @functools.lru_cache(maxsize=1)  # both splits of an archive are in one file
 def fetch(url):
     """A published file, as a temporary one, which is gone with the process. Raises UserError."""
-    for pause in PAUSES:
+    for pause in (0, 2, 10):  # seconds
         time.sleep(pause)
         file = tempfile.TemporaryFile()
         try:
@@ -726,50 +636,42 @@ def fetch(url):
                 wanted = int(answer.headers["Content-Length"] or 0)
                 say(f"fetching {url}, {wanted / 1e6:,.0f} MB")
                 shutil.copyfileobj(answer, file, 1 << 20)
-            if wanted and file.tell() != wanted:
-                raise ConnectionError(f"{file.tell():,} of {wanted:,} bytes came")
-            return file
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            if wanted in (0, file.tell()):
+                return file
+            reason = f"{file.tell():,} of {wanted:,} bytes came"
+        except Exception as error:  # whatever a network says
             reason = reason_of(error)
-            if getattr(error, "code", None) in (401, 403, 404):
-                break
     raise UserError(f"cannot fetch {url}: {reason}; the same command goes on from here, and "
                     "--source can name a mirror or a folder with the same files")
 
 
-def prepare(name, tokens, source=None, tokenizer=None):
-    """Fetches and tokenises a published corpus into the cache. Returns its folder.
-
-    tokens: to train on; whole files are read until there are as many. A shard is there whole or not
-    at all: the same command goes on where it was stopped, or adds to it. Raises UserError."""
+def prepare(name, tokens, source=None):
+    """Fetches and tokenises a published corpus, whole files until there are as many tokens to train
+    on. Returns its folder in the cache. A shard is there whole or not at all: the same command goes
+    on where it was stopped, or adds to it. Raises UserError."""
     corpus = PUBLISHED[name]
-    tokenizer = load_tokenizer(tokenizer or corpus["tokenizer"])
-    if (tokenizer.name == "characters") != (corpus["tokenizer"] == "characters"):
-        raise UserError(f"--tokenizer {tokenizer.name} does not go with {name}")
+    tokenizer = load_tokenizer(corpus["tokenizer"])
     base = source or corpus["url"]
     base = base.rstrip("/") if "://" in base else Path(base).resolve().as_uri()
     folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
         for split, share in (("val", HELD_OUT), ("train", tokens)):
-            done, shards = 0, []
-            for file in corpus[split]:
-                name_there = Path(file).name if base.startswith("file://") else file
-                url = f"{base}/{name_there}"
-                size = f"-{share}" if name == "deepmind_math" else ""  # decides what is read of it
-                shards.append(folder / f"{split}-{Path(file).name}{size}.tokens")
-                if not shards[-1].exists():
-                    with written_whole(shards[-1]) as shard, reading(url):
-                        pieces = published_pieces(fetch(url), file, split, share)
-                        if write_tokens(shard, [pieces], tokenizer) == [0]:
-                            raise ValueError("it holds no text")
-                done += shards[-1].stat().st_size // tokenizer.dtype.itemsize
-                say(f"{shards[-1].name}: {done / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
-                if done >= share:
-                    break
             with written_whole(folder / f"{split}.bin") as whole:
-                for path in shards:
-                    with open(path, "rb") as shard:
-                        shutil.copyfileobj(shard, whole)
+                for file in corpus.get(split, corpus["train"]):
+                    url = f"{base}/{Path(file).name if base.startswith('file:') else file}"
+                    size = f"-{share}" if name == "deepmind_math" else ""  # what is read of it
+                    shard = folder / f"{split}-{Path(file).name}{size}.tokens"
+                    if not shard.exists():
+                        with written_whole(shard) as part, reading(url):
+                            pieces = published_pieces(fetch(url), file, split, share)
+                            if write_tokens(part, [pieces], tokenizer)[-1] == 0:
+                                raise ValueError("it holds no text")
+                    with open(shard, "rb") as part:
+                        shutil.copyfileobj(part, whole)
+                    n = whole.tell() // tokenizer.dtype.itemsize
+                    say(f"{shard.name}: {n / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
+                    if n >= share:
+                        break
         write_json(folder / "meta.json", {"source": name, "tokenizer": tokenizer.name})
     return folder
 
@@ -780,16 +682,13 @@ class Windows(Dataset):
     from the other end: text that the run itself comes to last, if ever (`--warmup text`)."""
 
     def __init__(self, path, tokenizer, block_size, seed, split):
-        """Raises UserError."""
         self.path, self.dtype, self.block_size = path, tokenizer.dtype, block_size
         self.seed, self.split = seed, split
         with reading(path):
             n = path.stat().st_size // self.dtype.itemsize
-            self.n = (n - 1) // block_size
-            if self.n < 1:
-                raise UserError(f"{path} is too short: {n} tokens for rows of {block_size} + 1")
-            if self.tokens.max() >= tokenizer.vocab_size:
-                raise ValueError(f"it holds tokens that {tokenizer.name} does not know")
+        self.n = (n - 1) // block_size
+        if self.n < 1:
+            raise UserError(f"{path} is too short: {n} tokens for rows of {block_size} + 1")
 
     @property
     def tokens(self):  # opened anew: a worker that is spawned would get a copy of an attribute
@@ -834,22 +733,39 @@ class Problems(Windows):
             start += int(np.argmax(tokens[start:start + 256] == PROBLEM))  # none is longer
             row = tokens[start:start + self.block_size + 1]
             both[j, :len(row)] = row
-        # A token counts if the last mark before it was <answer>.
-        places = np.where(both >= PROBLEM, np.arange(both.shape[1]), 0)
-        last_mark = np.take_along_axis(both, np.maximum.accumulate(places, axis=1), axis=1)
-        y = np.where(last_mark[:, :-1] == ANSWER, both[:, 1:], -1)
+        in_answer = (both == PROBLEM).cumsum(1) == (both == ANSWER).cumsum(1)
+        y = np.where(in_answer[:, :-1], both[:, 1:], -1)
         return torch.from_numpy(both[:, :-1]), torch.from_numpy(y)
 
 
-# --------------------------------------------------------------------------------------------------
-# Any spec -> Data
-
-CORPORA = {
+CORPORA = {  # beside a user's path
     "code": "the Python source of the standard library of this interpreter",
     "docs": "English: docstrings of the standard library, torch, numpy, tiktoken and matplotlib",
     "math": "school mathematics, question and answer in words, made here",
-    **{name: f"{corpus['what']}: python data.py prepare {name}"
-       for name, corpus in PUBLISHED.items()}}
+    **{name: corpus["what"] for name, corpus in PUBLISHED.items()}}
+
+
+def word(token, rows):
+    """A token of a rule or task as a person would write it; of a mixture, its number."""
+    _, name, p = rows.members[0]
+    if token == rows.pad and name != "sorting":
+        return "_"
+    if len(rows.members) > 1:
+        return str(token)
+    if name in RULES and token == rows.separators[0]:
+        return "|"
+    if "k" in p:
+        kind, closes = token % p["k"], token >= p["k"]
+        if p["k"] <= 4:
+            return "()[]{}<>"[2 * kind + closes]
+        return f"{kind})" if closes else f"({kind}"
+    if name == "haystack" and token >= 128:
+        key = token - 128
+        return f"k{key}:" if key < p["pairs"] else f"?k{key - p['pairs']}"
+    if "digits" in p:
+        sign = "*" if name == "multiplication" else "+"
+        return f"0123456789{sign}=        0123456789."[token]
+    return "·█"[token] if name == "eca" else str(token)
 
 
 @dataclass
@@ -865,35 +781,22 @@ class Data:
 
     def fingerprint(self):
         """A number that is another where the data are others."""
-        both = self.train.fingerprint(), self.val.fingerprint()
-        return zlib.crc32(repr(both).encode())
+        return zlib.crc32(repr((self.train.fingerprint(), self.val.fingerprint())).encode())
 
-    def words(self, tokens):
-        """Tokens, one by one, as a person would write them."""
-        tokens = [int(t) for t in tokens]
+    def write(self, x, y=None):
+        """Tokens as a person would write them; of a row x, y what counts is between « and »."""
         if self.kind == "text":
-            return [self.tokenizer.decode([t]).decode("utf-8", "replace") for t in tokens]
-        separators, members = self.train.separators, self.train.members
-        place = next((separators.index(t) for t in tokens if t in separators), 0)
-        names = [f"|{name}|" if len(members) > 1 else "|" for _, name, _ in members]
-        others = dict(enumerate([*names, "_"], separators.start))
-        _, name, p = members[place]
-        return [others.get(t) or word(t, name, p) for t in tokens]
-
-    def write(self, tokens, counted=None):
-        """A row as a person would write it; what counts (bool) stands between « and »."""
-        if self.kind == "text" and counted is None:
-            return self.tokenizer.decode([int(t) for t in tokens]).decode("utf-8", "replace")
-        words, gap = self.words(tokens), ""
-        if counted is not None:
-            words = [f"«{word}»" if counts else word for word, counts in zip(words, counted)]
-        if self.kind != "text":
-            _, name, p = self.train.members[0]
-            alone = len(self.train.members) == 1
-            gap = "" if alone and (name == "eca" or "digits" in p) else " "
-            if alone and name == "eca":  # a line for each of its rows
-                words[p["width"]::p["width"]] = ["\n" + w for w in words[p["width"]::p["width"]]]
-        return re.sub(r"»(\s*)«", r"\1", gap.join(words))
+            return self.tokenizer.decode([int(t) for t in x]).decode("utf-8", "replace")
+        words = [word(int(t), self.train) for t in x]
+        if y is not None and (y != -1).any():  # what counts is in one piece
+            counted = (y != -1).nonzero().flatten() + 1
+            words[counted[0]] = "«" + words[counted[0]]
+            words[counted[-1]] += "»"
+        _, name, p = self.train.members[0]
+        if name == "eca" and len(self.train.members) == 1:  # a line for each of its rows
+            lines = [words[i:i + p["width"]] for i in range(0, len(words), p["width"])]
+            return "\n".join(map("".join, lines))
+        return ("" if "digits" in p else " ").join(words)
 
 
 def kind_of(spec):
@@ -914,41 +817,81 @@ def default_tokenizer(spec):
 
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     """The data that a spec names: a rule or mixture, a task, a corpus or a path. Raises UserError.
-
     block_size: tokens of a row (default: as long as they come; of text 256). tokenizer: of text.
     split "warmup": train is other text of the same corpus, see Windows."""
     kind = kind_of(spec)
     if kind != "text":
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
-    tokenizer, folder = tokenizer or default_tokenizer(spec), Path(spec)
+    name, folder = tokenizer or default_tokenizer(spec), Path(spec)
+    if name != default_tokenizer(spec) and (spec in PUBLISHED or name == "characters"):
+        raise UserError(f"{spec} is not to be had with --tokenizer {name}")
     if spec in PUBLISHED:
-        folder = cache_folder() / f"{spec}-{tokenizer}"
+        folder = cache_folder() / f"{spec}-{name}"
         if not (folder / "meta.json").exists():
-            raise UserError(f"{spec} is not prepared here: python data.py prepare {spec} "
-                            f"--tokenizer {tokenizer}")
+            raise UserError(f"{spec} is not prepared here: python data.py prepare {spec}")
     elif spec in CORPORA or not (folder / "train.bin").exists():
-        if tokenizer == "characters":
-            raise UserError("--tokenizer characters is for deepmind_math alone")
-        folder = tokenise(spec, load_tokenizer(tokenizer))
+        folder = tokenise(spec, load_tokenizer(name))
     elif (folder / "meta.pkl").exists():
         raise UserError(f"{folder} has a vocabulary of its own (meta.pkl): point at its text")
     meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
-    tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))
+    tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))  # nanoGPT's has no meta.json
     windows, size = Problems if tokenizer.name == "characters" else Windows, block_size or 256
     train = windows(folder / "train.bin", tokenizer, size, seed, split)
     val = windows(folder / "val.bin", tokenizer, size, 0, "val")
+    for rows in (train, val) if folder == Path(spec) else ():  # somebody's may hold anything
+        with reading(rows.path):
+            if rows.tokens.max() >= tokenizer.vocab_size:
+                raise ValueError(f"it holds tokens that {tokenizer.name} does not know")
     return Data(spec, kind, train, val, tokenizer.vocab_size, size, tokenizer)
 
 
 # --------------------------------------------------------------------------------------------------
-# What all scripts share: files, which are written whole and held by one process, and errors
+# What all scripts share: errors, files, which are written whole and held by one process, and the
+# command line
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
+
+
+class UserError(Exception):
+    """Something the user can put right: one line on stderr and this exit status, see run_main."""
+
+    status = 2
+
+
+class Busy(UserError):
+    """Another process is at work on it: to be tried again later."""
+
+    status = 75  # EX_TEMPFAIL of sysexits.h
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever goes wrong in this block, which reads a file and uses what is in it, becomes a
+    UserError: the file is damaged, or is not what it should be."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
+
+
+def reason_of(error):
+    """What an error says, in one line; an OSError without its number and path."""
+    said = " ".join(str(error).split())[:200]
+    if isinstance(error, (KeyError, TypeError, IndexError, AttributeError)):  # a file's odd content
+        said = f"it is not as it should be ({type(error).__name__}: {said})"
+    return getattr(error, "strerror", None) or said or type(error).__name__
 
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one.
-    Raises UserError where it cannot be written: a full disk, a folder that may not be."""
+    """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one,
+    and so does what keeps it from being written. Raises UserError."""
     path = Path(path).resolve()  # a link stays one
     scratch = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it is written over
     if path.exists() and not path.is_file():
@@ -973,26 +916,6 @@ def write_json(path, value):
     value = json.loads(text, parse_constant=lambda nan: None)
     with written_whole(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Whatever goes wrong in this block, which reads a file and uses what is in it, becomes a
-    UserError: the file is damaged, or is not what it should be."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot read {path}: {reason_of(error)}") from None
-
-
-def reason_of(error):
-    """What an error says, in one line; an OSError without its number and path."""
-    said = " ".join(str(error).split())[:200]
-    if isinstance(error, (KeyError, TypeError, IndexError, AttributeError)):  # a file's odd content
-        said = f"it is not as it should be ({type(error).__name__}: {said})"
-    return getattr(error, "strerror", None) or said or type(error).__name__
 
 
 def read_json(path):
@@ -1044,14 +967,13 @@ def number(low, below=math.inf, kind=int):
     powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
 
     def parse(text):
-        value = math.nan
         with contextlib.suppress(ValueError):
             value = float(text[:-1].replace("_", "x") + powers.get(text[-1:].upper(), text[-1:]))
-        if not low <= value < below or kind is int and value != int(value):
-            wanted = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not accepted: {wanted} from {low}"
-                                             f" to below {below:g}")
-        return kind(value)
+            if low <= value < below and kind(value) == value:
+                return kind(value)
+        wanted = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not accepted: {wanted} from {low} to "
+                                         f"below {below:g}")
     return parse
 
 
@@ -1064,6 +986,30 @@ def say(line):
             sys.stdout = None
 
 
+def run_main(main):
+    """Runs a script's main: what the user can put right is one line on stderr and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not; none at all is None
+            stream.reconfigure(errors="replace")  # a console may not know every character
+    try:
+        main()
+        print(end="", flush=True)
+        return
+    except BrokenPipeError:  # python data.py list | head
+        sys.stdout = None
+        return
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
+        line, status = str(error), getattr(error, "status", 2)
+    except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
+        if not re.search("allocate|out of memory|^$", str(error)):
+            raise
+        line, status = "not enough memory: smaller batches or models, or --grad_accum, need less", 2
+    print("error:", *line.split(), file=sys.stderr)
+    sys.exit(status)
+
+
 def main():
     parser = Parser(description="Look at the data, or prepare a published corpus.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1072,12 +1018,11 @@ def main():
     shower.add_argument("spec", help="such as dyck:k=3,length=32, haystack:pairs=4, code, a path")
     shower.add_argument("-n", type=number(1, 10_001), default=3, help="how many (default 3)")
     shower.add_argument("--seed", type=number(0, 2 ** 32), default=0)
+    shower.add_argument("--tokenizer", help="of text: bytes, or one that tiktoken knows")
     preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
     preparer.add_argument("name", choices=PUBLISHED)
     preparer.add_argument("--tokens", type=number(1), help="such as 700M (default: as published)")
     preparer.add_argument("--source", help="a mirror's address, or a folder with the same files")
-    for each in (shower, preparer):
-        each.add_argument("--tokenizer", help="of text: bytes, or one that tiktoken knows")
     args = parser.parse_args()
     if args.command == "list":
         for name, rule in RULES_AND_TASKS.items():
@@ -1089,41 +1034,13 @@ def main():
               "mixtures, controls 0.7*set:length=2-20+0.3*union, shuffled:dyck:k=16")
     elif args.command == "show":
         data = make_data(args.spec, args.seed, tokenizer=args.tokenizer)
-        print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; what "
-              "the loss counts is between « and », or all of a row that has none (but its first)")
-        for x, y in map(data.train.__getitem__, range(args.n)):
-            counted = None if (y != -1).all() else [False, *(y[:-1] != -1).tolist()]
-            print("\n" + data.write(x, counted))
+        print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; the "
+              "loss counts what is between « and », all of text, and of DeepMind-Math the answers")
+        for i in range(args.n):
+            print("\n" + data.write(*data.train[i]))
     else:
-        folder = prepare(args.name, args.tokens or PUBLISHED[args.name]["tokens"], args.source,
-                         args.tokenizer)
+        folder = prepare(args.name, args.tokens or PUBLISHED[args.name]["tokens"], args.source)
         print(f"{args.name} is in {folder}; next: python train.py --preset {args.name}")
-
-
-def run_main(main):
-    """Runs a script's main: what the user can put right is one line on stderr and status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not; none at all is None
-            stream.reconfigure(errors="replace")  # a console may not know every character
-    try:
-        main()
-        print(end="", flush=True)
-        return
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # python data.py list | head
-        sys.stdout = None
-        return
-    except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
-        line, status = str(error), getattr(error, "status", 2)
-    except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
-        if not re.search("allocate|out of memory|^$", str(error)):
-            raise
-        line, status = "not enough memory: smaller batches or models, or --grad_accum, need less", 2
-    rank = os.environ.get("RANK", "0")
-    process = f" (process {rank})" if rank != "0" else ""
-    print(f"error: {' '.join(line.split())}{process}", file=sys.stderr)
-    sys.exit(status)
 
 
 if __name__ == "__main__":
