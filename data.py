@@ -206,8 +206,7 @@ def sorting(r, numbers=20, below=100):
     return x + [below], sorted(x)
 
 
-# --------------------------------------------------------------------------------------------------
-# The tables. To add a rule: write its function above, and its line here.
+# ---- The tables. To add a rule: write its function above, and its line here. ---------------------
 
 
 @dataclass
@@ -303,8 +302,6 @@ class Rows(Dataset):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
         self.spec, self.seed, self.split = spec, seed, split
         self.shuffled, self.members = parse_spec(spec)  # members: [(weight, name, parameters), ...]
-        # Inputs are cut to this length, which a curriculum changes as it goes.
-        self.longest = max(p.get("length", (0, 0))[1] for _, _, p in self.members)
         separator = 1 if len(self.members) > 1 else 0  # a mixture puts one before brackets
         longest = separator + max(RULES_AND_TASKS[name].tokens(p) for _, name, p in self.members)
         size = max(RULES_AND_TASKS[name].vocab(p) for _, name, p in self.members)
@@ -326,8 +323,7 @@ class Rows(Dataset):
         place = r.choices(range(len(weights)), weights)[0] if len(weights) > 1 else 0
         _, name, p = self.members[place]
         if "length" in p:
-            low, high = p["length"]
-            p = p | {"length": r.randint(min(low, self.longest), min(high, self.longest))}
+            p = p | {"length": r.randint(*p["length"])}
         for _ in range(1000):  # of a task, until the example's hash says that it is of this split
             prompt, answer = RULES_AND_TASKS[name].make(r, **p)
             if name in RULES or is_held_out(prompt) == (self.split == "val"):
@@ -857,15 +853,7 @@ except ImportError:  # Windows, where nothing is locked
 
 
 class UserError(Exception):
-    """Something the user can put right: one line on stderr and this exit status, see run_main."""
-
-    status = 2
-
-
-class Busy(UserError):
-    """Another process is at work on it: to be tried again later."""
-
-    status = 75  # EX_TEMPFAIL of sysexits.h
+    """Something the user can put right: one line on stderr and exit status 2, see run_main."""
 
 
 @contextlib.contextmanager
@@ -874,7 +862,7 @@ def reading(path):
     UserError: the file is damaged, or is not what it should be."""
     try:
         yield
-    except UserError:
+    except (UserError, BrokenPipeError):  # of what prints as it reads, into a pipe
         raise
     except Exception as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
@@ -937,7 +925,7 @@ def json_lines(path):
 
 def lock(path, wait=False):
     """Holds a file until it is closed, or this process ends, however it ends. Another process that
-    has it is waited for, or refused: Busy. Windows locks nothing, and some file systems cannot."""
+    has it is waited for, or refused. Windows locks nothing, and some file systems cannot."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
@@ -949,7 +937,7 @@ def lock(path, wait=False):
             # A DataLoader's workers, which outlive a kill by seconds, would hold it as well.
             os.register_at_fork(after_in_child=file.close)
     except BlockingIOError:
-        raise Busy(f"another process is at work in {path.parent}: let it end first") from None
+        raise UserError(f"another process is at work in {path.parent}: let it end first") from None
     except OSError as error:
         say(f"warning: {path} cannot be locked ({reason_of(error)}): one process at a time, please")
     return file
@@ -1001,13 +989,13 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
-        line, status = str(error), getattr(error, "status", 2)
+        line = str(error)
     except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
         if not re.search("allocate|out of memory|^$", str(error)):
             raise
-        line, status = "not enough memory: smaller batches or models, or --grad_accum, need less", 2
+        line = "not enough memory: smaller batches or models, or --grad_accum, need less"
     print("error:", *line.split(), file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
 
 
 def main():

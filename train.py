@@ -147,8 +147,8 @@ def train(model, data, stage, file, fingerprint, warmed):
     scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
     progress = resume(file, model, optimizer, scaler, stage, fingerprint)
     began = time.monotonic() - progress["seconds"]
-    source = {"spec": data.spec, "tokenizer": stage.tokenizer, "seed": stage.seed,
-              "eval_rows": stage.eval_rows}
+    source = {"spec": data.spec, "seed": stage.seed, "eval_rows": stage.eval_rows,
+              "tokenizer": data.tokenizer and data.tokenizer.name}
     log = Log(file.with_name("log.jsonl"), stage, progress)
     held_out = held_out_rows(data, stage.eval_rows)
     if not progress["before"]:

@@ -71,10 +71,10 @@ READERS = {  # a file: the command lines that read it
     **{f"tokens/{name}": [TOKENS, ["data.py", "show", "tokens"]]
        for name in ("meta.json", "train.bin", "val.bin")}}
 ODD = """data.py show WORD -n WORD|data.py show WORD --seed WORD|data.py show text --tokenizer x
-data.py prepare WORD|data.py prepare c4 --source text --workers 1 --tokenizer bytes --tokens WORD
+data.py prepare WORD|data.py prepare c4 --source text --tokens WORD
 data.py WORD|data.py list|model.py WORD|model.py export WORD new|eval.py WORD|eval.py WORD WORD
 eval.py run --data WORD|eval.py run --probe WORD|eval.py run/warmup.pt --tokens 1 --sample WORD
-eval.py run --tokens 1 --prompt WORD --temperature WORD --top_k WORD
+eval.py run --tokens 1 --prompt WORD --temperature WORD
 analyze.py WORD|analyze.py curves WORD --picture WORD|analyze.py curves WORD --results WORD
 analyze.py table --show --results WORD --seeds WORD|analyze.py table --show --only WORD
 analyze.py pack WORD --results WORD|analyze.py report --results WORD

@@ -22,7 +22,7 @@ import analyze
 import train
 from analyze import compare, permutation_interval, permutation_p, settings_in, table_lines
 from conftest import ROOT
-from data import Busy, lock
+from data import UserError, lock
 from model import GPT, GPTConfig, parse_size, part_of
 
 PACKED = ROOT / "assets/results.jsonl.gz"
@@ -576,7 +576,7 @@ def test_two_sweeps_or_two_runs_are_never_in_one_folder(prose, tmp_path, monkeyp
     pytest.importorskip("fcntl")
     settings = small(prose)[:1]
     monkeypatch.setattr(analyze, "settings_in", lambda name, budget: settings)
-    with lock(tmp_path / ".lock"), pytest.raises(Busy, match="another process"):
+    with lock(tmp_path / ".lock"), pytest.raises(UserError, match="another process"):
         call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)
     with lock(tmp_path / settings[0].folder(0) / ".lock"):  # a run that outlived its sweep
         call(monkeypatch, "table", "--seeds", 1, "--results", tmp_path)

@@ -31,7 +31,7 @@ def test_a_rule_is_added_in_six_lines(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     code = (tmp_path / "data.py").read_text()
-    for block, place in ((f"{function}\n\n", "# ---------"), (entry, "}\nTASKS = {")):
+    for block, place in ((f"{function}\n\n", "# ----"), (entry, "}\nTASKS = {")):
         after = code.index(place, code.index("def eca("))
         code = code[:after] + block + code[after:]
     (tmp_path / "data.py").write_text(code)
