@@ -618,9 +618,10 @@ def parse(argv):
         s |= LAPTOP_TASK if preset else {}
     else:
         s |= PRESETS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
-    # A control has all that its rule has, in another order.
-    parameters, own = s.pop("warmups", {}).get(warmup.removeprefix("shuffled:"), ("", {}))
+    warmups = s.pop("warmups", {})
+    _, own = warmups.get(warmup.removeprefix("shuffled:"), ("", {}))  # a control has its rule's
     s |= own
+    warmup = spelled_out(warmup, warmups)
     if warmup == "text":
         s["embeddings"] = "keep"
     if warmup == "none":
@@ -634,11 +635,21 @@ def parse(argv):
             if kind == "text":
                 with reading(checkpoint):  # other people's files name no tokenizer
                     s["tokenizer"] = state.get("source", {}).get("tokenizer") or s["tokenizer"]
-    s |= given | {"data": data, "warmup": f"{warmup}:{parameters}" if parameters else warmup}
+    s |= given | {"data": data, "warmup": warmup}
     if "warmup_steps" in given:
         s["warmup_tokens"] = None
     check(s, given, kind, checkpoint)
     return Namespace(**s)
+
+
+def spelled_out(warmup, warmups):
+    """A spec in which each bare name has the parameters that it stands for: see WARMUPS."""
+    members = []
+    for member in warmup.split("+"):
+        name = member.removeprefix("shuffled:").rpartition("*")[2]
+        parameters, _ = warmups.get(name, ("", {}))
+        members.append(f"{member}:{parameters}" if parameters else member)
+    return "+".join(members)
 
 
 def check(s, given, kind, checkpoint):
