@@ -367,7 +367,7 @@ def test_moments_of_any_dtype_and_layout_go_on(key, change, same_bits, refused, 
     ("--init=CUT --warmup_lr=1", "--warmup_lr would do nothing"),
     ("--attn_from=CUT --transfer=attn", "--transfer would do nothing"),
     ("--tokenizer=bytes", "--tokenizer would do nothing"), ("--tokens=1M", "--steps would"),
-    ("--block_size=4", "haystack"), ("--preset=c4", "--preset would"),
+    ("--block_size=4", "haystack"), ("--preset=c4", "--preset would"), ("--size=1_3_8", "3 heads"),
     # What does not fit is seen before the warm-up.
     ("--init=CUT --size=1_2_16", "1_2_8"), ("--embeddings=keep", "256"),
     ("--warmup=set:length=2 --positions=moved", "9 positions")])
