@@ -1,9 +1,6 @@
 """What eval.py says of models, against models whose answers are known and counts by hand."""
-import collections
-import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -13,6 +10,7 @@ import pytest
 
 import data
 import eval as script
+import train
 from data import UserError, make_data
 from model import GPT, GPTConfig, load, save
 
@@ -107,8 +105,7 @@ def test_evaluation_counts_as_one_counts_by_hand_in_any_number_of_parts(n):
 
 def test_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was():
     model, (_, x, y, _) = GPT(GPTConfig(4, 13, 1, 1, 8, dropout=0.5)), bigrams()
-    assert script.evaluate(model, [(x, y)]) == script.evaluate(model, [(x, y)])
-    assert model.training and model.h[0].training
+    assert script.evaluate(model, [(x, y)]) == script.evaluate(model, [(x, y)]) and model.training
 
 
 # Brackets
@@ -141,17 +138,13 @@ def rows_of_brackets(name, k, length, p, depth=None):
     ("dyck", dict(k=2, length=6, p=0.4)),
     ("dyck_shuffle", dict(k=2, length=5, p=0.5, depth=3)),
     ("dyck_shuffle", dict(k=3, length=4, p=0.6, depth=2))])
-def test_bracket_facts_give_each_row_the_probability_with_which_it_is_made(name, p):
+def test_odds_of_brackets_multiply_to_the_probability_of_a_row(name, p):
     chances = rows_of_brackets(name, **p)
     assert sum(chances.values()) == pytest.approx(1)
     for row, chance in chances.items():
         odds = script.bracket_facts(np.array([row]), name, p)["odds"][0]
         assert np.allclose(odds.sum(1), 1)
         assert math.prod(odds[t, token] for t, token in enumerate(row)) == pytest.approx(chance)
-    r, n, make = random.Random(0), 5_000, data.RULES[name].make
-    came = collections.Counter(tuple(make(r, **p)[1]) for _ in range(n))
-    for row in came | chances:
-        assert came[row] / n == pytest.approx(chances[row], abs=5 * math.sqrt(chances[row] / n))
 
 
 def test_bracket_facts_say_what_closes_what():
@@ -253,16 +246,6 @@ def alike(T):
     return np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None]
 
 
-def test_entropy_of_heads_is_0_for_one_token_and_1_for_all_alike():
-    sharp = np.zeros((6, 6))
-    sharp[:, 0] = 1
-    attention = np.stack([[[sharp, alike(6)]], [[sharp, alike(6)]]])  # (rows, layers, heads, T, T)
-    assert script.entropy_of_heads(attention, np.ones((2, 6), bool))[0] == pytest.approx([0, 1])
-    attention[:, :, 1, 4:] = sharp[4:]
-    real = np.arange(6) < [[4], [3]]
-    assert script.entropy_of_heads(attention, real)[0] == pytest.approx([0, 1]), "pads are no part"
-
-
 def looks_at(place):
     """Attention (rows, 1, 1, T, T) of which place(row, t), of a list of tokens, gets all."""
     def attention(x):
@@ -304,21 +287,12 @@ def test_a_head_that_looks_where_a_probe_looks_gets_one_and_others_nothing(spec,
     for where, score in ((place, 1), (never, 0)):
         c.attention = looks_at(where)
         found = script.probe_heads(c)
-        assert found[f"{name}, strongest head"] == pytest.approx(score)
-        assert found["entropy (1: all alike), sharpest head"] == 0 and found[name] == score
+        assert found[name] == found[f"{name}, strongest head"] == pytest.approx(score)
+        assert found[script.BLUR] == 0
     c.attention = lambda x: np.broadcast_to(alike(x.shape[1]), (len(x), 1, 1, *[x.shape[1]] * 2))
     found = script.probe_heads(c)
-    assert found[f"{name}, strongest head"] == pytest.approx(
-        found[f"{name}, if it looked at all alike"])
-
-
-def test_a_linear_map_reads_what_was_planted_and_nothing_else():
-    rng = np.random.default_rng(0)
-    labels, train = rng.choice(4, 4000, p=[0.7, 0.1, 0.1, 0.1]), np.arange(4000) % 2 == 0
-    noise = rng.normal(size=(4000, 24))
-    planted = np.eye(4)[labels] @ rng.normal(size=(4, 24)) + 0.01 * noise
-    assert script.linear_accuracy(planted, labels, train) == 1
-    assert script.linear_accuracy(noise, labels, train) == pytest.approx(1 / 4, abs=0.05)
+    assert found[name] == pytest.approx(found[f"{name}, if it looked at all alike"])
+    assert found[script.BLUR] == pytest.approx(1)
 
 
 def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
@@ -333,9 +307,7 @@ def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
         c.model.wpe.weight.zero_()
         c.model.wte.weight.copy_(torch.eye(11, 16))  # a token is a direction
     c.model.h = torch.nn.ModuleList([torch.nn.Identity(), Planted()])
-    found = script.probe_linear(c)
-    assert found["seen before: chance"] == 0.5
-    shares = found["seen before, share right by layers passed"]
+    shares = script.probe_linear(c)["seen before, share right by layers passed"]
     assert shares["model"][0] == shares["model"][1] < 0.8 and shares["model"][2] == 1
     assert len(shares["untrained"]) == 3 and max(shares["untrained"].values()) < 0.9
 
@@ -377,19 +349,18 @@ def printed(monkeypatch, capfd):
 def test_every_probe_that_applies_is_printed_and_the_heads_are_drawn(kind, probes, checkpoints,
                                                                     printed):
     image, path = pytest.importorskip("matplotlib.image"), checkpoints[kind]
-    text = printed(path, "--plot")
-    c = script.Opened(path, "cpu")
+    text, c = printed(path, "--plot"), script.Opened(path, "cpu")
     assert text.startswith(f"{path}: train step 7, held-out {c.spec}\n")
     assert re.findall(r"^(\w+): \S.* \(.*\)$", text, re.MULTILINE) == probes.split()
     for name in probes.split():
-        found, lines = script.PROBES[name](c), text.splitlines()
-        assert f"{name}: {script.PROBES[name].__doc__} ({found['n']})" in lines
-        for label, value in found.items():
+        for label, value in script.PROBES[name](c).items():
+            shown = []
             if isinstance(value, float):
-                assert any(line.startswith(label) and f"{value:.4f}" in line for line in lines)
-            for curve in value.values() if isinstance(value, dict) else ():
-                x, y = list(curve.items())[0]
-                assert any(line.startswith(label) and f"{x}: {y:.3f}" in line for line in lines)
+                shown = [f"{value:.4f}"]
+            if isinstance(value, dict):
+                shown = [f"{x}: {y:.3f}" for x, y in [*value["model"].items()][:1]]
+            for number in shown:
+                assert re.search(f"^{re.escape(label)}.*{number}", text, re.MULTILINE)
     figure = path.with_name(f"eval-{kind}-heads.png")
     assert [*path.parent.glob("*.png")] == [figure] and image.imread(figure).std() > 0.02
 
@@ -410,16 +381,6 @@ def test_the_heads_are_drawn_in_four_panels_with_their_numbers(spec, maps, opene
         assert numbers == [f"{value:.2f}" for value in found[axis.get_title()].flat]
 
 
-def test_a_figure_that_cannot_be_written_is_one_line_after_all_is_printed(checkpoints, refused,
-                                                                         monkeypatch):
-    pytest.importorskip("matplotlib")
-    path, said = checkpoints["rule"], []
-    path.with_name("eval-rule-heads.png").mkdir()
-    monkeypatch.setattr(script, "print_finding", lambda name, finding: said.append(name))
-    assert "is not a file" in refused(script, path, "--probe", "heads,loss", "--plot")
-    assert said == ["heads", "loss"]
-
-
 @pytest.mark.parametrize("kind,arguments,reason", [
     ("rule", ["--probe", "vibes"], "there are loss"),
     ("rule", ["--probe", "loss,brackets"], "does not apply"),
@@ -437,12 +398,8 @@ def test_who_says_not_what_it_was_trained_on_needs_data(tmp_path, prose, printed
     assert "bits per byte" in printed(path, "--data", prose, "--probe", "loss")
     save(path, GPT(GPTConfig(50257, 32, 1, 1, 8)))  # GPT-2's size alone does not say that it is
     assert "--tokenizer" in refused(script, path, "--data", prose)
-
-
-@pytest.mark.parametrize("source", [{"spec": 3}, {"spec": "set", "seed": "x"}, [3]])
-def test_odd_words_in_a_checkpoint_are_one_line(source, tmp_path, checkpoints, refused):
-    save(tmp_path / "a.pt", load(checkpoints["rule"])[0], source=source)
-    assert "a.pt" in refused(script, tmp_path / "a.pt")
+    save(path, GPT(GPTConfig(264, 32, 1, 1, 8)), source=[3])
+    assert "a.pt" in refused(script, path)
 
 
 @pytest.mark.parametrize("stage", ["train", "warmup"])
@@ -458,17 +415,15 @@ def test_data_that_are_not_those_it_was_trained_on_are_refused(stage, tmp_path, 
     assert "perplexity" in printed(path, "--probe", "loss", "--data", prose)
 
 
-def test_a_run_has_one_held_out_loss_and_its_folder_is_its_checkpoint(tmp_path, script, printed):
-    run = script("train.py", "--data", "haystack:pairs=2", "--warmup", "dyck:k=2,length=8",
-                 "--steps", 2, "--warmup_steps", 2, "--batch_size", 4, "--warmup_batch_size", 4,
-                 "--eval_rows", 24, "--size", "1_1_8", "--device", "cpu", "--out", tmp_path / "run")
-    assert run.returncode == 0, run.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    text = printed(tmp_path / "run", tmp_path / "run" / "warmup.pt", "--probe", "loss")
-    task, brackets = text.split("held-out ")[1:]
-    assert task.startswith("haystack:pairs=2\n") and brackets.startswith("dyck:k=2,length=8\n")
-    for said, loss in ((task, result["val_loss"]), (brackets, result["warmup_loss"])):
-        assert f"{loss:.4f}" in said
+def test_a_run_has_one_held_out_loss_and_its_folder_is_its_checkpoint(tmp_path, printed):
+    flags = ("--data haystack:pairs=2 --warmup dyck:k=2,length=8 --steps 2 --warmup_steps 2 "
+             "--batch_size 4 --warmup_batch_size 4 --eval_rows 24 --size 1_1_8 --device cpu --out")
+    result = train.run(train.parse([*flags.split(), f"{tmp_path}/run"]))
+    task, brackets = printed(tmp_path / "run", tmp_path / "run/warmup.pt", "--probe",
+                             "loss").split("held-out ")[1:]
+    assert task.startswith("haystack:pairs=2\n") and f"{result['val_loss']:.4f}" in task
+    assert brackets.startswith("dyck:k=2,length=8\n")
+    assert f"{result['warmup_loss']:.4f}" in brackets
 
 
 # Samples and figures
@@ -504,7 +459,6 @@ def test_samples_of_text_go_on_from_held_out_text_and_a_prompt_from_words(checkp
     expected = f"The quick ▶ {bytes(out).decode('utf-8', 'replace')}\n"
     ask += ["--prompt", "The quick"]
     assert printed(*ask, "--temperature", 0).endswith(expected)
-    assert printed(*ask, "--temperature", 1e-45).endswith(expected)
     assert printed(*ask, "--temperature", 5) == printed(*ask, "--temperature", 5) != expected
 
 
