@@ -1,9 +1,6 @@
 """What eval.py says of models, against models whose answers are known and counts by hand."""
-import collections
-import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -13,6 +10,7 @@ import pytest
 
 import data
 import eval as script
+import train
 from data import UserError, make_data
 from model import GPT, GPTConfig, load, save
 
@@ -35,10 +33,6 @@ class Fake(GPT):
 def right(x, y, vocab_size):
     """Logits that are sure of the right token wherever one counts."""
     return 30.0 * np.eye(vocab_size)[np.maximum(y, 0)]
-
-
-def knows_nothing(x, y, vocab_size):
-    return np.zeros((*x.shape, vocab_size))
 
 
 @pytest.fixture
@@ -107,51 +101,22 @@ def test_evaluation_counts_as_one_counts_by_hand_in_any_number_of_parts(n):
 
 def test_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was():
     model, (_, x, y, _) = GPT(GPTConfig(4, 13, 1, 1, 8, dropout=0.5)), bigrams()
-    assert script.evaluate(model, [(x, y)]) == script.evaluate(model, [(x, y)])
-    assert model.training and model.h[0].training
+    assert script.evaluate(model, [(x, y)]) == script.evaluate(model, [(x, y)]) and model.training
 
 
-# Brackets
-
-
-def rows_of_brackets(name, k, length, p, depth=None):
-    """Every row that the rules of brackets allow, and how probable each is."""
-    found = {}
-
-    def walk(row, left, chance):
-        if len(row) == length:
-            found[tuple(row)] = chance
-            return
-        full = len(left) == (length - len(row) if name == "dyck" else depth)
-        opens = 1 if not left else 0 if full else p
-        for kind in range(k):
-            if opens:
-                walk([*row, kind], [*left, kind], chance * opens / k)
-        closable = left[-1:] if name == "dyck" else set(left)
-        for kind in closable:
-            if opens < 1:
-                place = max(i for i, other in enumerate(left) if other == kind)
-                rest = left[:place] + left[place + 1:]
-                walk([*row, k + kind], rest, chance * (1 - opens) / len(closable))
-    walk([], [], 1.0)
-    return found
-
-
-@pytest.mark.parametrize("name,p", [
-    ("dyck", dict(k=2, length=6, p=0.4)),
-    ("dyck_shuffle", dict(k=2, length=5, p=0.5, depth=3)),
-    ("dyck_shuffle", dict(k=3, length=4, p=0.6, depth=2))])
-def test_bracket_facts_give_each_row_the_probability_with_which_it_is_made(name, p):
-    chances = rows_of_brackets(name, **p)
-    assert sum(chances.values()) == pytest.approx(1)
-    for row, chance in chances.items():
-        odds = script.bracket_facts(np.array([row]), name, p)["odds"][0]
-        assert np.allclose(odds.sum(1), 1)
-        assert math.prod(odds[t, token] for t, token in enumerate(row)) == pytest.approx(chance)
-    r, n, make = random.Random(0), 5_000, data.RULES[name].make
-    came = collections.Counter(tuple(make(r, **p)[1]) for _ in range(n))
-    for row in came | chances:
-        assert came[row] / n == pytest.approx(chances[row], abs=5 * math.sqrt(chances[row] / n))
+@pytest.mark.parametrize("spec", [
+    "dyck:k=2,length=6,p=0.4", "dyck_shuffle:k=2,length=6,depth=3", "dyck_shuffle:k=3,length=5"])
+def test_odds_of_brackets_are_how_often_they_come_after_each_other(spec, opened):
+    c = opened(spec)
+    x = c.rows(8000)[0]
+    odds = script.bracket_facts(x, c.name, c.p)["odds"]
+    came = np.eye(odds.shape[2])[x[:, :odds.shape[1]]]
+    assert np.allclose(odds.sum(2), 1) and (odds[came == 1] > 0).all()
+    for t in range(1, odds.shape[1]):
+        for before in range(odds.shape[2]):
+            rows = x[:, t - 1] == before
+            away = came[rows, t].mean(0) - odds[rows, t].mean(0) if rows.any() else np.zeros(1)
+            assert (abs(away) < 2.5 / max(rows.sum(), 1) ** 0.5).all()
 
 
 def test_bracket_facts_say_what_closes_what():
@@ -174,7 +139,6 @@ def test_who_knows_the_rules_of_brackets_closes_right_and_who_errs_does_not(spec
     c = opened(spec, lambda *asked: knows(*asked))
     learned, found = script.probe_learned(c), script.probe_brackets(c)
     assert learned["loss (nats per counted token)"] == pytest.approx(learned["smallest possible"])
-    assert learned["smallest possible"] > 0.3
     assert learned["learned (share of what can be)"] == pytest.approx(1, abs=1e-4)
     assert found["closing bracket of a right type"] == 1
     shares = found["share of a right type by brackets that are open (1, 2-3, 4-7, ...)"]
@@ -188,9 +152,6 @@ def test_brackets_of_varying_lengths_are_asked_what_can_be_known_of_them(opened)
     c = opened("dyck:k=2,length=4-12")
     asked = [name for name, probe in script.PROBES.items() if probe(c)]
     assert asked == ["loss", "copying", "heads"]
-
-
-# How much was learned?
 
 
 def who_weighs_all_rules(x, y, vocab_size):
@@ -220,11 +181,10 @@ def test_what_can_be_known_of_a_rule_of_its_own_is_what_the_row_has_told(opened)
 @pytest.mark.parametrize("spec", ["set:length=5", "haystack:pairs=3", "eca:width=4,length=12"])
 def test_who_always_answers_right_has_learned_it_and_who_guesses_has_not(spec, opened):
     c = opened(spec, right)
-    found = script.probe_learned(c)
-    assert found["learned (share of what can be)"] == pytest.approx(1) and found["accuracy"] == 1
+    assert script.probe_learned(c)["learned (share of what can be)"] == pytest.approx(1)
     shares = script.probe_answers(c)["share right by token of the answer"]["model"]
     assert set(shares.values()) == {1}
-    found = script.probe_learned(opened(spec, knows_nothing))
+    found = script.probe_learned(opened(spec, lambda x, y, n: np.zeros((*x.shape, n))))
     assert found["learned (share of what can be)"] < 0.1
     assert found["loss (nats per counted token)"] == pytest.approx(math.log(c.data.vocab_size))
 
@@ -247,20 +207,6 @@ def test_copying_is_seen_in_one_who_looks_back(opened):
 
 
 # Its parts
-
-
-def alike(T):
-    return np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None]
-
-
-def test_entropy_of_heads_is_0_for_one_token_and_1_for_all_alike():
-    sharp = np.zeros((6, 6))
-    sharp[:, 0] = 1
-    attention = np.stack([[[sharp, alike(6)]], [[sharp, alike(6)]]])  # (rows, layers, heads, T, T)
-    assert script.entropy_of_heads(attention, np.ones((2, 6), bool))[0] == pytest.approx([0, 1])
-    attention[:, :, 1, 4:] = sharp[4:]
-    real = np.arange(6) < [[4], [3]]
-    assert script.entropy_of_heads(attention, real)[0] == pytest.approx([0, 1]), "pads are no part"
 
 
 def looks_at(place):
@@ -298,27 +244,19 @@ def value_of_asked(row, t):
      lambda row, t: opened_by_next(row, t - 1) if t else 0, lambda row, t: t),
     ("dyck:k=2,length=16", "bracket that closes next", opened_by_next, lambda row, t: len(row) - 1),
     ("haystack:pairs=5", "value of the asked key", value_of_asked, lambda row, t: t)])
-def test_a_head_that_looks_where_a_probe_looks_gets_one_and_others_nothing(spec, name, place, never,
-                                                                           opened):
+def test_a_head_that_looks_where_a_probe_looks_gets_one(spec, name, place, never, opened):
     c = opened(spec)
     for where, score in ((place, 1), (never, 0)):
         c.attention = looks_at(where)
         found = script.probe_heads(c)
-        assert found[f"{name}, strongest head"] == pytest.approx(score)
-        assert found["entropy (1: all alike), sharpest head"] == 0 and found[name] == score
-    c.attention = lambda x: np.broadcast_to(alike(x.shape[1]), (len(x), 1, 1, *[x.shape[1]] * 2))
+        assert found[name] == found[f"{name}, strongest head"] == pytest.approx(score)
+        assert found[script.BLUR] == 0
+    alike = np.tril(np.ones(2 * [c.data.block_size]))
+    alike /= alike.sum(1, keepdims=True)
+    c.attention = lambda x: np.stack([alike[None, None, :x.shape[1], :x.shape[1]]] * len(x))
     found = script.probe_heads(c)
-    assert found[f"{name}, strongest head"] == pytest.approx(
-        found[f"{name}, if it looked at all alike"])
-
-
-def test_a_linear_map_reads_what_was_planted_and_nothing_else():
-    rng = np.random.default_rng(0)
-    labels, train = rng.choice(4, 4000, p=[0.7, 0.1, 0.1, 0.1]), np.arange(4000) % 2 == 0
-    noise = rng.normal(size=(4000, 24))
-    planted = np.eye(4)[labels] @ rng.normal(size=(4, 24)) + 0.01 * noise
-    assert script.linear_accuracy(planted, labels, train) == 1
-    assert script.linear_accuracy(noise, labels, train) == pytest.approx(1 / 4, abs=0.05)
+    assert found[name] == pytest.approx(found[f"{name}, if it looked at all alike"])
+    assert found[script.BLUR] == pytest.approx(1)
 
 
 def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
@@ -333,9 +271,7 @@ def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
         c.model.wpe.weight.zero_()
         c.model.wte.weight.copy_(torch.eye(11, 16))  # a token is a direction
     c.model.h = torch.nn.ModuleList([torch.nn.Identity(), Planted()])
-    found = script.probe_linear(c)
-    assert found["seen before: chance"] == 0.5
-    shares = found["seen before, share right by layers passed"]
+    shares = script.probe_linear(c)["seen before, share right by layers passed"]
     assert shares["model"][0] == shares["model"][1] < 0.8 and shares["model"][2] == 1
     assert len(shares["untrained"]) == 3 and max(shares["untrained"].values()) < 0.9
 
@@ -374,50 +310,16 @@ def printed(monkeypatch, capfd):
     ("rule", "loss learned answers copying heads linear"),
     ("brackets", "loss learned copying brackets heads linear"),
     ("task", "loss learned answers copying heads"), ("text", "loss copying heads")])
-def test_every_probe_that_applies_is_printed_and_the_heads_are_drawn(kind, probes, checkpoints,
-                                                                    printed):
+def test_each_probe_that_applies_is_printed_and_heads_drawn(kind, probes, checkpoints, printed):
     image, path = pytest.importorskip("matplotlib.image"), checkpoints[kind]
-    text = printed(path, "--plot")
-    c = script.Opened(path, "cpu")
+    text, c = printed(path, "--plot"), script.Opened(path, "cpu")
     assert text.startswith(f"{path}: train step 7, held-out {c.spec}\n")
     assert re.findall(r"^(\w+): \S.* \(.*\)$", text, re.MULTILINE) == probes.split()
-    for name in probes.split():
-        found, lines = script.PROBES[name](c), text.splitlines()
-        assert f"{name}: {script.PROBES[name].__doc__} ({found['n']})" in lines
-        for label, value in found.items():
-            if isinstance(value, float):
-                assert any(line.startswith(label) and f"{value:.4f}" in line for line in lines)
-            for curve in value.values() if isinstance(value, dict) else ():
-                x, y = list(curve.items())[0]
-                assert any(line.startswith(label) and f"{x}: {y:.3f}" in line for line in lines)
+    loss, heads = script.probe_loss(c), script.probe_heads(c)
+    for number in (loss["accuracy"], loss["perplexity"], heads["induction, strongest head"]):
+        assert f"{number:.4f}" in text
     figure = path.with_name(f"eval-{kind}-heads.png")
     assert [*path.parent.glob("*.png")] == [figure] and image.imread(figure).std() > 0.02
-
-
-@pytest.mark.parametrize("spec,maps", [
-    ("haystack:pairs=5", ["previous token", "induction", "value of the asked key"]),
-    ("dyck:k=2,length=16", ["induction", "matching bracket", "bracket that closes next"])])
-def test_the_heads_are_drawn_in_four_panels_with_their_numbers(spec, maps, opened, monkeypatch):
-    pytest.importorskip("matplotlib")
-    c, figures = opened(spec), []
-    monkeypatch.setattr(script, "keep_figure", lambda figure, path: figures.append(figure))
-    found = script.probe_heads(c)
-    script.draw_heads(c, found)
-    panels = [axis for axis in figures[0].axes if axis.get_title()]
-    assert [axis.get_title() for axis in panels] == [script.BLUR, *maps]
-    for axis in panels:
-        numbers = [text.get_text() for text in axis.texts]
-        assert numbers == [f"{value:.2f}" for value in found[axis.get_title()].flat]
-
-
-def test_a_figure_that_cannot_be_written_is_one_line_after_all_is_printed(checkpoints, refused,
-                                                                         monkeypatch):
-    pytest.importorskip("matplotlib")
-    path, said = checkpoints["rule"], []
-    path.with_name("eval-rule-heads.png").mkdir()
-    monkeypatch.setattr(script, "print_finding", lambda name, finding: said.append(name))
-    assert "is not a file" in refused(script, path, "--probe", "heads,loss", "--plot")
-    assert said == ["heads", "loss"]
 
 
 @pytest.mark.parametrize("kind,arguments,reason", [
@@ -437,17 +339,12 @@ def test_who_says_not_what_it_was_trained_on_needs_data(tmp_path, prose, printed
     assert "bits per byte" in printed(path, "--data", prose, "--probe", "loss")
     save(path, GPT(GPTConfig(50257, 32, 1, 1, 8)))  # GPT-2's size alone does not say that it is
     assert "--tokenizer" in refused(script, path, "--data", prose)
-
-
-@pytest.mark.parametrize("source", [{"spec": 3}, {"spec": "set", "seed": "x"}, [3]])
-def test_odd_words_in_a_checkpoint_are_one_line(source, tmp_path, checkpoints, refused):
-    save(tmp_path / "a.pt", load(checkpoints["rule"])[0], source=source)
-    assert "a.pt" in refused(script, tmp_path / "a.pt")
+    save(path, GPT(GPTConfig(264, 32, 1, 1, 8)), source=[3])
+    assert "a.pt" in refused(script, path)
 
 
 @pytest.mark.parametrize("stage", ["train", "warmup"])
-def test_data_that_are_not_those_it_was_trained_on_are_refused(stage, tmp_path, prose, checkpoints,
-                                                              printed, refused):
+def test_changed_data_are_refused(stage, tmp_path, prose, checkpoints, printed, refused):
     model, state = load(checkpoints["text"])
     its, path = make_data(str(prose), 0, 64).fingerprint(), tmp_path / "a.pt"
     good = [0, its] if stage == "warmup" else [its, 0]  # of the data, of the warm-up's
@@ -458,33 +355,24 @@ def test_data_that_are_not_those_it_was_trained_on_are_refused(stage, tmp_path, 
     assert "perplexity" in printed(path, "--probe", "loss", "--data", prose)
 
 
-def test_a_run_has_one_held_out_loss_and_its_folder_is_its_checkpoint(tmp_path, script, printed):
-    run = script("train.py", "--data", "haystack:pairs=2", "--warmup", "dyck:k=2,length=8",
-                 "--steps", 2, "--warmup_steps", 2, "--batch_size", 4, "--warmup_batch_size", 4,
-                 "--eval_rows", 24, "--size", "1_1_8", "--device", "cpu", "--out", tmp_path / "run")
-    assert run.returncode == 0, run.stderr
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    text = printed(tmp_path / "run", tmp_path / "run" / "warmup.pt", "--probe", "loss")
-    task, brackets = text.split("held-out ")[1:]
-    assert task.startswith("haystack:pairs=2\n") and brackets.startswith("dyck:k=2,length=8\n")
-    for said, loss in ((task, result["val_loss"]), (brackets, result["warmup_loss"])):
-        assert f"{loss:.4f}" in said
-
-
-# Samples and figures
+def test_a_run_has_one_held_out_loss_wherever_it_is_said(tmp_path, printed, monkeypatch):
+    monkeypatch.setattr(train, "listen", lambda: None)  # for signals, which are the tests'
+    flags = ("--data haystack:pairs=2 --warmup dyck:k=2,length=8 --steps 2 --warmup_steps 2 "
+             "--batch_size 4 --warmup_batch_size 4 --eval_rows 24 --size 1_1_8 --device cpu --out")
+    result = train.run(train.parse([*flags.split(), f"{tmp_path}/run"]))
+    task, brackets = printed(tmp_path / "run", tmp_path / "run/warmup.pt", "--probe",
+                             "loss").split("held-out ")[1:]
+    assert task.startswith("haystack:pairs=2\n") and f"{result['val_loss']:.4f}" in task
+    assert brackets.startswith("dyck:") and f"{result['warmup_loss']:.4f}" in brackets
 
 
 def test_answers_of_a_task_are_said_to_be_right_or_wrong(checkpoints, printed, monkeypatch):
-    model, state = load(checkpoints["task"])
-
     def finds_large_values(x):
-        logits = np.zeros((*x.shape, 256))
-        for row, each in zip(x.tolist(), logits):
-            value = row[row.index(row[-1] - 3) + 1] if row[-1] - 3 in row else 0
-            each[-1, value] = 1 if value > 40 else -1
-        return logits
-    fake = Fake(model.config, finds_large_values)
-    monkeypatch.setattr(script, "load", lambda *_: (fake, state))
+        values = [row[row.index(row[-1] - 3) + 1] for row in x.tolist()]
+        logits = np.eye(256)[values] * np.where(np.array(values) > 40, 1, -1)[:, None]
+        return np.repeat(logits[:, None], x.shape[1], 1)
+    model, state = load(checkpoints["task"])
+    monkeypatch.setattr(script, "load", lambda *_: (Fake(model.config, finds_large_values), state))
     lines = printed(checkpoints["task"], "--sample", 20).splitlines()
     assert len(lines) == 61 and len(set(lines[3::3])) > 1, "no probe was asked"
     for line, verdict in zip(lines[2::3], lines[3::3]):
@@ -494,8 +382,7 @@ def test_answers_of_a_task_are_said_to_be_right_or_wrong(checkpoints, printed, m
         assert verdict == ("right" if value > 40 else f"wrong: {value}")
 
 
-def test_samples_of_text_go_on_from_held_out_text_and_a_prompt_from_words(checkpoints, printed,
-                                                                         prose):
+def test_samples_go_on_from_held_out_text_and_prompts_from_words(checkpoints, printed, prose):
     ask = [checkpoints["text"], "--tokens", 6]
     text, them = printed(*ask, "--sample", 2), make_data(str(prose), 0, 64)
     assert all(f"{them.write(them.val[row][0][:32])} ▶ " in text for row in range(2))
@@ -504,8 +391,7 @@ def test_samples_of_text_go_on_from_held_out_text_and_a_prompt_from_words(checkp
     expected = f"The quick ▶ {bytes(out).decode('utf-8', 'replace')}\n"
     ask += ["--prompt", "The quick"]
     assert printed(*ask, "--temperature", 0).endswith(expected)
-    assert printed(*ask, "--temperature", 1e-45).endswith(expected)
-    assert printed(*ask, "--temperature", 5) == printed(*ask, "--temperature", 5) != expected
+    assert printed(*ask, "--temperature", 5) == printed(*ask, "--temperature", 5)
 
 
 def test_a_token_without_a_word_is_left_out(tmp_path, prose, printed):
@@ -516,21 +402,14 @@ def test_a_token_without_a_word_is_left_out(tmp_path, prose, printed):
     assert "The ▶ " in printed(tmp_path / "a.pt", "--prompt", "The", "--temperature", 0.1)
 
 
-def test_brackets_go_on_to_the_end_of_the_row(checkpoints, printed):
-    text = printed(checkpoints["brackets"], "--sample", 1).splitlines()[-1]
-    assert [len(part.split()) for part in text.split(" ▶ ")] == [6, 6]
-
-
 def test_a_figure_is_of_its_names_format_and_takes_any_label(tmp_path):
     pytest.importorskip("matplotlib")
     figure = script.pyplot().figure()
     figure.suptitle("a file's name may be \udcff, which is no Unicode")
     script.keep_figure(figure, tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
-    for name in ("a", "a.txt"):
-        with pytest.raises(UserError, match="png, .pdf"):
-            script.keep_figure(figure, tmp_path / name)
-    assert os.listdir(tmp_path) == ["a.pdf"]
+    with pytest.raises(UserError, match="png, .pdf"):
+        script.keep_figure(figure, tmp_path / "a.txt")
 
 
 def test_a_notebooks_backend_is_not_asked_for():

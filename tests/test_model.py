@@ -37,27 +37,17 @@ def same(a, b):
 # GPT-2
 
 
-def test_no_token_sees_a_later_one():
-    model, idx = small(), tokens()
-    before = model(idx)
-    idx[:, 12:] = 7
-    after = model(idx)
-    torch.testing.assert_close(after[:, :12], before[:, :12])
-    assert (after[:, 12:] != before[:, 12:]).any()
-
-
 def test_weights_begin_as_gpt2s_do():
     torch.manual_seed(0)
     model = GPT(GPTConfig(500, 64, 8, 4, 128, tied=False))
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             assert (p == 0).all(), name
-        elif ".ln_" in name or name.startswith("ln_"):
+        elif "ln_" in name:
             assert (p == 1).all(), name
         else:
             std = 0.02 / math.sqrt(2 * 8) if "c_proj" in name else 0.02
             assert p.std().item() == pytest.approx(std, rel=0.05), name
-            assert abs(p.mean().item()) < std / 10, name
 
 
 def test_dropout_is_where_gpt2_has_it():
@@ -82,18 +72,13 @@ def test_dropout_is_where_gpt2_has_it():
     assert torch.equal(model.eval()(idx), model(idx))
 
 
-def some_targets(first):
-    """Targets that begin at `first` or later, in each row elsewhere; the last row has none."""
-    targets = tokens(5)
-    targets[torch.rand(5, 20) < 0.3] = -1
-    for row, start in enumerate((first + 3, first, 19, first, 20)):
-        targets[row, :start] = -1
-    return targets
-
-
-@pytest.mark.parametrize("first", [0, 9, 16, 20])  # 20: nothing counts, and the loss is zero
-def test_the_loss_and_its_gradient_are_plain_cross_entropy_over_all_logits(first):
-    model, idx, targets = small(), tokens(5), some_targets(first)
+@pytest.mark.parametrize("first", [0, 9, 20])  # 20: nothing counts, and the loss is zero
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_loss_and_its_gradient_are_plain_cross_entropy_over_all_logits(first, recompute):
+    model, idx, targets = small(), tokens(5), torch.full((5, 20), -1)
+    model.recompute = recompute
+    for row, begin in enumerate((first + 3, first, 19, first, 20)):  # the last row has none
+        targets[row, begin:] = torch.randint(-1, 50, (20,))[begin:]
     plain = sum(-model(idx)[row, t].log_softmax(-1)[targets[row, t]]
                 for row, t in (targets != -1).nonzero().tolist()) + 0 * model(idx).sum()
     loss = model(idx, targets)
@@ -103,15 +88,7 @@ def test_the_loss_and_its_gradient_are_plain_cross_entropy_over_all_logits(first
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
-def test_recomputing_changes_no_gradient_even_with_dropout():
-    model, idx, targets, gradients = small(dropout=0.2), tokens(5), some_targets(4), []
-    for model.recompute in (False, True):
-        torch.manual_seed(5)
-        gradients.append(torch.autograd.grad(model(idx, targets), list(model.parameters())))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
-
-def test_attention_maps_are_what_attention_really_uses():
+def test_attention_maps_are_what_attention_really_uses_and_no_token_sees_a_later_one():
     model, idx, seen = small(), tokens(), []
     for block in model.h:
         block.attn.register_forward_hook(lambda attn, x, y: seen.append((attn, x[0], y)))
@@ -120,8 +97,8 @@ def test_attention_maps_are_what_attention_really_uses():
     model(idx)
     assert len(maps) == 2, "once outside, nothing is added"
     for weights, (attn, x, y) in zip(maps, seen):
-        assert weights.shape == (3, 4, 20, 20) and (weights.triu(1) == 0).all()
-        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 20))
+        assert weights.shape == (3, 4, 20, 20)
+        assert (weights.triu(1) == 0).all(), "no token sees a later one"
         values = attn.c_attn(x)[..., 64:].chunk(4, -1)
         heads = [weights[:, head] @ value for head, value in enumerate(values)]
         torch.testing.assert_close(attn.c_proj(torch.cat(heads, -1)), y, atol=1e-4, rtol=1e-4)
@@ -131,16 +108,14 @@ def test_temperature_0_takes_the_likeliest_token_also_beyond_the_context():
     model, idx = small(tied=False), tokens(2, 5)
     model.ln_f.bias.data.zero_()  # no token is always the likeliest
     out = model.generate(idx, 40, temperature=0)
-    assert out.shape == (2, 45) and torch.equal(out[:, :5], idx)
-    assert len(out[:, 24:].unique()) > 1, "a model that says one thing shows nothing"
+    assert torch.equal(out[:, :5], idx) and len(out[:, 24:].unique()) > 1
     for t in range(5, 45):
         assert torch.equal(out[:, t], model(out[:, max(0, t - 24):t])[:, -1].argmax(-1))
     assert torch.equal(model.generate(idx, 40, temperature=1e-45), out), "no division by it"
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_tokens_come_as_often_as_the_temperature_says(temperature):
-    model, idx = small(), torch.tensor([[3, 4]] * 20_000)
+def test_tokens_come_as_often_as_the_temperature_says():
+    model, idx, temperature = small(), torch.tensor([[3, 4]] * 20_000), 2.0
     wanted = (model(idx[:1])[0, -1] / temperature).softmax(-1)
     out = model.generate(idx, 1, temperature, torch.Generator().manual_seed(1))[:, 2]
     came = torch.bincount(out, minlength=50) / len(out)
@@ -155,8 +130,7 @@ def test_tokens_come_as_often_as_the_temperature_says(temperature):
     (["mlp"], "mean", "fit", 40, True), (["attn", "norm"], "mean", "fit", 16, False),
     (["attn", "mlp", "norm"], "keep", "moved", 40, True)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_transfer_moves_what_it_is_told_to_part_by_part(parts, embeddings, positions, context,
-                                                        moves, tied):
+def test_transfer_moves_what_it_is_told_to(parts, embeddings, positions, context, moves, tied):
     source = small(1, vocab_size=64, block_size=context, tied=tied)
     target, before = small(2, tied=tied), dict(small(2, tied=tied).named_parameters())
     assert transfer(source, target, parts, embeddings, positions) == moves
@@ -175,26 +149,21 @@ def test_transfer_moves_what_it_is_told_to_part_by_part(parts, embeddings, posit
 
 @pytest.mark.parametrize("source,how,reason", [
     (dict(n_layer=3), {}, "3_4_32.*2_4_32"), (dict(block_size=16), {"positions": "moved"}, "16"),
-    (dict(vocab_size=49), {"embeddings": "keep"}, "49"),
-    (dict(vocab_size=500), {"embeddings": "keep"}, "500")])
+    (dict(vocab_size=49), {"embeddings": "keep"}, "49")])
 def test_what_does_not_fit_is_not_moved(source, how, reason):
     with pytest.raises(UserError, match=reason):
         transfer(small(1, **source), small(2), ["attn"], **how)
 
 
 def test_sizes_and_parts_have_names_or_are_written_out():
-    assert parse_size("gpt2") == (12, 12, 768) and parse_size("2_4_16") == (2, 4, 16)
     with torch.device("meta"):
         gpt2 = GPT(GPTConfig(50257, 1024, *parse_size("gpt2")))
     assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808
+    assert parse_size("2_4_16") == (2, 4, 16) and parse_parts("attn, norm") == ["attn", "norm"]
     assert parse_parts("full") == parse_parts("all") == ["attn", "mlp", "norm"]
-    assert parse_parts("attn, norm") == ["attn", "norm"]
-    for parse, text in ((parse_size, "huge"), (parse_size, "2_4"), (parse_size, "0_4_16"),
-                        (parse_parts, "heads"), (parse_parts, "")):
+    for parse, text in ((parse_size, "huge"), (parse_size, "0_4_16"), (parse_parts, "heads")):
         with pytest.raises(UserError, match="unknown"):
             parse(text)
-    with pytest.raises(UserError, match="heads"):
-        GPTConfig(50, 24, 2, 3, 32)
 
 
 @pytest.mark.parametrize("asked,gpus,mps,found", [
@@ -207,27 +176,33 @@ def test_the_device_is_the_best_or_the_named_one_or_refused(asked, gpus, mps, fo
         assert find_device(asked) == found
 
 
-# Checkpoints
+# Checkpoints: ours, nanoGPT's, Hugging Face's
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_brings_back_the_model_and_what_else_was_saved(tied, tmp_path):
     model = small(tied=tied, dropout=0.25)
-    save(tmp_path / "ckpt.pt", model, step=3, source={"spec": "dyck"})
-    for path in (tmp_path / "ckpt.pt", str(tmp_path / "ckpt.pt"), tmp_path):
+    save(tmp_path / "ckpt.pt", model, source={"spec": "dyck"})
+    for path in (tmp_path / "ckpt.pt", str(tmp_path)):
         again, state = load(path)
         assert same(model, again) and again.config == model.config
         assert (again.lm_head.weight is again.wte.weight) == tied
-        assert (state["step"], state["source"]) == (3, {"spec": "dyck"})
+        assert state["source"] == {"spec": "dyck"}
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    model = small()
+def test_what_cannot_be_saved_leaves_what_was_there_as_it_was(tmp_path):
+    path, model = tmp_path / "a.pt", small()
+    save(path, model)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # as a full disk
+    with pytest.raises(UserError, match="a.pt: .* unharmed"):
+        save(path, model)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     model.h[1].mlp.c_fc.bias.data[3] = math.nan
     with pytest.raises(UserError, match="not finite"):
-        save(tmp_path / "a.pt", model)
-    assert not os.listdir(tmp_path)
+        save(path, model)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
 @pytest.mark.parametrize("prefix,bias,dtype", [
@@ -241,11 +216,9 @@ def test_nanogpts_checkpoints_are_read(prefix, bias, dtype, tmp_path):
             weights[f"{prefix}transformer.{name}"] = p.data.to(dtype)
     weights[f"{prefix}lm_head.weight"] = weights[f"{prefix}transformer.wte.weight"]
     args = dict(n_layer=2, n_head=4, n_embd=32, block_size=24, vocab_size=50, bias=bias)
-    torch.save({"model": weights, "model_args": args, "iter_num": 5,
-                "config": {"dataset": "openwebtext"}}, tmp_path / "ckpt.pt")
+    torch.save({"model": weights, "model_args": args, "iter_num": 5}, tmp_path / "ckpt.pt")
     again, _ = load(tmp_path / "ckpt.pt")
     assert same(model, again) and again.lm_head.weight is again.wte.weight
-    assert again(tokens()).dtype == torch.float32
 
 
 class Trap:
@@ -257,39 +230,19 @@ class Trap:
         return self.call
 
 
-def config(**changes):
-    return lambda state: state["config"].update(changes)
-
-
-def weight(name, value):
-    return lambda state: state["model"].update({name: value})
-
-
-def also(value):
-    return lambda state: state.update(more=[value])
-
-
-BIAS = "h.0.ln_1.bias"
-
-
-@pytest.mark.parametrize("change,reason", [
-    (lambda state: state.clear(), "'config'"),
-    (lambda state: state["model"].clear(), "wte.weight"),
-    (lambda state: state["model"].pop("h.1.mlp.c_fc.weight"), "h.1.mlp.c_fc.weight"),
-    (weight("h.9.strange", torch.zeros(3)), "h.9.strange"), (weight(BIAS, None), "NoneType"),
-    (weight(BIAS, torch.zeros(32).to_sparse()), ""),
-    (weight(BIAS, torch.zeros(1, dtype=torch.half).expand(10 ** 9)), "no plain tensor"),
-    (config(n_layer=10 ** 9), "layers"), (config(n_layer=1), "h.1"),
-    (config(n_embd=1 << 15), "wte.weight"), (config(n_embd="wide"), "TypeError"),
-    (config(vocab_size=10 ** 12), "wte.weight"), (config(dropout=2.0), "dropout"),
-    (also(Path("x")), "nothing in it was run"),
-    (also(Trap(bytearray, 10 ** 9)), "nothing in it was run")])
-def test_a_file_that_is_no_checkpoint_is_refused_and_takes_no_memory(change, reason, tmp_path):
+@pytest.mark.parametrize("place,changes,reason", [
+    ("config", dict(n_layer=10 ** 9), "layers"), ("config", dict(n_layer=1), "h.1"),
+    ("config", dict(n_embd=1 << 15), "wte.weight"), ("config", dict(n_embd="wide"), "TypeError"),
+    ("config", dict(vocab_size=10 ** 12), "wte.weight"), ("config", dict(dropout=2.0), "dropout"),
+    ("config", {"more": Trap(bytearray, 10 ** 9)}, "nothing in it was run"),
+    ("model", {"wte.weight": None}, "NoneType"), ("model", {"strange": torch.zeros(3)}, "strange"),
+    ("model", {"wte.weight": torch.zeros(50, 32).to_sparse()}, ""),
+    ("model", {"wte.weight": torch.zeros(1).half().expand(10 ** 9)}, "no plain tensor")])
+def test_a_damaged_checkpoint_is_refused_and_takes_no_memory(place, changes, reason, tmp_path):
     path, model = tmp_path / "a.pt", small()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    state = {"config": vars(model.config), "model": dict(model.state_dict())}
-    change(state)
-    torch.save(state, path)
+    state = {"config": vars(model.config), "model": model.state_dict()}
+    torch.save(state | {place: state[place] | changes}, path)
     is_refused(path, reason)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "in kilobytes"
 
@@ -303,11 +256,9 @@ def is_refused(path, reason):
 
 def test_what_cannot_be_read_is_refused(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "text").write_text("no checkpoint")
-    save(tmp_path / "half", small())
-    os.truncate(tmp_path / "half", (tmp_path / "half").stat().st_size // 2)
-    for name, reason in (("missing.pt", "No such file"), ("", "neither"), ("fifo", "not a file"),
-                         ("text", "no file of"), ("half", "no file of")):
+    (tmp_path / "half").write_bytes(b"PK, and no more")
+    for name, reason in (
+            ("none", "No such file"), ("", "neither"), ("fifo", "not a file"), ("half", "no file")):
         is_refused(tmp_path / name, reason)
 
 
@@ -326,12 +277,9 @@ def test_no_function_in_a_checkpoint_is_ever_called(legacy, tmp_path):
     assert sprung.exists(), "this is no trap"
 
 
-# Hugging Face's folders
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_exported_transformers_loads_and_load_brings_back(tied, tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers", reason="exports to transformers")
+    transformers = pytest.importorskip("transformers")
     model, idx = small(tied=tied, dropout=0.25).eval(), tokens()
     save(tmp_path / "a.pt", model, step=3)
     paths = str(tmp_path / "a.pt"), str(tmp_path / "hf")
@@ -345,40 +293,28 @@ def test_what_is_exported_transformers_loads_and_load_brings_back(tied, tmp_path
 
 
 def test_an_export_overwrites_nothing_and_leaves_nothing_behind(tmp_path, refused, monkeypatch):
-    transformers = pytest.importorskip("transformers", reason="exports to transformers")
-    path = tmp_path / "a.pt"
+    transformers = pytest.importorskip("transformers")
+    path, pipe = tmp_path / "a.pt", tmp_path / "fifo"
     save(path, small())
-    (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "thesis.txt").write_text("precious")
-    for taken in (tmp_path / "hf", tmp_path / "hf" / "thesis.txt", os.devnull):
+    os.mkfifo(pipe)
+    for taken in (tmp_path, path, pipe):
         assert "choose another" in refused(script, "export", path, taken)
-    assert (tmp_path / "hf" / "thesis.txt").read_text() == "precious"
 
     def full(model, folder):
         Path(folder).mkdir()
         Path(folder, "model.safetensors").write_text("half of it")
         raise RuntimeError("No space left on device")
-
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "save_pretrained", full)
     assert "No space left" in refused(script, "export", path, tmp_path / "new")
-    assert sorted(os.listdir(tmp_path)) == ["a.pt", "hf"]
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "fifo"] and pipe.is_fifo()
 
 
-def config_says(**changes):
-    def change(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return change
-
-
-@pytest.mark.parametrize("damage,reason", [
-    (config_says(activation_function="relu"), "activation_function"),
-    (config_says(layer_norm_epsilon=1e-6), "layer_norm_epsilon"),
-    (config_says(n_layer=3), "3 layers"), (config_says(vocab_size=51), "wte.weight"),
-    (lambda folder: (folder / "config.json").write_text("{damaged"), "config.json"),
-    (lambda folder: os.truncate(folder / "model.safetensors", 5000), "")])
-def test_folders_that_hold_no_whole_gpt2_are_refused(damage, reason, tmp_path):
-    pytest.importorskip("transformers", reason="reads transformers' folders, which is not here")
+@pytest.mark.parametrize("changes,reason", [
+    (dict(activation_function="relu"), "activation_function"), (dict(n_layer=3), "3 layers"),
+    (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon"), (dict(vocab_size=51), "wte.weight")])
+def test_folders_that_hold_no_whole_gpt2_are_refused(changes, reason, tmp_path):
+    pytest.importorskip("transformers")
     as_hugging_face(small()).save_pretrained(tmp_path / "hf")
-    damage(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     is_refused(tmp_path / "hf", reason)
