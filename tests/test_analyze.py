@@ -1,11 +1,9 @@
 """Experiments, statistics, tables, figures, claims, results on the disk, curves, sweeps."""
-import functools
 import gzip
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -21,13 +19,12 @@ from matplotlib.text import Text
 
 import analyze
 import train
-from analyze import compare, permutation_interval, permutation_p, settings_in
+from analyze import (compare, folder_of, part_of_experiment, permutation_interval, permutation_p,
+                     settings_in)
 from conftest import ROOT
-from data import Busy, lock
+from data import lock
 from model import GPT, GPTConfig, load, parse_size, part_of
 from share import rank_correlation, share_that_differs
-
-PACKED = ROOT / "assets/results.jsonl.gz"
 
 
 @pytest.fixture
@@ -52,20 +49,13 @@ def named(name, column):
 
 # Experiments are command lines
 
-@functools.cache
-def accepted(flags):
-    return train.parse(shlex.split(flags))
-
-
 @pytest.mark.parametrize("name", analyze.EXPERIMENTS)
 def test_every_setting_and_every_warm_up_is_a_command_line_of_train(name, monkeypatch):
-    settings = settings_in(name)
-    assert len({(each.column, each.name) for each in settings}) == len(settings)
-    for each in settings:
+    for each in settings_in(name):
         if "nca" in each.name:
             continue  # kept for its results
         for warmup in each.warmups:
-            warm = accepted(warmup)
+            warm = train.parse(shlex.split(warmup))
             assert warm.steps == 0 and warm.warmup != "none"
             taken_up = SimpleNamespace(config=GPTConfig(300, 64, *parse_size(warm.size)))
             monkeypatch.setattr(train, "load", lambda path: (taken_up, {}))
@@ -76,17 +66,16 @@ def test_every_setting_and_every_warm_up_is_a_command_line_of_train(name, monkey
 
 
 def test_rules_by_tasks_are_compared_after_as_many_tokens():
-    for warm in {each.warmups for each in settings_in("tasks") if each.warmups}:
-        s = accepted(*warm)
+    for (warmup,) in {each.warmups for each in settings_in("tasks") if each.warmups}:
+        s = train.parse(shlex.split(warmup))
         rule = train.open_data(s)[1]
         train.stage_of(s, "warmup", rule)  # turns tokens into steps
         tokens = s.warmup_steps * s.warmup_batch_size * rule.block_size
-        assert tokens == pytest.approx(49_152_000, rel=1e-3), warm
+        assert tokens == pytest.approx(49_152_000, rel=1e-3), warmup
 
 
 def test_folders_are_named_by_flags_in_any_order_and_packed_runs_keep_their_names():
-    assert analyze.folder_of(0, "--data code --lr 1") == analyze.folder_of(0, "--lr 1 --data code")
-    assert analyze.join("--data code --lr 1", "--lr 2") == "--data code --lr 2"
+    assert folder_of(0, "--data code --lr 1") == folder_of(0, "--lr 1 --data code")
     recall = named("starts", "recall")
     assert recall["none, steps 13500"].folder(0) == "haystack-none-dff050b9-s0"
     assert recall["dyck, attn, embeddings random"].folder(3) == (
@@ -94,23 +83,20 @@ def test_folders_are_named_by_flags_in_any_order_and_packed_runs_keep_their_name
     found = set()
     for name, seed in itertools.product(analyze.EXPERIMENTS, range(10)):
         for each in settings_in(name):
-            warmups = [analyze.folder_of(of, flags) for flags, of in each.warmup_runs(seed)]
+            warmups = [folder_of(of, flags) for flags, of in each.warmup_runs(seed)]
             found |= {each.folder(seed), *warmups}
-    lost = analyze.read_results(PACKED).keys() - found
+    lost = analyze.read_results(ROOT / "assets/results.jsonl.gz").keys() - found
     older = "haystack_pairs=15-dyck_length=64-full-shuffled-d5a4a3ca"
-    assert {re.sub(r"-s\d+$", "", each) for each in lost} <= {older}
+    assert {each.rsplit("-", 1)[0] for each in lost} <= {older}
 
 
 @pytest.mark.parametrize("only,names", [
-    ("recall", ["none", "set", "late"]), ("recall of 15", ["none", "set"]),
-    ("set", ["none", "set", "none", "set"]), ("recall | s", ["none", "set"]), ("ecall", None)])
-def test_a_part_of_an_experiment_keeps_what_it_is_compared_with(only, names, monkeypatch, refused):
-    fifteen = [each._replace(column="recall of 15") for each in RECALL[:2]]
-    monkeypatch.setattr(analyze, "settings_in", lambda name: RECALL + fifteen + TEXT)
-    if names:
-        assert [each.name for each in analyze.part_of_experiment("table", only)] == names
-    else:
-        assert "--only ecall" in refused(analyze, "table", "--show", "--only", only)
+    ("recall", ["none", "dyck, attn", "dyck, attn,norm", "dyck, full", "none, steps 13500"]),
+    ("recall | dyck, full", ["none", "dyck, full"]), ("none, s", ["none", "none, steps 13500"]),
+    ("dyck, full, embeddings m", ["none", "dyck, full", "none", "dyck, full"])])
+def test_a_part_of_an_experiment_keeps_what_it_is_compared_with(only, names):
+    part = part_of_experiment("starts", only)
+    assert [each.name.partition(", embeddings")[0] for each in part] == names
 
 
 # Statistics
@@ -143,8 +129,7 @@ def test_the_interval_is_all_shifts_that_the_exact_test_does_not_reject(seed):
     n, m = ((4, 4), (5, 4), (6, 6), (10, 3))[seed]
     a, b = r.normal(1, 1 + seed % 3, n).round(2), r.normal(0, 1, m).round(2)
     low, high = permutation_interval(a, b)
-    edges = [end + step for end in (low, high) for step in (-1e-6, 1e-6)]
-    for shift in (*edges, *np.linspace(2 * low - high, 2 * high - low, 20), 0):
+    for shift in (low - 1e-6, low + 1e-6, high - 1e-6, high + 1e-6, *np.linspace(-4, 6, 21)):
         kept = brute_force_p(a - round(shift, 9), b) >= 0.05
         assert kept == (low <= shift <= high), shift
     assert permutation_interval(b, a) == pytest.approx((-high, -low))
@@ -176,8 +161,6 @@ TEXT = [setting("code", "none", "--data code --warmup none"),
 SORTING = [named("tasks", "sorting")[name] for name in ("none", "dyck, whole")]
 SOME = {RECALL[0]: (900, BUDGET, 800), RECALL[1]: (100, 300, 200), TEXT[0]: (2.0, 3.0),
         TEXT[1]: (2.5, 3.5), SORTING[0]: (0.5, 0.6), SORTING[1]: (0.8, 0.9)}
-LEARNED = {"learned (share of what can be)": 0.75, "accuracy": 0.5}
-
 
 def evaluation(step, accuracy=0.2, loss=1.0):
     return {"stage": "train", "step": step, "tokens": 9 * step, "val_loss": loss,
@@ -196,7 +179,7 @@ def record(setting, seed, value, budget=BUDGET):
     result = {"settings": s, "warmup": setting.name, "fingerprint": [seed, 5],
               "val_bits_per_byte": value, "val_loss": 1.0, "val_accuracy": accuracy,
               "tokens": {"procedural": 4500 if setting.warmups else 0, "semantic": 9}}
-    learned = {} if "--warmup none" in setting.train else LEARNED
+    learned = {"learned (share of what can be)": 0.75, "accuracy": 0.5}  # of a warm-up
     return {"result": result, "log": log, "learned": learned}
 
 
@@ -205,8 +188,8 @@ def made_up(values):
     found = {}
     for setting, seeds in values.items():
         for seed, value in enumerate(seeds):
-            for folder in (setting.folder(seed), *(analyze.folder_of(seed, flags)
-                                                   for flags in setting.warmups)):
+            warmups = [folder_of(seed, flags) for flags in setting.warmups]
+            for folder in (setting.folder(seed), *warmups):
                 found[folder] = record(setting, seed, value)
     return found
 
@@ -249,32 +232,33 @@ def test_what_cannot_be_compared_is_left_out_and_said_and_never_is_the_smaller_b
     assert ours.against(base)[:2] == (1000, 400)
 
 
-def test_figures_speak_words_and_show_every_seed_and_what_is_published(monkeypatch):
-    def drawn(name, settings, found):
-        """All words, and the values of the dots."""
-        words, dots = set(), []
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, instead of files."""
+    kept = []
+    monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: kept.append(figure))
+    return kept
 
-        def look(figure, path):
-            words.update(each.get_text() for each in figure.findobj(Text))
-            lines = itertools.chain(*(axis.lines for axis in figure.axes))
-            dots.extend(list(line.get_xdata()) for line in lines if line.get_marker() == "o")
 
-        monkeypatch.setattr(analyze, "keep_figure", look)
-        analyze.draw(name, compare(settings, 3, found), "a.png")
-        return words, dots
+def words_of(figure):
+    return {each.get_text() for each in figure.findobj(Text)}
 
-    words, dots = drawn("table", [*RECALL, *TEXT, *SORTING], made_up(SOME))
-    assert dots == [list(values) for values in SOME.values()]
+
+def test_figures_speak_words_and_show_every_seed_and_what_is_published(figures):
+    analyze.draw("table", compare([*RECALL, *TEXT, *SORTING], 3, made_up(SOME)), "a.png")
+    lines = itertools.chain(*(axis.lines for axis in figures[0].axes))
+    dots = [tuple(line.get_xdata()) for line in lines if line.get_marker() == "o"]
+    assert dots == list(SOME.values())
     assert {"recall of 30 pairs", "never", "no warm-up", "2 of 3 found", "after set",
-            "3 of 3 found", "n = 2", "bits per byte", "after brackets: everything"} <= words
+            "3 of 3 found", "n = 2", "bits per byte"} <= words_of(figures[0])
     assert analyze.in_words("shuffled:dyck:k=3, attn,norm, lr 1e-3") == (
         "after shuffled brackets (k=3): attention and norms, learning rate 1e-3")
     column = named("tasks", "reversed_addition")
     found = made_up({column["none"]: (0.5,), column["eca, whole"]: (0.75, 0.8, 0.7)})
-    for settings in (settings_in("tasks"), list(column.values())):  # as --only draws it
-        words, _ = drawn("tasks", settings, found)
-        assert "+25.0 (n = 1)\npaper +14.6" in words  # 91.0 - 76.4
-        assert "not run\npaper -22.0" in words  # attention of set: 54.4 - 76.4
+    for settings in (settings_in("tasks"), column.values()):  # as --only draws it
+        analyze.draw("tasks", compare(settings, 3, found), "a.png")
+        assert "+25.0 (n = 1)\npaper +14.6" in words_of(figures[-1])  # 91.0 - 76.4
+        assert "not run\npaper -22.0" in words_of(figures[-1])  # attention of set: 54.4 - 76.4
 
 
 LATE, SOON, MIDDLE = (900, BUDGET, 950, 920, BUDGET, 900), (90, 100, 95, 92, 90, 91), (400,) * 6
@@ -301,25 +285,22 @@ def test_a_claim_is_decided_by_its_two_settings(column, worse, better, counting,
 
 
 def test_the_report_has_claims_tables_and_figures_and_keeps_what_a_person_wrote(
-        tmp_path, call, refused):
-    assert "no result" in refused(analyze, "report", "--results", tmp_path)
-    names = {claim.experiment for claim in analyze.CLAIMS}
-    settings = [each for name in sorted(names) for each in settings_in(name)]
-    keep(made_up({each: (0.1, 0.2) for each in settings}), tmp_path)
-    path, ours = tmp_path / "report.md", "# Ours\n\nWörds. \n\n"
-    path.write_text(f"{ours}{analyze.MARK}\nold", "utf-8")
-    call("report", "--results", tmp_path, "--seeds", 2)
-    text = path.read_text("utf-8")
-    assert text.startswith(f"{ours}{analyze.MARK}\n\n# What was found\n") and "\nold" not in text
-    assert "not run |" not in text, "each claim's settings are in its experiment"
-    assert all(f"| {claim.text} |" in text for claim in analyze.CLAIMS)
-    for claim in analyze.CLAIMS:
-        ways = [math.comb(2 * each.seeds, each.seeds) for each in settings
+        tmp_path, monkeypatch, call):
+    pictures, ours = [], f"# Ours\n\nWörds. \n\n{analyze.MARK}\n"
+    settings = [each for claim in analyze.CLAIMS for each in settings_in(claim.experiment)
                 if each.column == claim.column and each.name in (claim.better, claim.worse)]
-        assert 2 / min(ways) < 0.05 / len(analyze.CLAIMS), "p could never be so small"
-    for name in names:
-        assert f"## {name}: " in text and f"![{name}]({name}.png)" in text
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    keep(made_up({each: (0.1, 0.2) for each in settings}), tmp_path)
+    (tmp_path / "report.md").write_text(f"{ours}old", "utf-8")
+    monkeypatch.setattr(analyze, "draw", lambda name, columns, path: pictures.append(path.name))
+    call("report", "--results", tmp_path, "--seeds", 2)
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert text.startswith(f"{ours}\n# What was found\n") and "\nold" not in text
+    assert "not run |" not in text, "each claim's settings are in its experiment"
+    for claim in analyze.CLAIMS:
+        assert f"| {claim.text} |" in text and f"![{claim.experiment}]" in text
+    assert all(f"({name})" in text for name in pictures) and "table.png" in pictures
+    n = min(each.seeds for each in settings)
+    assert 2 / math.comb(2 * n, n) < 0.05 / len(analyze.CLAIMS), "p could never be so small"
 
 
 # Results on the disk, curves
@@ -333,87 +314,68 @@ def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeyp
     monkeypatch.setattr(analyze, "call_train", None)  # nothing may be run
     monkeypatch.chdir(tmp_path)
     keep(made_up(SOME), runs)
+    failed = json.dumps({"name": NAME, "failed": "no room"}).encode()
+    (runs / "zzz.gz").write_bytes(gzip.compress(failed))  # a result hides it
     packed.parent.mkdir()
     call("pack", packed, "--results", runs)
-    shown = call("table", "--seeds", 3, "--results", runs, "--show")
-    assert "| set | 200 | 90.0% | 3 of 3 found | at least 700 |" in shown
-    assert call("table", "--seeds", 3, "--results", packed, "--show") == shown
-    assert call("table", "--seeds", 3, "--results", packed.parent).startswith("0 runs to go")
-    failed = json.dumps({"name": NAME, "failed": "no room"})
-    (runs / "zzz.gz").write_bytes(gzip.compress(failed.encode()))
-    assert call("table", "--seeds", 3, "--results", runs, "--show") == shown, "a result wins"
+    for order in ((runs, "--show"), (packed, "--show"), (packed.parent, "--seeds", 3)):
+        told = call("table", "--results", *order)
+        assert "| none | 900 | 90.0% | 2 of 3 found |" in told
+        assert "| set | 200 | 90.0% | 3 of 3 found | at least 700 |" in told
+    assert "0 runs to go" in told
 
 
-def test_a_table_and_figure_come_though_a_notebook_names_its_own_backend(script, tmp_path):
-    done = script("analyze.py", *"strangers --show --only none --results".split(), PACKED,
-                  cwd=tmp_path, env={"MPLBACKEND": "module://nosuch"})
-    assert done.returncode == 0 and "| none | 6,000 |" in done.stdout, done.stderr
-    assert (tmp_path / "strangers.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_folder_that_is_not_there_is_no_empty_one(tmp_path, monkeypatch, refused):
+@pytest.mark.parametrize("order,word", [
+    *((f"{order} --results typo", "typo") for order in (
+        "pack good.gz", "claims", "report", "table --show", "curves x")),
+    ("table --results good.gz", "packed file"), ("report --results empty", "no result"),
+    ("pack pipe.png --results runs", "not a file"), ("curves empty", "config.json"),
+    (f"curves runs/{NAME} --picture pipe.png", "not a file"), ("table --only ecall", "ecall")])
+def test_what_cannot_be_done_is_refused_and_changes_nothing(
+        order, word, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
+    keep({NAME: GOOD}, tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "good.gz").write_bytes(b"precious")
-    for order in (("pack", "good.gz"), ("claims",), ("report",), ("table", "--show"),
-                  ("curves", "x")):
-        assert "typo" in refused(analyze, *order, "--results", "typo")
-    assert "packed file" in refused(analyze, "table", "--results", "good.gz")
-    assert (tmp_path / "good.gz").read_bytes() == b"precious" and not (tmp_path / "typo").exists()
-
-
-def test_pack_and_curves_write_onto_no_pipe_and_pictures_in_the_format_of_their_name(
-        tmp_path, call, refused):
-    pipe, pdf, results = tmp_path / "pipe.png", tmp_path / "a.pdf", tmp_path / "r"
-    os.mkfifo(pipe)
-    keep({NAME: GOOD}, results)
-    assert "not a file" in refused(analyze, "pack", pipe, "--results", results)
-    assert "not a file" in refused(analyze, "curves", results / NAME, "--picture", pipe)
-    call("curves", results / NAME, "--picture", pdf)
-    assert pdf.read_bytes().startswith(b"%PDF")
+    os.mkfifo("pipe.png")
+    there = sorted(tmp_path.rglob("*"))
+    assert word in refused(analyze, *order.split())
+    assert (tmp_path / "good.gz").read_bytes() == b"precious"
+    assert sorted(tmp_path.rglob("*")) == there and (tmp_path / "pipe.png").is_fifo()
 
 
 @pytest.mark.parametrize("name,content", [
     ("r.gz", b"no"), ("r.gz", gzip.compress(b"[" * 200_000)), ("r.gz", gzip.compress(b"[1]")),
-    ("r.gz", gzip.compress(json.dumps(GOOD).encode())[:-9]),
+    ("r.gz", gzip.compress(json.dumps(GOOD).encode())[:-9]), ("config.json", b"\xff"),
     ("r.gz", gzip.compress(json.dumps({"name": NAME, "result": {}}).encode())),
-    (f"{NAME}/result.json", b"{"), (f"{NAME}/config.json", b"\xff"),
-    (f"{NAME}/learned.json", b"{"), (f"{NAME}/log.jsonl", b"[1]"),
-    (f"{NAME}/result.json", json.dumps(GOOD["result"] | {"val_accuracy": "x"}).encode())])
+    ("result.json", b"{"), ("learned.json", b"{"), ("log.jsonl", b"[1]"),
+    ("result.json", json.dumps(GOOD["result"] | {"val_accuracy": "x"}).encode())])
 def test_a_damaged_result_is_refused(name, content, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(analyze, "settings_in", lambda name: RECALL)
-    if name != "r.gz":
-        keep({NAME: GOOD}, tmp_path)
-    (tmp_path / name).write_bytes(content)
+    keep({NAME if name != "r.gz" else "another": GOOD}, tmp_path)
+    (tmp_path / ("" if name == "r.gz" else NAME) / name).write_bytes(content)
     assert str(tmp_path) in refused(analyze, "table", "--show", "--results", tmp_path)
 
 
-def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, refused, call):
-    runs, found = made_up({TEXT[0]: (2.0, 3.0), TEXT[1]: (2.0, 2.1)}), {}
+def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, figures, refused, call):
+    runs = made_up({TEXT[0]: (2.0, 3.0), TEXT[1]: (2.0, 2.1)})
+    folders, lines = [tmp_path / name for name in runs], {}
     for i, each in enumerate(runs.values()):
         each["result"]["warmup"] = "set" if i < 2 else "none"
         each["result"]["settings"]["steps"] += i // 2
         each["log"] = [evaluation(step, loss=9 - i - step) for step in range(4 - i // 3)]
     keep(runs, tmp_path)
-    for path in tmp_path.glob("*/result.json"):
-        path.unlink()  # they may be looked at before they have ended
-
-    def look(figure, path):
-        found["path"] = path
-        for line in figure.axes[0].lines:
-            label = "" if line.get_label().startswith("_") else line.get_label()
-            found.setdefault(label, []).append(list(line.get_ydata()))
-
-    folders = [tmp_path / name for name in runs]
-    with monkeypatch.context() as patched:
-        patched.setattr(analyze, "keep_figure", look)
-        assert "warning: not only warm-up and seed differ, but steps (1000, 1001)\n" in (
-            call("curves", *folders))
-    assert found == {
-        "path": f"curves-{'-'.join(runs)[:100]}.png",
+    for folder in folders:
+        (folder / "result.json").unlink()  # they may be looked at before they have ended
+    assert "warning: not only warm-up and seed differ, but steps (1000, 1001)\n" in (
+        call("curves", *folders))
+    for line in figures[0].axes[0].lines:
+        label = "" if line.get_label().startswith("_") else line.get_label()
+        lines.setdefault(label, []).append(list(line.get_ydata()))
+    assert lines == {
         "": [[8, 7, 6], [7, 6, 5], [6, 5, 4], [5, 4]],
         "no warm-up (n = 2); no mean, since they end at different steps": [[]],
         "after set: everything, positions that fit (n = 2)": [[7.5, 6.5, 5.5]]}
-    assert "config.json" in refused(analyze, "curves", tmp_path)
     (folders[1] / "config.json").write_text(json.dumps(GOOD["result"]))
     assert "different data" in refused(analyze, "curves", *folders)
     (folders[1] / "config.json").write_text("{}")
@@ -424,21 +386,18 @@ def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, ref
 
 # Changed weights
 
-SHARP, BLURRED = {(0, 1), (1, 2)}, {(0, 3), (1, 0)}  # by these entropies
 BLUR = np.array([[0.5, 0.1, 0.6, 0.9], [0.8, 0.4, 0.2, 0.7]])
-HEADS = set(np.ndindex(BLUR.shape))
+SHARP, BLURRED, HEADS = {(0, 1), (1, 2)}, {(0, 3), (1, 0)}, set(np.ndindex(BLUR.shape))
 
 
 def before_and_after(change):
     """The parameters of a model of 2 layers of 4 heads, 8 wide, before and after a change."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(20, 12, 2, 4, 32))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    before = {name: p.data.add_(torch.randn_like(p)).clone() for name, p in parameters.items()}
     analyze.change_weights(model, change, 1, BLUR)
-    return before, {name: p.detach() for name, p in model.named_parameters()}
+    return before, parameters
 
 
 @pytest.mark.parametrize("change,promise", [
@@ -476,67 +435,50 @@ def test_heads_are_replaced_by_their_entropy_and_nothing_else_is(change, wanted)
 
 # Sweeps
 
-def small(steps, **flags):
-    """Settings that take a second."""
+def test_an_interrupted_experiment_goes_on_and_is_made_of_its_warm_ups(tmp_path):
     shape = "--data haystack:pairs=3 --size 1_2_8 --device cpu"
-    flags = f"{shape} --batch_size 4 --eval_rows 4 --lr 0 --steps {steps}"
     warm = f"{shape} --warmup set:length=4 --warmup_steps 3 --warmup_batch_size 4 --steps 0"
-    return [setting("recall", "none", f"{flags} --warmup none"),
-            setting("recall", "mixed", flags, warm, warm, warmup_seeds=(1, 0)),
-            setting("recall", "shuffled", flags, warm, change="shuffled"),
-            setting("recall", "bad", f"{flags} --warmup none --size 3_2_5")]
-
-
-def weights(path):
-    """Of attention and MLPs."""
-    state = load(path)[0].state_dict()
-    return {name: state[name] for name in state
-            if part_of(name) in ("attn", "mlp") and name.endswith("weight")}
-
-
-def test_a_sweep_makes_what_is_missing_of_its_warm_ups_and_says_what_failed(
-        tmp_path, monkeypatch, call):
-    settings = small(steps=1)[1:]
-    monkeypatch.setattr(analyze, "settings_in", lambda name: settings)
-    order = ("weights", "--seeds", 1, "--jobs", 2, "--results", tmp_path)
-    told = call(*order)
-    assert "3 runs to go" in told and "no result yet of recall: bad\n" in told
-    assert "bad | seed 0: failed: exit status 2: error: a width of 5 is no multiple" in told
-    first, second = (weights(tmp_path / analyze.folder_of(of, settings[0].warmups[0]) / "warmup.pt")
-                     for of in (1, 0))
-    for name, weight in weights(tmp_path / settings[0].folder(0) / "ckpt.pt").items():
-        assert torch.equal(weight, (first if part_of(name) == "attn" else second)[name])
-    for name, weight in weights(tmp_path / settings[1].folder(0) / "ckpt.pt").items():
-        assert not torch.equal(weight, second[name])
-        assert torch.equal(weight.flatten().sort()[0], second[name].flatten().sort()[0])
-    found = analyze.read_results(tmp_path)
-    shuffled = found[settings[1].folder(0)]["result"]
-    assert shuffled["warmup"] == "set:length=4 (shuffled)" and shuffled["tokens"]["procedural"] > 0
-    assert sum("accuracy" in each["learned"] for each in found.values()) == 2
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
-    assert "1 runs to go" in call(*order) and not list(tmp_path.glob("*.changed.pt"))
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
-    if analyze.lock.__globals__["fcntl"]:
-        with lock(tmp_path / ".lock"), pytest.raises(Busy, match="another process"):
-            call(*order)
-
-
-def test_an_interrupted_sweep_goes_on(tmp_path):
-    setting = small(steps=2000)[0]
+    none = f"{shape} --batch_size 4 --eval_rows 4 --warmup none --steps"
+    moved = f"{shape} --batch_size 4 --eval_rows 4 --steps 1 --lr 0"
+    settings = [setting("recall", "none", f"{none} 1500"),
+                setting("recall", "mixed", moved, warm, warm, warmup_seeds=(1, 0)),
+                setting("recall", "shuffled", moved, warm, change="shuffled"),
+                setting("recall", "bad", f"{none} 1 --size 3_2_5")]
     code = (f"import signal, sys; sys.path.insert(0, {str(ROOT)!r}); import analyze, data\n"
             # A shell ignores it for what it starts with "&".
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            f"setting = analyze.Setting(*{tuple(setting)!r})\n"
-            "analyze.settings_in = lambda name: [setting]\ndata.run_main(analyze.main)")
-    command = [sys.executable, "-c", code, "table", "--results", ".", "--seeds"]
-    sweep = subprocess.Popen([*command, "2"], cwd=tmp_path, start_new_session=True)
-    run = tmp_path / setting.folder(0)
-    while not (run / "ckpt.pt").exists() and sweep.poll() is None:
+            f"settings = [analyze.Setting(*each) for each in {[*map(tuple, settings)]}]\n"
+            "analyze.settings_in = lambda name: settings\ndata.run_main(analyze.main)")
+
+    def sweep():
+        return subprocess.Popen(
+            [sys.executable, "-c", code, "table", "--seeds", "1", "--results", "."], text=True,
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            env={**os.environ, "MPLBACKEND": "module://nosuch"})  # as a notebook has it
+
+    first, run = sweep(), tmp_path / settings[0].folder(0)
+    while not (run / "ckpt.pt").exists() and first.poll() is None:
         time.sleep(0.02)
-    os.killpg(sweep.pid, signal.SIGINT)
-    assert sweep.wait(60) == 130 and not (run / "result.json").exists()
-    assert not (tmp_path / setting.folder(1)).exists()
+    os.killpg(first.pid, signal.SIGINT)
+    assert first.wait(60) == 130 and not (run / "result.json").exists()
     log = (run / "log.jsonl").read_text()
-    done = subprocess.run([*command, "1"], cwd=tmp_path, text=True, stdout=subprocess.PIPE)
-    assert "seed 0: done" in done.stdout and (run / "result.json").exists()
+    told, _ = sweep().communicate()
+    assert "4 runs to go" in told and "none | seed 0: done" in told and "figure: table.png" in told
     assert (run / "log.jsonl").read_text().startswith(log), "it went on, and did not begin again"
+    assert "bad | seed 0: failed: exit status 2: error: a width of 5 is no multiple" in told
+
+    found = analyze.read_results(tmp_path)
+    assert found[settings[2].folder(0)]["result"]["warmup"] == "set:length=4 (shuffled)"
+    assert not list(tmp_path.glob("*.changed.pt"))
+    paths = [settings[1].folder(0) + "/ckpt.pt"]
+    paths += [folder_of(seed, warm) + "/warmup.pt" for seed in (1, 0)]
+    mixed, attention, mlps = (load(tmp_path / path)[0].state_dict() for path in paths)
+    for name in mixed:
+        if part_of(name) in ("attn", "mlp"):
+            given = attention if part_of(name) == "attn" else mlps
+            assert torch.equal(mixed[name], given[name]), name
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    assert "1 runs to go" in sweep().communicate()[0]
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
+    with lock(tmp_path / ".lock"):
+        assert "another process is at work" in sweep().communicate()[1]
