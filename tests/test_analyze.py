@@ -19,8 +19,7 @@ from matplotlib.text import Text
 
 import analyze
 import train
-from analyze import (compare, folder_of, part_of_experiment, permutation_interval, permutation_p,
-                     settings_in)
+from analyze import compare, folder_of, permutation_interval, permutation_p, settings_in
 from conftest import ROOT
 from data import Busy, lock
 from model import GPT, GPTConfig, load, parse_size, part_of
@@ -85,27 +84,14 @@ def test_folders_are_named_by_flags_in_any_order_and_packed_runs_keep_their_name
     assert {each.rsplit("-", 1)[0] for each in lost} <= {older}
 
 
-@pytest.mark.parametrize("only,names", [
-    ("recall", ["none", "dyck, attn", "dyck, attn,norm", "dyck, full", "none, steps 13500"]),
-    ("recall | dyck, full", ["none", "dyck, full"]), ("none, s", ["none", "none, steps 13500"]),
-    ("dyck, full, embeddings m", ["none", "dyck, full", "none", "dyck, full"])])
-def test_a_part_of_an_experiment_keeps_what_it_is_compared_with(only, names):
-    part = part_of_experiment("starts", only)
-    assert [each.name.partition(", embeddings")[0] for each in part] == names
-
-
 # Statistics
 
 def brute_force_p(a, b):
     """With exact fractions."""
     values = [Fraction(str(x)) for x in (*a, *b)]
-
-    def difference(places):
-        first = sum(values[i] for i in places)
-        return abs(first / len(a) - (sum(values) - first) / len(b))
-
-    ways = list(itertools.combinations(range(len(values)), len(a)))
-    return sum(difference(way) >= difference(range(len(a))) for way in ways) / len(ways)
+    firsts = [sum(way) for way in itertools.combinations(values, len(a))]
+    found = [abs(first / len(a) - (sum(values) - first) / len(b)) for first in firsts]
+    return sum(each >= found[0] for each in found) / len(found)
 
 
 @pytest.mark.parametrize("a,b", [
@@ -152,6 +138,7 @@ SORTING = [named("tasks", "sorting")[name] for name in ("none", "dyck, whole")]
 SOME = {RECALL[0]: (900, BUDGET, 800), RECALL[1]: (100, 300, 200), TEXT[0]: (2.0, 3.0),
         TEXT[1]: (2.5, 3.5), SORTING[0]: (0.5, 0.6), SORTING[1]: (0.8, 0.9)}
 
+
 def evaluation(step, accuracy=0.2, loss=1.0):
     return {"stage": "train", "step": step, "tokens": 9 * step, "val_loss": loss,
             "val_accuracy": accuracy}
@@ -178,8 +165,7 @@ def made_up(values):
     found = {}
     for setting, seeds in values.items():
         for seed, value in enumerate(seeds):
-            warmups = [folder_of(seed, flags) for flags in setting.warmups]
-            for folder in (setting.folder(seed), *warmups):
+            for folder in (setting.folder(seed), *(folder_of(seed, w) for w in setting.warmups)):
                 found[folder] = record(setting, seed, value)
     return found
 
@@ -189,9 +175,8 @@ def keep(found, folder):
     for name, each in found.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "log.jsonl").write_text("\n".join(map(json.dumps, each["log"])))
-        for part in ("config", "result", "learned"):
-            content = each["learned" if part == "learned" else "result"]
-            (folder / name / f"{part}.json").write_text(json.dumps(content))
+        for part, content in (("config", "result"), ("result", "result"), ("learned", "learned")):
+            (folder / name / f"{part}.json").write_text(json.dumps(each[content]))
 
 
 @pytest.mark.parametrize("change,line", [
@@ -222,15 +207,9 @@ def test_what_cannot_be_compared_is_left_out_and_said_and_never_is_the_smaller_b
     assert ours.against(base)[:2] == (1000, 400)
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, instead of files."""
-    kept = []
-    monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: kept.append(figure))
-    return kept
-
-
-def test_figures_speak_words_and_show_every_seed_and_what_is_published(figures):
+def test_figures_speak_words_and_show_every_seed_and_what_is_published(monkeypatch):
+    figures = []
+    monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: figures.append(figure))
     column = named("tasks", "reversed_addition")
     found = made_up({column["none"]: (0.5,), column["eca, whole"]: (0.75, 0.8, 0.7)})
     analyze.draw("table", compare([*RECALL, *TEXT, *SORTING], 3, made_up(SOME)), "a.png")
@@ -296,7 +275,7 @@ GOOD, NAME = record(RECALL[0], 0, 500), RECALL[0].folder(0)
 
 def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeypatch, call):
     runs, packed = tmp_path / "runs", tmp_path / "packed/all.gz"
-    monkeypatch.setattr(analyze, "settings_in", lambda name: RECALL[:2])
+    monkeypatch.setattr(analyze, "settings_in", lambda name: RECALL + TEXT)
     monkeypatch.setattr(analyze, "call_train", None)  # nothing may be run
     monkeypatch.chdir(tmp_path)
     keep(made_up(SOME), runs)
@@ -305,7 +284,8 @@ def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeyp
     packed.parent.mkdir()
     call("pack", packed, "--results", runs)
     for order in ((runs, "--show"), (packed, "--show"), (packed.parent, "--seeds", 3)):
-        told = call("table", "--results", *order)
+        told = call("table", "--only", "recall | s", "--results", *order)
+        assert "late" not in told and "code" not in told, "but the setting it is compared with:"
         assert "| none | 900 | 90.0% | 2 of 3 found |" in told
         assert "| set | 200 | 90.0% | 3 of 3 found | at least 700 |" in told
     assert "0 runs to go" in told
@@ -343,25 +323,25 @@ def test_a_damaged_result_is_refused(name, content, tmp_path, refused, monkeypat
     assert str(tmp_path) in refused(analyze, "table", "--show", "--results", tmp_path)
 
 
-def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, figures, refused, call):
-    runs = made_up({TEXT[0]: (2.0, 3.0), TEXT[1]: (2.0, 2.1)})
-    folders, lines = [tmp_path / name for name in runs], {}
+def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, refused, call):
+    runs, figures = made_up({TEXT[0]: (2.0, 3.0), TEXT[1]: (2.0, 2.1)}), []
+    monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: figures.append(figure))
     for i, each in enumerate(runs.values()):
         each["result"]["warmup"] = "set" if i < 2 else "none"
         each["result"]["settings"]["steps"] += i // 2
         each["log"] = [evaluation(step, loss=9 - i - step) for step in range(4 - i // 3)]
     keep(runs, tmp_path)
+    folders = [tmp_path / name for name in runs]
     for folder in folders:
         (folder / "result.json").unlink()  # they may be looked at before they have ended
     assert "warning: not only warm-up and seed differ, but steps (1000, 1001)\n" in (
         call("curves", *folders))
-    for line in figures[0].axes[0].lines:
-        label = "" if line.get_label().startswith("_") else line.get_label()
-        lines.setdefault(label, []).append(list(line.get_ydata()))
-    assert lines == {
-        "": [[8, 7, 6], [7, 6, 5], [6, 5, 4], [5, 4]],
-        "no warm-up (n = 2); no mean, since they end at different steps": [[]],
-        "after set: everything, positions that fit (n = 2)": [[7.5, 6.5, 5.5]]}
+    (axis,) = figures[0].axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [
+        [8, 7, 6], [7, 6, 5], [7.5, 6.5, 5.5], [6, 5, 4], [5, 4], []]
+    assert [each.get_text() for each in axis.get_legend().get_texts()] == [
+        "after set: everything, positions that fit (n = 2)",
+        "no warm-up (n = 2); no mean, since they end at different steps"]
     (folders[1] / "config.json").write_text(json.dumps(GOOD["result"]))
     assert "different data" in refused(analyze, "curves", *folders)
     (folders[2] / "log.jsonl").write_text('{"stage": "warmup", "step": 1}')
