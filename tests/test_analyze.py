@@ -45,13 +45,11 @@ def named(name, column):
     return {each.name: each for each in settings_in(name) if each.column == column}
 
 
-# Experiments are command lines
-
 @pytest.mark.parametrize("name", analyze.EXPERIMENTS)
 def test_every_setting_and_every_warm_up_is_a_command_line_of_train(name, monkeypatch):
     for each in settings_in(name):
         if "nca" in each.name:
-            continue  # kept for its results
+            continue  # it can no longer be run: its results are kept
         for warmup in each.warmups:
             warm = train.parse(shlex.split(warmup))
             assert warm.steps == 0 and warm.warmup != "none"
@@ -84,8 +82,6 @@ def test_folders_are_named_by_flags_in_any_order_and_packed_runs_keep_their_name
     assert {each.rsplit("-", 1)[0] for each in lost} <= {older}
 
 
-# Statistics
-
 def brute_force_p(a, b):
     """With exact fractions."""
     values = [Fraction(str(x)) for x in (*a, *b)]
@@ -113,12 +109,9 @@ def test_p_is_exact_and_the_interval_is_all_shifts_that_it_does_not_reject(a, b)
     assert 0 < permutation_p([0] * 14, [1] * 14) < 1e-3, "of very many ways some are tried"
 
 
-def test_what_foretells_is_correlated_by_ranks_and_is_the_power_that_differs(
-        tmp_path, monkeypatch):
-    rho, p = rank_correlation([0.1, 0.5, 0.2, 0.9, 0.3], [50, 20, 40, 10, 30])
-    assert (rho, p) == (pytest.approx(-1), pytest.approx(2 / math.factorial(5), abs=0.002))
-    tied = rank_correlation([1, 2, 3, 4], [7, 9, 9, 11])[0]  # ranks 1, 2.5, 2.5, 4
-    assert tied == pytest.approx(np.corrcoef([1, 2, 3, 4], [1, 2.5, 2.5, 4])[0, 1])
+def test_what_foretells_is_the_power_that_differs_correlated_by_ranks(tmp_path, monkeypatch):
+    rho = -4.5 / math.sqrt(5 * 4.5)  # ranks 4, 2.5, 2.5, 1; of 12 orders two are as far from chance
+    assert rank_correlation([1, 2, 3, 4], [9, 7, 7, 5]) == pytest.approx((rho, 1 / 6), abs=0.005)
     states = torch.tensor([[3.0, 4.0], [3.0, -4.0]] * 500)
     model = SimpleNamespace(eval=lambda: model, counted_states=lambda x, y: (states, y))
     monkeypatch.setattr(train, "new_model", lambda *args: model)
@@ -145,8 +138,7 @@ def evaluation(step, accuracy=0.2, loss=1.0):
 
 
 def record(setting, seed, value, budget=BUDGET):
-    """Of a run: of recall learned after so many steps, on text with so many bits per byte, of
-    another task with this accuracy at the end."""
+    """Of a run that took `value` steps to recall, or has it as bits per byte or as accuracy."""
     s = {"data": analyze.as_dict(setting.train).get("--data", "code"), "seed": seed,
          "steps": budget, "transfer": "full", "embeddings": "random", "positions": "fit"}
     log = [evaluation(0), evaluation(1, 0.95), evaluation(2)]  # one that is good is not enough
@@ -180,8 +172,7 @@ def keep(found, folder):
 
 
 @pytest.mark.parametrize("change,line", [
-    ({}, "| set | 200 | 90.0% | 3 of 3 found | at least 700 | -inf to inf | 0.1000 | 0.0 M | 75%, "
-         "50% right |"),
+    ({}, "| 3 of 3 found | at least 700 | -inf to inf | 0.1000 | 0.0 M | 75%, 50% right |"),
     ({}, "| none | 900 | 90.0% | 2 of 3 found |  |  |  |  |  |"),
     ({}, "no result yet of recall: late"),
     ({RECALL[0]: (900, 800, 700)}, "| set | 200 | 90.0% | 3 of 3 found | 600 |"),
@@ -201,10 +192,9 @@ def test_what_cannot_be_compared_is_left_out_and_said_and_never_is_the_smaller_b
     text = "\n".join(analyze.table_lines(compare(TEXT, 3, found)))
     assert "| none | 2.5000 | 90.0% | n = 2 |" in text and "| dull | 2.5000 | 90.0% | n = 1" in text
     assert "left out: code | dull | seeds [1]: not the data of none" in text
-    longer = {RECALL[0].folder(0): record(RECALL[0], 0, 3000, budget=3000),
-              RECALL[1].folder(0): record(RECALL[1], 0, 400)}
-    base, ours = compare(RECALL[:2], 1, longer)["recall"]
-    assert ours.against(base)[:2] == (1000, 400)
+    found[RECALL[0].folder(0)] = record(RECALL[0], 0, 3000, budget=3000)
+    base, ours = compare(RECALL[:2], 1, found)["recall"]
+    assert ours.against(base)[:2] == (1000, 100)
 
 
 def test_figures_speak_words_and_show_every_seed_and_what_is_published(monkeypatch):
@@ -216,8 +206,7 @@ def test_figures_speak_words_and_show_every_seed_and_what_is_published(monkeypat
     for settings in (settings_in("tasks"), column.values()):  # as --only draws it
         analyze.draw("tasks", compare(settings, 3, found), "a.png")
     words, *by_tasks = ({each.get_text() for each in figure.findobj(Text)} for figure in figures)
-    assert {"recall of 30 pairs", "never", "no warm-up", "2 of 3 found", "after set",
-            "3 of 3 found", "n = 2", "bits per byte"} <= words
+    assert {"recall of 30 pairs", "never", "2 of 3 found", "n = 2", "after set"} <= words
     lines = itertools.chain(*(axis.lines for axis in figures[0].axes))
     dots = [tuple(line.get_xdata()) for line in lines if line.get_marker() == "o"]
     assert dots == list(SOME.values())
@@ -245,13 +234,10 @@ def test_a_claim_is_decided_by_its_two_settings(column, worse, better, counting,
     claim = analyze.Claim("more", "", "controls", column, "set", "none", counting)
     measured, n, _, said = analyze.judge(claim, 6, found)
     assert said == verdict and n == str(len(worse))
-    if worse and column == "recall":
-        after = np.mean(better) + 500 * counting
-        assert measured.startswith(f"{np.mean(worse):,.0f} (none) -> {after:,.0f} steps")
+    assert verdict == "not run" or "(none) -> " in measured
 
 
-def test_the_report_has_claims_tables_and_figures_and_keeps_what_a_person_wrote(
-        tmp_path, monkeypatch, call):
+def test_the_report_is_whole_and_keeps_what_a_person_wrote(tmp_path, monkeypatch, call):
     pictures, ours = [], f"# Ours\n\nWörds. \n\n{analyze.MARK}\n"
     settings = [each for claim in analyze.CLAIMS for each in settings_in(claim.experiment)
                 if each.column == claim.column and each.name in (claim.better, claim.worse)]
@@ -297,8 +283,7 @@ def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeyp
     ("table --results good.gz", "packed file"), ("report --results empty", "no result"),
     ("pack pipe.png --results runs", "not a file"), ("curves empty", "config.json"),
     (f"curves runs/{NAME} --picture pipe.png", "not a file"), ("table --only ecall", "ecall")])
-def test_what_cannot_be_done_is_refused_and_changes_nothing(
-        order, word, tmp_path, monkeypatch, refused):
+def test_what_is_refused_changes_nothing(order, word, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     keep({NAME: GOOD}, tmp_path / "runs")
     (tmp_path / "empty").mkdir()
@@ -311,9 +296,8 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
 
 
 @pytest.mark.parametrize("name,content", [
-    ("r.gz", b"no"), ("r.gz", gzip.compress(b"[" * 200_000)), ("r.gz", gzip.compress(b"[1]")),
-    ("r.gz", gzip.compress(json.dumps(GOOD).encode())[:-9]), ("config.json", b"\xff"),
-    ("r.gz", gzip.compress(json.dumps({"name": NAME, "result": {}}).encode())),
+    ("r.gz", b"no"), ("r.gz", gzip.compress(b"[" * 200_000)), ("config.json", b"\xff"),
+    ("r.gz", gzip.compress(b"[1]")), ("r.gz", gzip.compress(json.dumps(GOOD).encode())[:-9]),
     ("result.json", b"{"), ("learned.json", b"{"), ("log.jsonl", b"[1]"),
     ("result.json", json.dumps(GOOD["result"] | {"val_accuracy": "x"}).encode())])
 def test_a_damaged_result_is_refused(name, content, tmp_path, refused, monkeypatch):
@@ -347,8 +331,6 @@ def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, ref
     (folders[2] / "log.jsonl").write_text('{"stage": "warmup", "step": 1}')
     assert "no evaluation of its training yet" in refused(analyze, "curves", folders[2])
 
-
-# Changed weights, and runs
 
 BLUR = np.array([[0.5, 0.1, 0.6, 0.9], [0.8, 0.4, 0.2, 0.7]])
 SHARP, BLURRED, HEADS = {(0, 1), (1, 2)}, {(0, 3), (1, 0)}, set(np.ndindex(BLUR.shape))
@@ -388,17 +370,14 @@ def test_heads_are_replaced_by_their_entropy_and_nothing_else_is(change, wanted)
     for layer in range(2):
         parts = [differs.pop(f"h.{layer}.attn.{name}").view(first, 4, -1) for name, first in (
             ("c_attn.weight", 3), ("c_attn.bias", 3), ("c_proj.weight", 32))]
-        for head in range(4):
-            places = torch.cat([part[:, head].flatten() for part in parts])
-            assert places.all() or not places.any(), "all of a head or nothing"
-            if places.all():
-                replaced.add((layer, head))
+        by_head = torch.cat([part.transpose(0, 1).flatten(1) for part in parts], 1)
+        assert torch.equal(by_head.all(1), by_head.any(1)), "all of a head or nothing"
+        replaced |= {(layer, head) for head in range(4) if by_head[head].all()}
     assert replaced == wanted or len(replaced) == wanted
     assert not any(each.any() for each in differs.values())
 
 
-def test_an_interrupted_experiment_goes_on_and_is_made_of_its_warm_ups(
-        tmp_path, monkeypatch, call):
+def test_an_interrupted_experiment_goes_on_and_takes_up_warm_ups(tmp_path, monkeypatch, call):
     shape = "--data haystack:pairs=3 --size 1_2_8 --device cpu"
     warm = f"{shape} --warmup set:length=4 --warmup_steps 3 --warmup_batch_size 4 --steps 0"
     run = f"{shape} --batch_size 4 --eval_rows 4 --lr 0 --steps"
