@@ -891,7 +891,8 @@ def written_whole(path):
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        reason = reason_of(error.__context__ or error)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = reason_of(cause) if cause else "is the disk full?"
         raise UserError(f"cannot write {path}: {reason}; what was there is unharmed") from None
     finally:
         with contextlib.suppress(OSError):

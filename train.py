@@ -522,9 +522,10 @@ TASK = dict(size="2_4_16", tied=False, dtype="float32", eval_rows=4000,
             steps=10_000, batch_size=1000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3,
             warmup_steps=10_000, warmup_batch_size=128, warmup_lr=5e-3, warmup_lr_ramp=200,
             warmup_min_lr=0.0)
-TASK_SETTINGS = {"haystack": TASK | dict(transfer="attn"),
-         "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64,
-                                       warmup_steps=2500, warmup_batch_size=64, warmup_lr=5e-4)}
+TASK_SETTINGS = {
+    "haystack": TASK | dict(transfer="attn"),
+    "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64, warmup_steps=2500,
+                                  warmup_batch_size=64, warmup_lr=5e-4)}
 # Ours, with --preset laptop: a quarter of a task's rows at twice the rate, until it is learned;
 # brackets as long as 15 pairs are.
 LAPTOP_TASK = dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
