@@ -57,15 +57,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
         path = self.server.folder / Path(self.path).name
-        fault = next(iter(self.server.faults.get(path.name, [])), None)
-        if fault:
-            del self.server.faults[path.name][0]
+        faults = self.server.faults.get(path.name)
+        fault = faults.pop(0) if faults else None
         if fault == "refuse" or not path.is_file():
             return self.send_error(503 if fault else 404)
         body = path.read_bytes()
-        half, rest = body[:len(body) // 2], body[len(body) // 2:]
+        half, odd = body[:len(body) // 2], bytes([body[len(body) // 2] ^ 255])
         sent = {"cut": half, "truncate": half, "empty": b"",
-                "corrupt": half + bytes([rest[0] ^ 255]) + rest[1:]}.get(fault, body)
+                "corrupt": half + odd + body[len(half) + 1:]}.get(fault, body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body if fault == "cut" else sent)))
         self.end_headers()
@@ -84,10 +83,9 @@ def published(tmp_path_factory):
         lines = "".join(json.dumps({field: text, "url": "x"}) + "\n" for text in texts)
         (folder / f"{name}.json.gz").write_bytes(gzip.compress(lines.encode()))
     with zipfile.ZipFile(folder / "wikitext-103-raw-v1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for split, articles in (("train", 200), ("valid", 60)):
-            texts = [f" \n = Title {i} = \n \n {' '.join(r.choices(words, k=140))} \n"
-                     for i in range(articles)]
-            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", "".join(texts))
+        for split, n in (("train", 30_000), ("valid", 9_000)):
+            text = f" \n = Title = \n \n {' '.join(r.choices(words, k=n))} \n"
+            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", text)
     levels = ("train-easy", "train-medium", "train-hard", "interpolate", "extrapolate")
     modules = ("numbers__gcd", "algebra__linear_1d", "arithmetic__add_or_sub")
     with tarfile.open(folder / "mathematics_dataset-v1.0.tar.gz", "w:gz") as archive:
