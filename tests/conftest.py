@@ -41,8 +41,8 @@ class Mirror(http.server.ThreadingHTTPServer):
     """A server on 127.0.0.1 with the files of a folder, known by their last names.
 
     `faults` maps a file's name to a list: each request for it takes the next one. "refuse": HTTP
-    503; "cut": half of it, then the connection is closed; "truncate": half of it, announced as all;
-    "empty": nothing, announced as all; "corrupt": one byte is wrong."""
+    503; "cut": half of it, then the connection is closed; "empty": nothing, announced as all;
+    "corrupt": some bytes are wrong."""
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -62,9 +62,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if fault == "refuse" or not path.is_file():
             return self.send_error(503 if fault else 404)
         body = path.read_bytes()
-        half, odd = body[:len(body) // 2], bytes([body[len(body) // 2] ^ 255])
-        sent = {"cut": half, "truncate": half, "empty": b"",
-                "corrupt": half + odd + body[len(half) + 1:]}.get(fault, body)
+        half = len(body) // 2
+        sent = {"cut": body[:half], "empty": b"",
+                "corrupt": body[:half] + b"corrupt" + body[half:]}.get(fault, body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body if fault == "cut" else sent)))
         self.end_headers()
@@ -76,8 +76,9 @@ def published(tmp_path_factory):
     """Small files with the names and formats of C4, CodeParrot, WikiText-103 and DeepMind-Math."""
     folder, r = tmp_path_factory.mktemp("published"), random.Random(0)
     words = "the a river Code learns of in and 12 7 was by never f(y) naïve 中文 runs".split()
-    names = [f"c4-train.{i:05}-of-01024" for i in range(4)] + ["c4-validation.00000-of-00008"]
-    for name in (*names, *(f"file-{i:012}" for i in (1, 2, 54))):
+    names = [*(f"c4-train.{i:05}-of-01024" for i in range(4)), "c4-validation.00000-of-00008",
+             *(f"file-{i:012}" for i in (1, 2, 54))]
+    for name in names:
         field = "content" if name.startswith("file") else "text"
         texts = (" ".join(r.choices(words, k=r.randint(20, 200))) for _ in range(300))
         lines = "".join(json.dumps({field: text, "url": "x"}) + "\n" for text in texts)
@@ -87,9 +88,8 @@ def published(tmp_path_factory):
             text = f" \n = Title = \n \n {' '.join(r.choices(words, k=n))} \n"
             archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", text)
     levels = ("train-easy", "train-medium", "train-hard", "interpolate", "extrapolate")
-    modules = ("numbers__gcd", "algebra__linear_1d", "arithmetic__add_or_sub")
     with tarfile.open(folder / "mathematics_dataset-v1.0.tar.gz", "w:gz") as archive:
-        for level, module in itertools.product(levels, modules):
+        for level, module in itertools.product(levels, ("gcd", "linear_1d", "add_or_sub")):
             sums = [(r.randint(0, 99), r.randint(0, 99)) for _ in range(400)]
             text = "".join(f"What is {a} + {b}? ({module})\n{a + b}\n" for a, b in sums)
             info = tarfile.TarInfo(f"mathematics_dataset-v1.0/{level}/{module}.txt")
@@ -112,11 +112,10 @@ def script():
 def refused(monkeypatch, capfd):
     """Calls a script's main, which has to refuse: one line on stderr, status 2. Returns it."""
     def call(module, *args):
-        from data import run_main
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, args)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            run_main(module.main)
+            module.run_main(module.main)
         line = capfd.readouterr().err
         assert stop.value.code == 2
         assert line.startswith("error: ") and line.count("\n") == 1, line
