@@ -40,9 +40,8 @@ def prose(tmp_path_factory):
 class Mirror(http.server.ThreadingHTTPServer):
     """A server on 127.0.0.1 with the files of a folder, known by their last names.
 
-    `faults` maps a file's name to a list: each request for it takes the next one. "refuse": HTTP
-    503; "cut": half of it, then the connection is closed; "empty": nothing, announced as all;
-    "corrupt": some bytes are wrong."""
+    faults: of a file's name, what its next requests get: "refuse" (HTTP 503), "cut" (half of what
+    is announced), "empty" or "corrupt"."""
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -63,8 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(503 if fault else 404)
         body = path.read_bytes()
         half = len(body) // 2
-        sent = {"cut": body[:half], "empty": b"",
-                "corrupt": body[:half] + b"corrupt" + body[half:]}.get(fault, body)
+        sent = {"cut": body[:half], "empty": b"", "corrupt": body[:half] + body}.get(fault, body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body if fault == "cut" else sent)))
         self.end_headers()
@@ -76,9 +74,8 @@ def published(tmp_path_factory):
     """Small files with the names and formats of C4, CodeParrot, WikiText-103 and DeepMind-Math."""
     folder, r = tmp_path_factory.mktemp("published"), random.Random(0)
     words = "the a river Code learns of in and 12 7 was by never f(y) naïve 中文 runs".split()
-    names = [*(f"c4-train.{i:05}-of-01024" for i in range(4)), "c4-validation.00000-of-00008",
-             *(f"file-{i:012}" for i in (1, 2, 54))]
-    for name in names:
+    names = [f"c4-train.{i:05}-of-01024" for i in range(4)] + ["c4-validation.00000-of-00008"]
+    for name in (*names, *(f"file-{i:012}" for i in (1, 2, 54))):
         field = "content" if name.startswith("file") else "text"
         texts = (" ".join(r.choices(words, k=r.randint(20, 200))) for _ in range(300))
         lines = "".join(json.dumps({field: text, "url": "x"}) + "\n" for text in texts)
@@ -87,10 +84,10 @@ def published(tmp_path_factory):
         for split, n in (("train", 30_000), ("valid", 9_000)):
             text = f" \n = Title = \n \n {' '.join(r.choices(words, k=n))} \n"
             archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", text)
-    levels = ("train-easy", "train-medium", "train-hard", "interpolate", "extrapolate")
     with tarfile.open(folder / "mathematics_dataset-v1.0.tar.gz", "w:gz") as archive:
-        for level, module in itertools.product(levels, ("gcd", "linear_1d", "add_or_sub")):
-            sums = [(r.randint(0, 99), r.randint(0, 99)) for _ in range(400)]
+        for level, module in itertools.product(("train-easy", "train-hard", "interpolate", "extrapolate"),
+                                               ("gcd", "linear_1d", "add_or_sub")):
+            sums = [(r.randint(0, 99), r.randint(0, 99)) for _ in range(600)]
             text = "".join(f"What is {a} + {b}? ({module})\n{a + b}\n" for a, b in sums)
             info = tarfile.TarInfo(f"mathematics_dataset-v1.0/{level}/{module}.txt")
             info.size = len(text)
@@ -117,7 +114,6 @@ def refused(monkeypatch, capfd):
         with pytest.raises(SystemExit) as stop:
             module.run_main(module.main)
         line = capfd.readouterr().err
-        assert stop.value.code == 2
-        assert line.startswith("error: ") and line.count("\n") == 1, line
+        assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
         return line
     return call
