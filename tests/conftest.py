@@ -56,13 +56,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
         path = self.server.folder / Path(self.path).name
-        faults = self.server.faults.get(path.name)
-        fault = faults.pop(0) if faults else None
+        fault = (self.server.faults.get(path.name) or [None]).pop(0)
         if fault == "refuse" or not path.is_file():
             return self.send_error(503 if fault else 404)
         body = path.read_bytes()
-        half = len(body) // 2
-        sent = {"cut": body[:half], "empty": b"", "corrupt": body[:half] + body}.get(fault, body)
+        half = body[:len(body) // 2]
+        sent = {"cut": half, "empty": b"", "corrupt": half + body}.get(fault, body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body if fault == "cut" else sent)))
         self.end_headers()
@@ -81,12 +80,12 @@ def published(tmp_path_factory):
         lines = "".join(json.dumps({field: text, "url": "x"}) + "\n" for text in texts)
         (folder / f"{name}.json.gz").write_bytes(gzip.compress(lines.encode()))
     with zipfile.ZipFile(folder / "wikitext-103-raw-v1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for split, n in (("train", 30_000), ("valid", 9_000)):
-            text = f" \n = Title = \n \n {' '.join(r.choices(words, k=n))} \n"
-            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", text)
+        for split in ("train", "valid"):
+            text = " ".join(r.choices(words, k=30_000))
+            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", f" \n = Title = \n \n {text}")
+    levels = ("train-easy", "train-hard", "interpolate", "extrapolate")
     with tarfile.open(folder / "mathematics_dataset-v1.0.tar.gz", "w:gz") as archive:
-        for level, module in itertools.product(("train-easy", "train-hard", "interpolate", "extrapolate"),
-                                               ("gcd", "linear_1d", "add_or_sub")):
+        for level, module in itertools.product(levels, ("gcd", "linear_1d", "add_or_sub")):
             sums = [(r.randint(0, 99), r.randint(0, 99)) for _ in range(600)]
             text = "".join(f"What is {a} + {b}? ({module})\n{a + b}\n" for a, b in sums)
             info = tarfile.TarInfo(f"mathematics_dataset-v1.0/{level}/{module}.txt")

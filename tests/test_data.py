@@ -83,10 +83,8 @@ def test_rules_with_input_and_output_agree_with_plain_python(name, vocab, low, h
 
 def test_symbols_pushes_and_what_is_deleted_are_as_frequent_as_published():
     rows = np.array([prompt for prompt, _ in examples("delete:vocab=11", pad=12, n=3000)])
-    symbols, counts = np.unique(rows[:, [*range(20), 21]], return_counts=True)
-    assert symbols.tolist() == list(range(1, 11)) and np.allclose(counts, 6300, atol=400)
-    present = np.mean((rows[:, :20] == rows[:, 21:22]).any(1))
-    assert abs(present - (1 - 0.9 ** 20)) < 0.03
+    assert np.allclose(np.bincount(rows[:, [*range(20), 21]].flat)[1:], 6300, atol=400)
+    assert abs(np.mean((rows[:, :20] == rows[:, 21:22]).any(1)) - (1 - 0.9 ** 20)) < 0.03
     operations = np.array([prompt[:20] for prompt, _ in examples("stack", pad=101, n=3000)])
     depth = np.cumsum(np.where(operations, 1, -1), axis=1)[:, :-1]  # before each but the first
     share = [np.mean(operations[:, t + 1][depth[:, t] > 1] != 0) for t in range(1, 19)]
@@ -126,7 +124,7 @@ def test_brackets_have_the_frequencies_of_the_exact_process(name, length, parame
 
 @pytest.mark.parametrize("rule", [30, 110, "random"])
 def test_each_row_of_the_automaton_is_the_rules_image_of_the_one_before(rule):
-    images, firsts = set(), []
+    images = set()
     for prompt, answer in examples(f"eca:rule={rule},width=16,length=128", pad=None, n=60):
         rows = np.array(prompt + answer).reshape(8, 16)
         above = 4 * np.roll(rows, 1, axis=1) + 2 * rows + np.roll(rows, -1, axis=1)
@@ -134,8 +132,6 @@ def test_each_row_of_the_automaton_is_the_rules_image_of_the_one_before(rule):
         assert len(dict(image)) == len(image), "what is above decides"
         assert rule == "random" or image <= {(n, int(f"{rule:08b}"[7 - n])) for n in range(8)}
         images.add(frozenset(image))
-        firsts += prompt
-    assert np.mean(firsts) == pytest.approx(0.5, abs=0.05)
     assert len(images) > 40 or rule != "random"
 
 
@@ -249,8 +245,8 @@ def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(monkeypat
         data.run_main(data.main)
         return capsys.readouterr().out
     for spec, row in {
-            "stack:length=5": r"[\d ]+\| «[\d ]+»[ _]*", "dyck:k=9,length=4": r"\(\d «[()\d ]+»",
-            "dyck:k=3,length=8": r"[(\[{] «[()\[\]{} ]{13}»", "set+dyck": r"[\d ]+«[\d ]+»[ _]*",
+            "stack:length=5": r"[\d ]+\| «[\d ]+»[ _]*", "set+dyck": r"[\d ]+«[\d ]+»[ _]*",
+            "dyck:k=9,length=4": r"\(\d «[()\d ]+»", "dyck:k=3": r"[(\[{] «[()\[\]{} ]{253}»",
             "eca:width=8,length=24": r"[·█]{8}\n«[·█]{8}\n[·█]{8}»",
             "haystack:pairs=1": r"k0: \d+ \?k0 .+ _", "sorting:numbers=1": r"\d+ 100 «\d+»",
             "addition:digits=2": r"[1-9]\d\+[1-9]\d=«\d+\.»_?"}.items():
@@ -394,8 +390,7 @@ def test_where_there_is_no_home_that_is_said(prose, monkeypatch, refused):
 
 
 def test_code_is_python_and_docs_are_docstrings(tmp_path, monkeypatch):
-    files = data.python_files()
-    assert Path(json.decoder.__file__) in files and tiktoken.__file__ not in map(str, files)
+    assert tiktoken.__file__ not in map(str, data.python_files())
     both = [Path(re.__file__), write(tmp_path, {"bad.py": "def f(:"}) / "bad.py"]
     monkeypatch.setattr(data, "python_files", lambda *packages: both if packages else both[:1])
     assert text_in(tokenise("code")) == both[0].read_text() + "\0"
@@ -533,22 +528,18 @@ def test_a_file_is_there_whole_or_as_it_was_and_no_other_thing_is_written_to(
     assert sorted(os.listdir()) == [".pipe.tmp", "a.json", "link", "pipe"]
 
 
-def test_what_is_read_is_used_in_a_block_that_makes_one_line_of_what_goes_wrong(tmp_path):
-    for error, line in ((KeyError("loss"), "a.pt: .*loss"), (ValueError("a\nb"), "a.pt: a b"),
-                        (EOFError(), "a.pt: EOFError"), (UserError("mine"), "^mine"),
-                        (BrokenPipeError("what reads what we print is gone"), "^what")):
-        with pytest.raises((UserError, BrokenPipeError), match=f"{line}[^\n]*$"):
-            with data.reading("a.pt"):
-                raise error
+def test_what_cannot_be_read_is_one_line_and_half_a_line_of_a_log_is_none(tmp_path):
     path = tmp_path / "a.json"
     data.write_json(path, {"a": np.float32(0.5), "b": np.arange(2), "c": math.nan, "d": -math.inf})
     assert data.read_json(path) == {"a": 0.5, "b": [0, 1], "c": None, "d": None}
     path.write_text('{"a": 1}\n{"b"\n[2]\n' + "[" * 99_999 + '\n{"c": "half')
-    assert data.json_lines(path) == [{"a": 1}, [2]] and data.json_lines(tmp_path / "none") == []
+    assert data.json_lines(path) == [{"a": 1}, [2]]
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "none", tmp_path / "pipe", path):
-        with pytest.raises(UserError, match="cannot read"):
-            data.read_json(path)
+    for unread in (tmp_path / "none", tmp_path / "pipe", path):
+        with pytest.raises(UserError, match="cannot read [^\n]*$"):
+            data.read_json(unread)
+    with pytest.raises(BrokenPipeError), data.reading(path):  # of what prints as it reads
+        raise BrokenPipeError
 
 
 def test_a_lock_is_held_by_one_refused_or_waited_for(tmp_path, monkeypatch, capsys):
@@ -571,7 +562,7 @@ def test_a_script_ends_with_a_status_and_one_line(capsys):
     for error, status, line in (
             (UserError("two\nlines"), 2, "two lines"), (OSError(5, "Input"), 2, "Input"),
             (MemoryError(), 2, "not enough memory"), (KeyboardInterrupt(), 130, ""),
-            (RuntimeError("CUDA out of memory.\nTried to allocate 9 GiB"), 2, "enough memory")):
+            (RuntimeError("CUDA out of memory.\nTried 9 GiB"), 2, "enough memory")):
         with pytest.raises(SystemExit) as stop:
             data.run_main(Mock(side_effect=error))
         said = capsys.readouterr().err
