@@ -2,6 +2,7 @@
 import gzip
 import http.server
 import io
+import itertools
 import json
 import os
 import random
@@ -36,43 +37,35 @@ def prose(tmp_path_factory):
     return folder
 
 
-class Mirror:
+class Mirror(http.server.ThreadingHTTPServer):
     """A server on 127.0.0.1 with the files of a folder, known by their last names.
 
-    `faults` maps a file's name to a list: each request for it takes the next one. "refuse": HTTP
-    503; "cut": half of it, then the connection is closed; "truncate": half of it, announced as all;
-    "empty": nothing, announced as all; "corrupt": one byte is wrong."""
+    faults: of a file's name, what its next requests get: "refuse" (HTTP 503), "cut" (half of what
+    is announced), "empty" or "corrupt"."""
 
     def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.folder, self.faults, self.requests = folder, {}, []
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=[0.02], daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
 
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
 
-    def handler(mirror):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            log_message = lambda *args: None
+class Handler(http.server.BaseHTTPRequestHandler):
+    log_message = lambda *args: None
 
-            def do_GET(self):
-                path = mirror.folder / Path(self.path).name
-                mirror.requests.append(self.path)
-                faults = mirror.faults.get(path.name)
-                fault = faults.pop(0) if faults else None
-                if fault == "refuse" or not path.is_file():
-                    return self.send_error(503 if fault else 404)
-                body = path.read_bytes()
-                half, rest = body[:len(body) // 2], body[len(body) // 2:]
-                body = {"truncate": half, "empty": b"",
-                        "corrupt": half + bytes([rest[0] ^ 255]) + rest[1:]}.get(fault, body)
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(half if fault == "cut" else body)
-        return Handler
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        path = self.server.folder / Path(self.path).name
+        fault = (self.server.faults.get(path.name) or [None]).pop(0)
+        if fault == "refuse" or not path.is_file():
+            return self.send_error(503 if fault else 404)
+        body = path.read_bytes()
+        half = body[:len(body) // 2]
+        sent = {"cut": half, "empty": b"", "corrupt": half + body}.get(fault, body)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body if fault == "cut" else sent)))
+        self.end_headers()
+        self.wfile.write(sent)
 
 
 @pytest.fixture(scope="session")
@@ -83,26 +76,21 @@ def published(tmp_path_factory):
     names = [f"c4-train.{i:05}-of-01024" for i in range(4)] + ["c4-validation.00000-of-00008"]
     for name in (*names, *(f"file-{i:012}" for i in (1, 2, 54))):
         field = "content" if name.startswith("file") else "text"
-        with gzip.open(folder / f"{name}.json.gz", "wt", encoding="utf-8") as file:
-            for _ in range(300):
-                text = " ".join(r.choices(words, k=r.randint(20, 200)))
-                file.write(json.dumps({field: text, "url": "x"}) + "\n")
+        texts = (" ".join(r.choices(words, k=r.randint(20, 200))) for _ in range(300))
+        lines = "".join(json.dumps({field: text, "url": "x"}) + "\n" for text in texts)
+        (folder / f"{name}.json.gz").write_bytes(gzip.compress(lines.encode()))
     with zipfile.ZipFile(folder / "wikitext-103-raw-v1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for split, articles in (("train", 200), ("valid", 60)):
-            texts = [f" \n = Title {i} = \n \n {' '.join(r.choices(words, k=140))} \n"
-                     for i in range(articles)]
-            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", "".join(texts))
-    modules = ["numbers__gcd", "algebra__linear_1d", "arithmetic__add_or_sub"]
+        for split in ("train", "valid"):
+            text = " ".join(r.choices(words, k=30_000))
+            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", f" \n = Title = \n \n {text}")
+    levels = ("train-easy", "train-hard", "interpolate", "extrapolate")
     with tarfile.open(folder / "mathematics_dataset-v1.0.tar.gz", "w:gz") as archive:
-        for level in ("train-easy", "train-medium", "train-hard", "interpolate", "extrapolate"):
-            for module in modules:
-                text = ""
-                for _ in range(400):
-                    a, b = r.randint(0, 99), r.randint(0, 99)
-                    text += f"What is {a} + {b}? ({module})\n{a + b}\n"
-                info = tarfile.TarInfo(f"mathematics_dataset-v1.0/{level}/{module}.txt")
-                info.size = len(text)
-                archive.addfile(info, io.BytesIO(text.encode()))
+        for level, module in itertools.product(levels, ("gcd", "linear_1d", "add_or_sub")):
+            sums = [(r.randint(0, 99), r.randint(0, 99)) for _ in range(600)]
+            text = "".join(f"What is {a} + {b}? ({module})\n{a + b}\n" for a, b in sums)
+            info = tarfile.TarInfo(f"mathematics_dataset-v1.0/{level}/{module}.txt")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
     return folder
 
 
@@ -120,13 +108,11 @@ def script():
 def refused(monkeypatch, capfd):
     """Calls a script's main, which has to refuse: one line on stderr, status 2. Returns it."""
     def call(module, *args):
-        from data import run_main
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, args)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            run_main(module.main)
+            module.run_main(module.main)
         line = capfd.readouterr().err
-        assert stop.value.code == 2
-        assert line.startswith("error: ") and line.count("\n") == 1, line
+        assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
         return line
     return call
