@@ -61,7 +61,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(503 if fault else 404)
         body = path.read_bytes()
         half = body[:len(body) // 2]
-        sent = {"cut": half, "empty": b"", "corrupt": half + body}.get(fault, body)
+        wrong = body[:-8] + bytes(8)  # gzip's checksum
+        sent = {"cut": half, "empty": b"", "corrupt": wrong}.get(fault, body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body if fault == "cut" else sent)))
         self.end_headers()
