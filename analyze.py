@@ -538,6 +538,8 @@ class Outcome:
                  f"{p:.4f}" if p >= 1e-4 else "< 0.0001"]
         if math.isnan(p):  # of one run there is neither
             words[1:] = "-", "-"
+        elif math.isinf(low):  # of three any difference may come by chance
+            words[1] = "any"
         return theirs.mean(), ours.mean(), gain, low, high, p, words
 
 
