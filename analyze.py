@@ -107,6 +107,7 @@ STARTS = {"whole": "--transfer full --embeddings mean --positions fit",
           "attention": f"--transfer attn {FRESH}",
           "attention, positions": "--transfer attn --embeddings random --positions fit"}
 
+
 class Line(NamedTuple):
     """Settings: one for each choice from the braces in its name, which {0}, {1} are further on."""
     columns: tuple
@@ -813,7 +814,6 @@ def judge(claim, seeds, found):
     if not ours.n or not base.n:
         return ["", "0", "", "not run"]
     if claim.counting_warmup:
-        base.count_warmup()
         ours.count_warmup()
     before, after, gain, low, high, p, (gained, limits, shown_p) = ours.against(base)
     verdict = "undecided"
