@@ -23,7 +23,6 @@ from itertools import chain, combinations, count, cycle, pairwise, permutations,
 from pathlib import Path
 from typing import NamedTuple
 
-# data.py prepares torch's threads, so it comes before torch.
 from data import (TASKS, Parser, UserError, json_lines, lock, number, read_json, reading,
                   run_main, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot

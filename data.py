@@ -8,7 +8,7 @@
     x, y = make_data("dyck:k=3").train[0]      # y[t] is the token after x[t], or -1: not counted
 
 All data are torch Datasets. Rules and tasks come first, then `Rows`, which makes rows of them: read
-to there. Texts come next, and last what all five scripts share: files and the command line.
+to the end of `micro_batches`. Texts come next, and last what all scripts share.
 """
 import argparse
 import ast
@@ -296,7 +296,7 @@ class Rows(Dataset):
 
     Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run, so
     that a run needs nothing but its step number to resume. Of a task, one example in 16, by a hash
-    of its prompt, is held out. There is no len: a DataLoader needs a batch_sampler."""
+    of its prompt, is held out."""
 
     def __init__(self, spec, seed=0, split="train", block_size=None):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""

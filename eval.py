@@ -6,7 +6,7 @@
 
 A probe takes an opened checkpoint and returns None where it does not apply, or what it found: by
 label numbers, words, curves {name: {x: y}} and maps (n_layer, n_head), which are drawn; "n" says
-of how many rows, answers or tokens. Its docstring is the question that is printed above.
+of how many rows, answers or tokens. What is printed above them is its docstring.
 """
 import contextlib
 import math
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-# Before torch, for which data.py sets how its threads wait.
 from data import (RANDOM, Parser, UserError, make_data, micro_batches, number, reading, run_main,
                   written_whole)
 from model import GPT, attention_maps, find_device, load
@@ -34,11 +33,10 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
     for x, y in rows:
         x, y = x.to(device), y.to(device)
         with autocast:
-            states, wanted = model.counted_states(x, y)
-            logits = model.lm_head(states).float()
+            counted = y != -1
+            logits, wanted = model.lm_head(model.states(x, counted)).float(), y[counted]
         loss += F.cross_entropy(logits, wanted, reduction="sum").item()
         hit = logits.argmax(-1) == wanted
-        counted = y != -1
         begins = counted & ~F.pad(counted, (1, 0))[:, :-1]
         answer = begins.flatten().cumsum(0)[counted.flatten()]  # the answer that a token is in
         right += hit.sum().item()

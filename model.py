@@ -13,7 +13,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-# Before torch, whose threads read GOMP_SPINCOUNT as they start: data sets it.
 from data import Parser, UserError, read_json, reading, reason_of, run_main, written_whole
 
 import torch
@@ -104,7 +103,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.states(idx))
         if idx.device.type == "cpu":
-            x, targets = self.counted_states(idx, targets)
+            counts = targets != -1
+            x, targets = self.states(idx, counts), targets[counts]
         else:  # to pick what counts would wait for the GPU: it computes everything
             x, targets = self.states(idx).flatten(0, 1), targets.flatten()
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
@@ -122,11 +122,6 @@ class GPT(nn.Module):
             else:
                 x = block(x, wanted)
         return self.ln_f(x)
-
-    def counted_states(self, idx, targets):
-        """What the head reads, (n, n_embd), where a target is not -1, and those targets, (n,)."""
-        counts = targets != -1
-        return self.states(idx, counts), targets[counts]
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0, generator=None):

@@ -2,7 +2,7 @@
 
     python train.py --warmup dyck                  a small GPT: brackets first, then Python code
     python train.py --warmup none                  the same without the warm-up: compare
-    python train.py --data haystack --warmup dyck  an algorithmic task, at its published settings
+    python train.py --data haystack --warmup dyck  an algorithmic task, with the paper's settings
     python train.py --preset c4 --warmup union     a published run (first: data.py prepare c4)
     torchrun --nproc_per_node=8 train.py ...       on eight GPUs: the same batches
 
@@ -27,7 +27,6 @@ import zlib
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from pathlib import Path
 
-# Before torch, since data.py sets how its threads wait, which torch reads when it is imported.
 from data import (Parser, UserError, default_tokenizer, json_lines, kind_of, lock, make_data,
                   micro_batches, number, read_json, reading, run_main, say, write_json,
                   written_whole)
@@ -67,7 +66,8 @@ def run(s):
         warm_stage = stage_of(s, "warmup", rule)
         # Another seed, beyond all that flags can say: what starts afresh is not what began here.
         warm_model = new_model(rule, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
-        # A trial, overwritten below: what does not fit is refused now, not after hours of warm-up.
+        # A trial with weights that know nothing yet, overwritten below: what does not fit is
+        # refused now, not after hours of warm-up.
         transfer(warm_model, model, parts, s.embeddings, s.positions)
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
@@ -471,7 +471,7 @@ def write_result(out, s, fingerprint, warmed, trained):
     found = {
         "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
         "warmup": warmed["spec"], "fingerprint": fingerprint,
-        "warmup_first_loss": before.get("loss"), "warmup_first_accuracy": before.get("accuracy"),
+        "warmup_first_loss": before.get("loss"),
         "warmup_loss": after.get("loss"), "warmup_accuracy": after.get("accuracy"),
         **{f"val_{key}": value for key, value in trained["result"].items() if key != "tokens"},
         "tokens": {"procedural": warmed["tokens"], "semantic": trained["tokens"]},
@@ -583,7 +583,7 @@ OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_
 
 def parse(argv):
     """The command line -> all settings, a Namespace. Raises UserError."""
-    parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults: those of --preset laptop.",
+    parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults: of text without a preset.",
                     argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
         takes = {"type": kind, "metavar": "TEXT" if kind is str else "NUMBER"}

@@ -113,7 +113,7 @@ def test_what_foretells_is_the_power_that_differs_correlated_by_ranks(tmp_path, 
     rho = -4.5 / math.sqrt(5 * 4.5)  # ranks 4, 2.5, 2.5, 1; of 12 orders two are as far from chance
     assert rank_correlation([1, 2, 3, 4], [9, 7, 7, 5]) == pytest.approx((rho, 1 / 6), abs=0.005)
     states = torch.tensor([[3.0, 4.0], [3.0, -4.0]] * 500)
-    model = SimpleNamespace(eval=lambda: model, counted_states=lambda x, y: (states, y))
+    model = SimpleNamespace(eval=lambda: model, states=lambda x, counts: states)
     monkeypatch.setattr(train, "new_model", lambda *args: model)
     monkeypatch.setattr(train, "start_from_checkpoints", lambda model, s: None)
     assert share_that_differs(RECALL[0], 0, tmp_path) == pytest.approx(16 / 25)

@@ -23,11 +23,8 @@ class Fake(GPT):
         super().__init__(config)
         self.answer, self.lm_head = answer, torch.nn.Identity()
 
-    def states(self, idx):
-        return torch.as_tensor(self.answer(idx.numpy()), dtype=torch.float32)
-
-    def counted_states(self, idx, targets):
-        return self.states(idx)[targets != -1], targets[targets != -1]
+    def states(self, idx, counts=...):
+        return torch.as_tensor(self.answer(idx.numpy()), dtype=torch.float32)[counts]
 
 
 def right(x, y, vocab_size):
