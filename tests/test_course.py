@@ -51,9 +51,9 @@ def test_the_cells_run(tmp_path, prose):
 
 
 def test_the_outputs_are_kept_and_the_exercises_are_there():
-    for cells, pictures, handed_in in zip(BOOKS, (4, 0), ("1234567", "2")):
+    for cells, pictures, handed_in in zip(BOOKS, (True, False), ("1234567", "2")):
         said = json.dumps([cell.get("outputs") for cell in cells])
-        assert said.count('"image/png"') == pictures
+        assert ("image/png" in said) == pictures
         assert re.findall(r"hand in \((\d)\)", said) == list(handed_in)
         assert not re.search('"output_type": "error"|error: |Traceback|/home/|/root/|/tmp/', said)
         text = "\n".join("".join(cell["source"]) for cell in cells)
