@@ -710,12 +710,16 @@ def summarise(found, s):
     result = f"{found['val_accuracy']:.2%} of answer tokens right"
     if bits is not None:
         result = f"{bits:.4f} bits per byte"
-    other = "none and no other flag of it" if tokens["procedural"] else "dyck"
+    other = "with --warmup dyck"
+    if s.init or s.attn_from or s.mlp_from:
+        other = "from another checkpoint, or from none"
+    elif tokens["procedural"]:
+        other = "with --warmup none and no other flag of it"
     say(f"\nwarm-up    {warmup}\n"
         f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
         f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
         f"files      {s.out} ({clock(found['seconds'])})\n"
-        f"next       the same command with --warmup {other}, unless that run is there;\n"
+        f"next       the same command {other}, unless that run is there;\n"
         f"           then python analyze.py curves {shlex.quote(s.out)} and its folder")
 
 
