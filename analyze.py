@@ -129,12 +129,12 @@ HEADS = ("{as it is|only sharp|only blurred|only random|without sharp|without bl
 EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
     # Said before the runs, of five starts that were tried: in each that moves MLPs, a warm-up with
     # a smaller share_that_differs (tests/share.py) is to find the needle later.
-    "starts": ("which part makes it, and which breaks it: the MLPs (ours)", 10, [
+    "starts": ("which part makes it, and which breaks it (ours)", 10, [
         Line(RECALL_15, "dyck, {attn|attn,norm|attn,mlp|full}, embeddings {random|mean}", "dyck",
              MOVED),
         Line(RECALL, "dyck, {attn|attn,norm}, embeddings {random}", "dyck", MOVED),
         Line(RECALL, "dyck, {full}, embeddings {mean}", "dyck", MOVED),
-        Line(RECALL, "none, steps 13500", flags="--steps 13500")]),  # ten of these are there
+        Line(RECALL, "none, steps 13500", flags="--steps 13500")]),
     "repeats": ("how much of the spread is the warm-up's, and how much the task's", 3, [
         Line(RECALL_15, f"dyck, as published, warm-up {seed}", "dyck", warmup_seeds=(seed,))
         for seed in range(10)]),
@@ -394,7 +394,7 @@ def read_results(where):
     for path in sorted(paths, key=lambda path: (path.suffix != ".gz", path)):
         if (path / "result.json").exists():  # these come last: a run hides a packed one
             found[path.name] = read_run(path)
-        elif path == where or path.suffix == ".gz":
+        elif path.is_file() and (path == where or path.suffix == ".gz"):
             with reading(path), gzip.open(path, "rt") as file:
                 records = [json.loads(line) for line in file]
                 found |= {each.pop("name"): each for each in records}
@@ -759,7 +759,7 @@ class Claim(NamedTuple):
     counting_warmup: bool = False  # its tokens are steps, too
 
 
-# Written down before the runs that decide them, but for what the report says of the first seven.
+# Written down before the runs that decide them, but for what the report says of the first ten.
 # Published perplexities in bits per byte: 62.0 -> 59.9 is 0.034 nats a token of GPT-2, of 4.4 bytes
 # of English; 5.47 -> 5.15 is 0.060 nats a token of CodeParrot's, of some 3 bytes of Python.
 CODE, ENGLISH = "gain 0.029 bits per byte", "gain 0.011 bits per byte"
