@@ -81,9 +81,9 @@ class Setting(NamedTuple):
 # the published rows at twice the rate. Recall stops once it is solved; arithmetic and sorting have
 # a fixed budget, as published. Warm-ups before tasks are shorter than train.py's, with brackets as
 # long as recall's rows; those before text have the published batch and rate.
-TASK = "--batch_size 250 --lr 2e-3"
-STOPPED = f"{TASK} --eval_every 100 --stop_at 0.9"
-FIXED = f"{TASK} --eval_every 500 --steps 6000"
+TASK_FLAGS = "--batch_size 250 --lr 2e-3"
+STOPPED = f"{TASK_FLAGS} --eval_every 100 --stop_at 0.9"
+FIXED = f"{TASK_FLAGS} --eval_every 500 --steps 6000"
 TEXT = ("--preset laptop --size 4_4_128 --block_size 256 --batch_size 16 --steps 2500 "
         "--lr 3e-3 --lr_ramp 200")
 BEFORE_TASK = "--data haystack --warmup_steps 6000"  # of brackets 49.2 M tokens
@@ -120,7 +120,7 @@ class Line(NamedTuple):
 
 RECALL, RECALL_15, RECALLS = ("recall",), ("recall of 15",), ("recall", "recall of 15")
 DIAGNOSTICS = ("recall of 15", "reversed_addition", "addition", "sorting")
-LONG = "--warmup_steps 24000"  # after 6,000 most stop on a plateau, and have no sharp heads
+LONG_WARMUP = "--warmup_steps 24000"  # after 6,000 most stop on a plateau, and have no sharp heads
 OURS = "attention, positions"
 MOVED = "--transfer {0} --embeddings {1} --positions fit"
 CHANGES = "{as it is|shuffled|redrawn|noise 0.1|noise 0.3|noise 1|scaled 0.5|scaled 2}"
@@ -168,7 +168,7 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
         Line(RECALL_15, CHANGES, "dyck", OURS, "{0}"),
         Line(("code",), CHANGES, "set", change="{0}")]),
     "heads": ("which quarter of the heads carries it: the sharpest, most blurred, any", 6, [
-        Line(RECALL_15, f"long warm-up, {HEADS}", f"dyck {LONG}", OURS, "{0}"),
+        Line(RECALL_15, f"long warm-up, {HEADS}", f"dyck {LONG_WARMUP}", OURS, "{0}"),
         Line(("code",), HEADS, "set", change="{0}")]),
     "sharpen": ("no warm-up, but a penalty on the attention's entropy in its place", 6, [
         Line(RECALL_15, "dyck", "dyck", OURS),
@@ -656,7 +656,7 @@ def draw(name, columns, path):
 
 
 # The paper's accuracy in percent, in the order of DIAGNOSTICS; its recall is of 30 pairs.
-PUBLISHED = {"none": (11.3, 76.4, 59.1, 82.7), "dyck, whole": (96.9,),
+PAPER = {"none": (11.3, 76.4, 59.1, 82.7), "dyck, whole": (96.9,),
              "identity, whole": (18.8,), "identity, attention": (99.0,),
              "set, whole": (18.9, 44.6), "set, attention": (88.9, 54.4, 81.1, 98.1),
              "eca, whole": (10.5, 91.0, 69.6, 76.9)}
@@ -679,8 +679,8 @@ def draw_gains(columns, path):
             if each.n and base.n:
                 gains[i, j] = 100 * (each.accuracy - base.accuracy)
                 text = f"{gains[i, j]:+.1f} (n = {min(each.n, base.n)})"
-            for published in PUBLISHED.get(each.setting.name, ())[place:place + 1]:
-                text += f"\npaper {published - PUBLISHED['none'][place]:+.1f}"
+            for published in PAPER.get(each.setting.name, ())[place:place + 1]:
+                text += f"\npaper {published - PAPER['none'][place]:+.1f}"
             axis.text(j, i, text, ha="center", va="center",
                       color="white" if abs(gains[i, j]) > 60 else "black")
         image = axis.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")

@@ -447,7 +447,8 @@ def main():
         raise UserError(f"unknown probe in {args.probe!r}: there are {', '.join(PROBES)}")
     for path in args.checkpoints:
         c, found = Opened(path, args.device, args.data, args.tokenizer), {}
-        print(f"{c.path}: {c.stage} step {c.step}, held-out {c.spec}")
+        tokens = f", tokens of {c.data.tokenizer.name}" if c.data.tokenizer else ""
+        print(f"{c.path}: {c.stage} step {c.step}, held-out {c.spec}{tokens}")
         for i in range(samples):
             print_sample(c, i, args)
         for name in [] if samples else names:

@@ -77,7 +77,8 @@ def run(s):
             return finished
         listen()
         n = sum(p.numel() for p in model.parameters())
-        say(f"{out}: {n:,} parameters; {s.device}, {s.dtype}, processes: {world_size()}")
+        tokens = f"; tokens of {data.tokenizer.name}" if data.tokenizer else ""
+        say(f"{out}: {n:,} parameters{tokens}; {s.device}, {s.dtype}, processes: {world_size()}")
         if rule:
             # 1. Warm up.
             warmed |= train(warm_model, rule, warm_stage, out / "warmup.pt", fingerprint, warmed)
@@ -489,11 +490,11 @@ def write_result(out, s, fingerprint, warmed, trained):
 
 # A rule's name alone, as in --warmup dyck, stands for these parameters and settings (paper,
 # "Procedural data"), with models of GPT-2's size. Elsewhere it has data.py's own, or as rows say.
-LONG = dict(warmup_steps=500, warmup_batch_size=32)
+LONG_ROWS = dict(warmup_steps=500, warmup_batch_size=32)
 WARMUPS = dict.fromkeys(("identity", "reverse", "sort", "set", "union", "delete", "stack"),
                         ("length=64", {}))
-WARMUPS |= {"dyck": ("k=64,length=2048", LONG), "dyck_shuffle": ("k=64,length=2048", LONG),
-            "eca": ("length=2048", LONG),
+WARMUPS |= {"dyck": ("k=64,length=2048", LONG_ROWS), "eca": ("length=2048", LONG_ROWS),
+            "dyck_shuffle": ("k=64,length=2048", LONG_ROWS),
             "text": ("", dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32))}
 
 # Text, with GPT-2's size (paper, "Semantic pretraining"); no positions move.

@@ -310,7 +310,8 @@ def printed(monkeypatch, capfd):
 def test_each_probe_that_applies_is_printed_and_heads_drawn(kind, probes, checkpoints, printed):
     image, path = pytest.importorskip("matplotlib.image"), checkpoints[kind]
     text, c = printed(path, "--plot"), script.Opened(path, "cpu")
-    assert text.startswith(f"{path}: train step 7, held-out {c.spec}\n")
+    assert text.startswith(f"{path}: train step 7, held-out {c.spec}")
+    assert ("tokens of bytes" in text.splitlines()[0]) == (kind == "text")
     assert re.findall(r"^(\w+): \S.* \(.*\)$", text, re.MULTILINE) == probes.split()
     loss, heads = script.probe_loss(c), script.probe_heads(c)
     for number in (loss["accuracy"], loss["perplexity"], heads["induction, strongest head"]):
