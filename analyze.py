@@ -153,9 +153,7 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
              "{1}")]),
     "table": ("which warm-up helps which task, moved over as published, or as ours", 10, [
         Line(TASK_COLUMNS, "{dyck|identity|set|eca|eca:rule=random,length=64}, "
-             "{whole|attention|attention, positions}", "{0}", "{1}"),
-        # It can no longer be run: its ten results are kept.
-        Line(RECALL_15, "{nca:states=2,grid=6,length=64}, attention, positions", "{0}", OURS)]),
+             "{whole|attention|attention, positions}", "{0}", "{1}")]),
     "transfer": ("what has to move over: the whole model, attention, MLPs or norms", 10, [
         Line((*RECALL, *TEXTS), "{set|dyck}, {full|attn|mlp|norm}", "{0}", "--transfer {1}")]),
     "controls": ("the critics' controls: shuffled rows, as many tokens of text", 10, [
@@ -559,12 +557,12 @@ def compare(settings, seeds, found):
 WORDS = {"recall": "recall of 30 pairs", "recall of 15": "recall of 15 pairs",
          "haystack": "recall of 30 pairs", "haystack:pairs=15": "recall of 15 pairs",
          "reversed_addition": "reversed addition", "none": "no warm-up", "dyck": "brackets",
-         "dyck_shuffle": "interleaved brackets", "eca": "automata", "nca": "neural automata",
+         "dyck_shuffle": "interleaved brackets", "eca": "automata",
          "whole": "everything", "full": "everything", "attn": "attention", "mlp": "MLPs",
          "norm": "norms", "lr": "learning rate", "lr_ramp": "ramp", "shuffled:": "shuffled "}
 COLOURS = dict(zip(  # of a warm-up, in all figures: pyplot's, and six of Tol's "muted"
-    "dyck set identity union eca nca none text sort reverse delete stack dyck_shuffle".split(),
-    "C0 C1 C2 C3 C4 C5 C6 C7 #882255 #999933 #332288 #117733 #44AA99".split()))
+    "dyck set identity union eca none text sort reverse delete stack dyck_shuffle".split(),
+    "C0 C1 C2 C3 C4 C6 C7 #882255 #999933 #332288 #117733 #44AA99".split()))
 
 
 def colour_of(warmup):
