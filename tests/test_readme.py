@@ -102,6 +102,8 @@ def results_in_words(found):
     yield f"| nothing | {of_15['none'][0]} | {none}, in 13,500: 11 % right, guessing 13 |"
     yield (f"| brackets | {best}, after {min(soon):,} to {max(soon):,} | {ours}, after "
            f"{min(steps):,} to {max(steps):,} |")
+    yield "norms moved, too, {} of {} find them".format(
+        *steps_of(found, "recall", "dyck, attn,norm, embeddings random")[:2])
     others = {}
     for name, experiment in (("shuffled:dyck", "controls"), ("identity", "table"), ("set", "table"),
                              ("eca", "table")):
