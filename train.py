@@ -647,8 +647,8 @@ def parse(argv):
 def spelled_out(warmup, warmups):
     """A spec in which each bare name has the parameters that it stands for: see WARMUPS."""
     members = []
-    for member in warmup.split("+"):
-        name = member.removeprefix("shuffled:").rpartition("*")[2].strip()
+    for member in warmup.replace(" ", "").split("+"):
+        name = member.removeprefix("shuffled:").rpartition("*")[2]
         parameters, _ = warmups.get(name, ("", {}))
         members.append(f"{member}:{parameters}" if parameters else member)
     return "+".join(members)

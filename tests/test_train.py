@@ -401,7 +401,7 @@ TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, l
     ("--preset c4 --warmup union --lr 1 --no-tied --seed 3", dict(
         C4, warmup="union:length=64", warmup_steps=2500, lr=1, tied=False, out="out/c4-union-s3")),
     ("--warmup shuffled:set+dyck", dict(warmup="shuffled:set+dyck:k=8")),
-    ("--preset c4 --warmup 0.7*set+0.3*dyck:k=3+union", dict(
+    ("--preset c4 --warmup '0.7 * set + 0.3*dyck:k=3+union'", dict(
         C4, warmup="0.7*set:length=64+0.3*dyck:k=3+union:length=64", warmup_steps=2500)),
     ("--preset c4-1.3b", dict(C4, size="1.3b", steps=160_000, recompute=True)),
     ("--preset deepmind_math-1.3b", dict(tokenizer="characters", size="1.3b", block_size=512,
@@ -413,7 +413,7 @@ TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, l
     ("--data haystack --init CUT", dict(size="1_2_8", warmup="none", out="out/haystack-init-s0")),
     ("--data haystack --init CUT --transfer all", dict(tokenizer=None, block_size=9, tied=False))])
 def test_what_is_not_given_is_published_or_a_checkpoints_or_a_name(given, expected, cut):
-    settings = train.parse(["--device=cpu", *given.replace("CUT", str(cut)).split()])
+    settings = train.parse(["--device=cpu", *shlex.split(given.replace("CUT", str(cut)))])
     assert {key: getattr(settings, key) for key in expected} == expected
 
 
