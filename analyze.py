@@ -23,8 +23,8 @@ from itertools import chain, combinations, count, cycle, pairwise, permutations,
 from pathlib import Path
 from typing import NamedTuple
 
-from data import (TASKS, Parser, UserError, json_lines, lock, number, read_json, reading,
-                  run_main, write_json, written_whole)
+from data import (LONG, TASKS, Parser, UserError, json_lines, lock, number, read_json, reading,
+                  run_main, say, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
 from train import OPERATIONAL
@@ -356,10 +356,9 @@ def run_all(settings, seeds, results, jobs):
             said = "done"
         except UserError as error:
             said = f"failed: {error}"
-        print(f"[{next(ended)}/{len(runs)}] {setting.column} | {setting.name} | seed {seed}: "
-              f"{said}", flush=True)
+        say(f"[{next(ended)}/{len(runs)}] {setting.column} | {setting.name} | seed {seed}: {said}")
 
-    print(f"{len(runs)} runs to go, {jobs} at a time", flush=True)
+    say(f"{len(runs)} runs to go, {jobs} at a time")
     pool = ThreadPoolExecutor(jobs)
     for folder, (setting, seed) in runs.items():
         for warmup in setting.warmup_runs(seed):
@@ -394,7 +393,7 @@ def read_results(where):
             found[path.name] = read_run(path)
         elif path.is_file() and (path == where or path.suffix == ".gz"):
             with reading(path), gzip.open(path, "rt") as file:
-                records = [json.loads(line) for line in file]
+                records = [json.loads(line) for line in iter(lambda: file.readline(LONG), "")]
                 found |= {each.pop("name"): each for each in records}
     return found
 

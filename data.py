@@ -452,7 +452,8 @@ def users_files(root):
     train, val, others, left_out = [], [], [], []
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         place = path.relative_to(root).as_posix().lower()
-        if path.is_dir() and os.access(path, os.R_OK) or re.search(r"(^|/)\..", place):
+        is_read = path.is_dir() and os.access(path, os.R_OK) and not path.is_symlink()
+        if is_read or re.search(r"(^|/)\..", place):
             continue  # what is hidden is no text
         words = set(re.split("[^a-z]+", place))
         is_val = words & {"val", "valid", "validation", "dev", "test"}
@@ -817,6 +818,8 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     split "warmup": train is other text of the same corpus, see Windows."""
     kind = kind_of(spec)
     if kind != "text":
+        if tokenizer:
+            raise UserError(f"{spec} is no text, and has no tokenizer {tokenizer}")
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
     name, folder = tokenizer or default_tokenizer(spec), Path(spec)

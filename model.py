@@ -259,7 +259,7 @@ def load(path, device="cpu"):
         weights = {}
         for name, tensor in theirs.items():
             name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
-            if not tensor.is_contiguous():  # a few bytes may claim to be gigabytes
+            if tensor.is_meta or not tensor.is_contiguous():  # bytes that claim to be gigabytes
                 raise ValueError(f"{name} is no plain tensor")
             if not re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
                 weights[name] = tensor.float()
@@ -287,6 +287,8 @@ def read_file(path):
         raise ValueError("it is not a file")  # a pipe would make us wait for ever
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                raise pickle.UnpicklingError  # packed, a few bytes may be gigabytes
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
         if b"\nbytearray\n" in b"".join(pickles):  # which may ask for any number of bytes
             raise pickle.UnpicklingError
@@ -305,7 +307,7 @@ GPT2 = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_at
 
 def read_folder(path):
     """A Hugging Face GPT-2 folder -> (config, weights, {})."""
-    if not (path / "model.safetensors").exists():
+    if not (path / "model.safetensors").is_file():
         raise ValueError("it holds neither a run's ckpt.pt nor Hugging Face's model.safetensors")
     from safetensors.torch import load_file  # comes with transformers
     weights = load_file(path / "model.safetensors")

@@ -368,7 +368,7 @@ def world_size():
 def join_processes(s):
     """Joins the run's other processes, if torchrun started several. Raises UserError."""
     try:
-        if rank() >= world_size():
+        if not 0 <= rank() < world_size():
             raise ValueError(f"there is no process {rank()} of {world_size()}")
         if world_size() > 1:
             if "cuda" in s.device:
@@ -647,7 +647,7 @@ def parse(argv):
 def spelled_out(warmup, warmups):
     """A spec in which each bare name has the parameters that it stands for: see WARMUPS."""
     members = []
-    for member in warmup.split("+"):
+    for member in warmup.replace(" ", "").split("+"):
         name = member.removeprefix("shuffled:").rpartition("*")[2]
         parameters, _ = warmups.get(name, ("", {}))
         members.append(f"{member}:{parameters}" if parameters else member)

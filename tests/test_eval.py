@@ -40,7 +40,7 @@ def opened(tmp_path):
         them = make_data(spec, 0, block_size)
         torch.manual_seed(0)
         model = GPT(GPTConfig(them.vocab_size, them.block_size, *size))
-        save(tmp_path / "ckpt.pt", model, source={"spec": spec, "tokenizer": "bytes", "seed": 0})
+        save(tmp_path / "ckpt.pt", model, source={"spec": spec, "seed": 0})
         c = script.Opened(tmp_path, "cpu")
         known = {x.tobytes(): y for x, y in zip(*c.rows(1024))}
 
@@ -288,7 +288,7 @@ def checkpoints(tmp_path, prose):
         torch.manual_seed(0)
         made[name] = tmp_path / f"{name}.pt"
         save(made[name], GPT(GPTConfig(them.vocab_size, them.block_size, 1, 2, 8)), stage="train",
-             step=7, source={"spec": spec, "tokenizer": "bytes", "seed": 0})
+             step=7, source={"spec": spec, "seed": 0})
     return made
 
 
@@ -324,6 +324,7 @@ def test_each_probe_that_applies_is_printed_and_heads_drawn(kind, probes, checkp
     ("rule", ["--probe", "vibes"], "there are loss"),
     ("rule", ["--probe", "loss,brackets"], "does not apply"),
     ("brackets", ["--data", "set:length=3"], "tokens"),
+    ("task", ["--tokenizer", "bytes"], "no text"),
     ("task", ["--prompt", "k0: 17 ?k0"], "--prompt"), ("text", ["--prompt", ""], "''")])
 def test_what_cannot_be_asked_is_refused_in_one_line(kind, arguments, reason, checkpoints, refused):
     assert reason in refused(script, checkpoints[kind], *arguments)

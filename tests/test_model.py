@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import resource
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,7 @@ class Trap:
     ("config", {"more": Trap(bytearray, 10 ** 9)}, "nothing in it was run"),
     ("model", {"wte.weight": None}, "NoneType"), ("model", {"strange": torch.zeros(3)}, "strange"),
     ("model", {"wte.weight": torch.zeros(50, 32).to_sparse()}, ""),
+    ("model", {"wte.weight": torch.zeros(50, 32, device="meta")}, "no plain tensor"),
     ("model", {"wte.weight": torch.zeros(1).half().expand(10 ** 9)}, "no plain tensor")])
 def test_a_damaged_checkpoint_is_refused_and_takes_no_memory(place, changes, reason, tmp_path):
     path, model = tmp_path / "a.pt", small()
@@ -255,10 +257,15 @@ def is_refused(path, reason):
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "hf").mkdir()
+    for name in ("fifo", "hf/model.safetensors"):  # which would make us wait for ever
+        os.mkfifo(tmp_path / name)
     (tmp_path / "half").write_bytes(b"PK, and no more")
-    for name, reason in (
-            ("none", "No such file"), ("", "neither"), ("fifo", "not a file"), ("half", "no file")):
+    save(tmp_path / "packed", small())
+    with zipfile.ZipFile(tmp_path / "packed", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.pkl", bytes(10 ** 7))  # thousands of times what it is as a file
+    for name, reason in (("none", "No such file"), ("hf", "neither"), ("fifo", "not a file"),
+                         ("half", "no file"), ("packed", "no file")):
         is_refused(tmp_path / name, reason)
 
 

@@ -147,7 +147,7 @@ def test_two_processes_of_torchrun_end_with_the_loss_of_one(script, refused, mon
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = script("train.py", *words("two", batch_size=9), launcher=launcher)
     assert done.returncode == 0 and done.stdout.count("processes: 2\n") == 1, done.stderr
-    for rank, processes in (("5", "1"), ("0", "abc"), ("0", "2")):
+    for rank, processes in (("5", "1"), ("-1", "1"), ("0", "abc"), ("0", "2")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", processes)
         assert "torchrun" in refused(train, *words()) and os.listdir() == ["two"]
@@ -206,8 +206,9 @@ def test_parts_move_from_a_warm_up_or_checkpoints_and_the_rest_starts_as_without
     assert (result["warmup"], result["tokens"]["procedural"]) == (SMALL["warmup"], 12 * 8 * 9)
 
 
-def test_transfer_all_goes_on_from_a_whole_model_such_as_nanogpts(prose):
+def test_transfer_all_goes_on_from_a_whole_model_such_as_nanogpts(prose, capfd):
     go("first", "--no-tied", data=prose, block_size=16)
+    assert "; tokens of bytes; cpu" in capfd.readouterr().out
     first, _ = load("first")
     torch.save({"model": first.state_dict(), "model_args": vars(first.config)}, "nanogpt.pt")
     for init, tokens in (("first", 12 * 8 * 9), ("nanogpt.pt", 0)):
@@ -302,6 +303,13 @@ def test_a_run_that_is_not_finite_is_refused_and_saves_no_such_weights(log_every
         assert all(p.isfinite().all() for p in load(path)[0].parameters())
 
 
+def test_ctrl_c_acts_at_once_while_a_text_becomes_tokens(monkeypatch):
+    Path("text").write_text("No other test reads this. " * 99)
+    monkeypatch.setattr("data.write_tokens", lambda *args: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        go(data="text")
+
+
 def test_a_closed_pipe_does_not_stop_a_run():
     line = shlex.join([sys.executable, str(ROOT / "train.py"), *words(log_every=1)])
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | head -2"],
@@ -392,6 +400,9 @@ TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, l
     ("--preset c4", dict(C4, warmup="dyck:k=64,length=2048", warmup_steps=500)),
     ("--preset c4 --warmup union --lr 1 --no-tied --seed 3", dict(
         C4, warmup="union:length=64", warmup_steps=2500, lr=1, tied=False, out="out/c4-union-s3")),
+    ("--warmup shuffled:set+dyck", dict(warmup="shuffled:set+dyck:k=8")),
+    ("--preset c4 --warmup '0.7 * set + 0.3*dyck:k=3+union'", dict(
+        C4, warmup="0.7*set:length=64+0.3*dyck:k=3+union:length=64", warmup_steps=2500)),
     ("--preset c4-1.3b", dict(C4, size="1.3b", steps=160_000, recompute=True)),
     ("--preset deepmind_math-1.3b", dict(tokenizer="characters", size="1.3b", block_size=512,
                                          batch_size=64, steps=50_000, lr=5e-5, min_lr=0.0)),
@@ -402,7 +413,7 @@ TASK = dict(size="2_4_16", tied=False, steps=10_000, batch_size=1000, lr=1e-3, l
     ("--data haystack --init CUT", dict(size="1_2_8", warmup="none", out="out/haystack-init-s0")),
     ("--data haystack --init CUT --transfer all", dict(tokenizer=None, block_size=9, tied=False))])
 def test_what_is_not_given_is_published_or_a_checkpoints_or_a_name(given, expected, cut):
-    settings = train.parse(["--device=cpu", *given.replace("CUT", str(cut)).split()])
+    settings = train.parse(["--device=cpu", *shlex.split(given.replace("CUT", str(cut)))])
     assert {key: getattr(settings, key) for key in expected} == expected
 
 
