@@ -170,7 +170,7 @@ def keep(found, folder):
 
 
 @pytest.mark.parametrize("change,line", [
-    ({}, "| 3 of 3 found | at least 700 | -inf to inf | 0.1000 | 0.0 M | 75%, 50% right |"),
+    ({}, "| 3 of 3 found | at least 700 | any | 0.1000 | 0.0 M | 75%, 50% right |"),
     ({}, "| none | 900 | 90.0% | 2 of 3 found |  |  |  |  |  |"),
     ({}, "no result yet of recall: late"),
     ({RECALL[0]: (900, 800, 700)}, "| set | 200 | 90.0% | 3 of 3 found | 600 |"),

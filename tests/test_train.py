@@ -305,6 +305,7 @@ def test_a_run_that_is_not_finite_is_refused_and_saves_no_such_weights(log_every
 
 def test_ctrl_c_acts_at_once_while_a_text_becomes_tokens(monkeypatch):
     Path("text").write_text("No other test reads this. " * 99)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a process begins
     monkeypatch.setattr("data.write_tokens", lambda *args: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         go(data="text")
