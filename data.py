@@ -428,14 +428,12 @@ def pieces_of(file):
     is_json = re.match(r'\s*\[?\s*{\s*"', file.read(100))
     file.seek(0)
     for piece in iter(lambda: file.readline(LONG) if is_json else file.read(PIECE), ""):
-        if is_json and piece.strip():
-            record = json.loads(piece)
-            text = record["text" if "text" in record else "content"] or ""
-            yield text + "", True  # a number is no text
-        elif "\0" in piece:
+        if is_json:
+            record = json.loads(piece) if piece.strip() else {"text": ""}
+            piece = (record["text" if "text" in record else "content"] or "") + ""
+        if "\0" in piece:
             raise ValueError("it holds a NUL, which no text does")
-        elif not is_json:
-            yield piece, False
+        yield piece, bool(is_json)
     yield "", True
 
 

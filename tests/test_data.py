@@ -306,10 +306,11 @@ def tokens_of(numbers, **meta):
     ({"a.jsonl.gz": json.dumps({"text": MARKED})}, [MARKED]), ({"a.txt": SPACES}, [SPACES]),
     ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a.jsonl": ""}, "short"),
     ({"a": '{"text": "fine"}\n\n{"title": "none"}\n'}, "content"), ({"a": '[{"a": 1}]'}, "UTF-8"),
-    ({"a": "x" * 99_999 + "\0"}, "NUL"), ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"),
+    ({"a": '{"text": "\\u0000"}\n'}, "NUL"), ({"a": "x" * 99_999 + "\0"}, "NUL"),
+    ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"),
     (tokens_of([7] * 999 + [257], tokenizer="bytes"), "train.bin"), (tokens_of([]), "short"),
     (tokens_of([7] * 999 + [50257]), "gpt2"), (tokens_of([7] * 999, tokenizer=[9]), "[9]"),
-    (tokens_of([7] * 999) | {"meta.pkl": "its own vocabulary"}, "meta.pkl")], ids=range(17))
+    (tokens_of([7] * 999) | {"meta.pkl": "its own vocabulary"}, "meta.pkl")], ids=range(18))
 def test_what_a_user_points_at_is_read_by_document_whatever_its_name_or_refused(
         files, wanted, tmp_path, gpt2, refused):
     write(tmp_path, files)
