@@ -306,7 +306,7 @@ def tokens_of(numbers, **meta):
     ({"a.jsonl.gz": json.dumps({"text": MARKED})}, [MARKED]), ({"a.txt": SPACES}, [SPACES]),
     ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a.jsonl": ""}, "short"),
     ({"a": '{"text": "fine"}\n\n{"title": "none"}\n'}, "content"), ({"a": '[{"a": 1}]'}, "UTF-8"),
-    ({"a": '{"text": "\\u0000"}\n'}, "NUL"), ({"a": "x" * 99_999 + "\0"}, "NUL"),
+    ({"a": '{"text": "\\u0000"}\n'}, "UTF-8"), ({"a": "x" * 99_999 + "\0"}, "NUL"),
     ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"),
     (tokens_of([7] * 999 + [257], tokenizer="bytes"), "train.bin"), (tokens_of([]), "short"),
     (tokens_of([7] * 999 + [50257]), "gpt2"), (tokens_of([7] * 999, tokenizer=[9]), "[9]"),
