@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (RANDOM, Parser, UserError, make_data, micro_batches, number, reading, run_main,
-                  written_whole)
+from data import (RANDOM, Parser, UserError, kind_of, make_data, micro_batches, number, reading,
+                  run_main, written_whole)
 from model import GPT, attention_maps, find_device, load
 
 import torch
@@ -80,8 +80,9 @@ class Opened:
                 raise UserError(f"{path} does not say what it was trained on: name --data")
             self.seed = int(source.get("seed", 0))
             self.eval_rows = int(source.get("eval_rows") or max(16, 2 ** 18 // config.block_size))
-            self.data = make_data(self.spec, self.seed, config.block_size,
-                                  tokenizer or source.get("tokenizer"))
+            if kind_of(self.spec) == "text":  # warm-ups of older runs name their text's
+                tokenizer = tokenizer or source.get("tokenizer")
+            self.data = make_data(self.spec, self.seed, config.block_size, tokenizer)
             seen = state.get("fingerprint", [None])[-1 if self.stage == "warmup" else 0]
             if not spec and seen not in (None, self.data.fingerprint()):
                 raise UserError(f"{self.spec} is not what {path} was trained on, which may have "

@@ -281,14 +281,14 @@ SPECS = {"rule": "set:length=4", "brackets": "dyck:k=2,length=12", "task": "hays
 
 @pytest.fixture
 def checkpoints(tmp_path, prose):
-    """An untrained checkpoint of each kind."""
+    """An untrained checkpoint of each kind; that of a rule may name its run's tokenizer."""
     made = {}
     for name, spec in (SPECS | {"text": str(prose)}).items():
         them = make_data(spec, 0, 64 if name == "text" else None)
         torch.manual_seed(0)
         made[name] = tmp_path / f"{name}.pt"
         save(made[name], GPT(GPTConfig(them.vocab_size, them.block_size, 1, 2, 8)), stage="train",
-             step=7, source={"spec": spec, "seed": 0})
+             step=7, source={"spec": spec, "seed": 0, "tokenizer": "bytes"})
     return made
 
 
