@@ -1024,8 +1024,9 @@ def main():
               "mixtures, controls 0.7*set:length=2-20+0.3*union, shuffled:dyck:k=16")
     elif args.command == "show":
         data = make_data(args.spec, args.seed, tokenizer=args.tokenizer)
-        print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; the "
-              "loss counts what is between « and », all of text, and of DeepMind-Math the answers")
+        print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; "
+              "the loss counts what is between « and », all of text, and of DeepMind-Math the "
+              "answers")
         for i in range(args.n):
             print("\n" + data.write(*data.train[i]))
     else:

@@ -40,9 +40,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-# The settings of the first two commands. Published ones, and the flags, are at the end of the file.
-# On two CPU cores in less than three minutes, in which no more than eight types of brackets are
-# learned; the lowest loss of what was tried.
+# The settings of the first two commands (ours; published ones, and the flags, are at the end of the
+# file): less than three minutes on two CPU cores, in which no more than eight types of brackets can
+# be learned. Of what was tried, these end at the lowest loss.
 LAPTOP = dict(
     data="code", size="tiny", dtype="float32", eval_rows=320, warmups={"dyck": ("k=8", {})},
     steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine", lr_ramp=100,
@@ -57,15 +57,15 @@ def run(s):
     out, parts = Path(s.out), parse_parts(s.transfer)
     join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
-    data, rule = open_data(s)
-    fingerprint = check_data(data, rule, s)
+    data, warm_data = open_data(s)
+    fingerprint = check_data(data, warm_data, s)
     stage = stage_of(s, "train", data)
     model = new_model(data, s.size, s.tied, s.dropout, s.seed)
     warmed = start_from_checkpoints(model, s)
-    if rule:
-        warm_stage = stage_of(s, "warmup", rule)
+    if warm_data:
+        warm_stage = stage_of(s, "warmup", warm_data)
         # Another seed, beyond all that flags can say: what starts afresh is not what began here.
-        warm_model = new_model(rule, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
+        warm_model = new_model(warm_data, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
         # A trial with weights that know nothing yet, overwritten below: what does not fit is
         # refused now, not after hours of warm-up.
         transfer(warm_model, model, parts, s.embeddings, s.positions)
@@ -79,9 +79,10 @@ def run(s):
         n = sum(p.numel() for p in model.parameters())
         tokens = f"; tokens of {data.tokenizer.name}" if data.tokenizer else ""
         say(f"{out}: {n:,} parameters{tokens}; {s.device}, {s.dtype}, processes: {world_size()}")
-        if rule:
+        if warm_data:
             # 1. Warm up.
-            warmed |= train(warm_model, rule, warm_stage, out / "warmup.pt", fingerprint, warmed)
+            warmed |= train(warm_model, warm_data, warm_stage, out / "warmup.pt", fingerprint,
+                            warmed)
             # 2. Move what was learned.
             move(warm_model, model, parts, s)
             del warm_model  # its memory is wanted now
@@ -418,9 +419,9 @@ def wrapped(model, stage):
 # ---- What a run may begin with, and its folder ---------------------------------------------------
 
 
-def check_data(data, rule, s):
+def check_data(data, warm_data, s):
     """Refuses data that cannot be trained on -> their fingerprint. Raises UserError."""
-    both = [data, rule] if rule else [data]
+    both = [data, warm_data] if warm_data else [data]
     for each, batch_size in zip(both, (s.batch_size, s.warmup_batch_size)):
         if (each.train.__getitems__(range(64))[1] == -1).all():
             raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}")
@@ -564,7 +565,7 @@ FLAGS = {
     "seed": (number(0, 2 ** 32), 0, "of weights, rows and their order"),
     "device": (str, None, "cuda, mps or cpu"),
     "dtype": (("float32", "bfloat16", "float16"), "float32", "of matrix products"),
-    "compile": (bool, None, "torch.compile (default: on CUDA)"),
+    "compile": (bool, None, "torch.compile (default: on CUDA with triton)"),
     "recompute": (bool, False, "less memory for a third more work"),
     "workers": (number(0, 257), None, "processes that make rows ahead"),
     "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
