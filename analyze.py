@@ -508,9 +508,10 @@ class Outcome:
             warmups = [folder_of(of, flags) for seed in self.runs
                        for flags, of in setting.warmup_runs(seed)]
             self.learned = [found[each]["learned"] for each in warmups if each in found]
-            steps, number = self.measure is STEPS, (self.values < self.budget).sum()
-            self.all_found = not steps or number == self.n
-            self.number = f"{number} of {self.n} found" if steps else f"n = {self.n}"
+            self.got_there = self.values < (self.budget if self.measure is STEPS else math.inf)
+            self.number = f"n = {self.n}"
+            if self.measure is STEPS:
+                self.number = f"{self.got_there.sum()} of {self.n} found"
 
     def count_warmup(self):
         """Counts what the warm-ups took as steps, too."""
@@ -622,8 +623,8 @@ def learned_in_words(probed):
 
 
 def draw(name, columns, path):
-    """A panel for each column, in it a line for each setting, and on it a dot for each seed. A bar
-    is the mean, unless some seeds never got there."""
+    """A panel for each column, in it a row for each setting, and in that a dot for each seed, or a
+    cross where it never got there. A mean is drawn where all did."""
     if name == "tasks":
         return draw_gains(columns, path)
     panels = [[each for each in outcomes if each.n] for outcomes in columns.values()]
@@ -632,61 +633,51 @@ def draw(name, columns, path):
     figure, axes = pyplot().subplots(len(panels), 1, squeeze=False, height_ratios=sizes,
                                      figsize=(11, 0.45 * sum(sizes)))
     for axis, there in zip(axes[:, 0], panels):
-        steps, column = there[0].measure is STEPS, there[0].setting.column
         for y, each in enumerate(there):
-            warmup = as_dict(each.setting.train, *each.setting.warmups[:1])["--warmup"]
             places = y + np.linspace(-0.3, 0.3, each.n + 2)[1:-1]  # else equal values are one dot
-            axis.plot(each.values, places, "o", color=colour_of(warmup), alpha=0.7)
-            if each.all_found:
+            for marker, which in (("o", each.got_there), ("x", ~each.got_there)):
+                axis.plot(each.values[which], places[which], marker, color="C0", alpha=0.7)
+            if each.got_there.all():
                 axis.plot(each.values.mean(), y, "|k", markersize=18, markeredgewidth=2)
-            if steps:
-                axis.vlines(each.budget, y - 0.5, y + 0.5, "grey", ":", zorder=0)
-            axis.text(1.02, y, each.number, transform=axis.get_yaxis_transform(), va="center")
-        if steps:
-            axis.text(there[0].budget, -0.55, "never", color="grey", ha="center", va="bottom")
-            axis.set_xlim(left=0)
-            axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.set_yticks(range(len(there)), [in_words(each.setting.name) for each in there])
-        axis.set(ylim=(len(there) - 0.5, -0.5), xlabel=there[0].measure.name)
-        axis.set_title(WORDS.get(column, column), pad=18)
+        labels = [f"{each.setting.name} ({each.number})" for each in there]
+        axis.set_yticks(range(len(there)), labels)
+        axis.set(title=there[0].setting.column, xlabel=there[0].measure.name,
+                 ylim=(len(there) - 0.5, -0.5))
+    figure.supxlabel("a dot: a seed; a cross: one that never got there; a bar: the mean")
     keep_figure(figure, path)
 
 
-# The paper's accuracy in percent, in the order of DIAGNOSTICS; its recall is of 30 pairs.
-PAPER = {"none": (11.3, 76.4, 59.1, 82.7), "dyck, whole": (96.9,),
-             "identity, whole": (18.8,), "identity, attention": (99.0,),
-             "set, whole": (18.9, 44.6), "set, attention": (88.9, 54.4, 81.1, 98.1),
-             "eca, whole": (10.5, 91.0, 69.6, 76.9)}
+# The paper's accuracy in percent; its recall is of 30 pairs.
+PAPER = {
+    "recall of 15": {
+        "none": 11.3, "dyck, whole": 96.9, "identity, whole": 18.8, "identity, attention": 99.0,
+        "set, whole": 18.9, "set, attention": 88.9, "eca, whole": 10.5},
+    "reversed_addition": {
+        "none": 76.4, "set, whole": 44.6, "set, attention": 54.4, "eca, whole": 91.0},
+    "addition": {"none": 59.1, "set, attention": 81.1, "eca, whole": 69.6},
+    "sorting": {"none": 82.7, "set, attention": 98.1, "eca, whole": 76.9}}
 
 
 def draw_gains(columns, path):
-    """The paper's first figure: rules by tasks, a panel for each start. In a cell the points of
-    accuracy at the end that a warm-up gains, n, and what is published."""
-    outcomes = [each for column in columns.values() for each in column[1:]]
-    rules = list(dict.fromkeys(each.setting.name.split(", ")[0] for each in outcomes))
-    figure, axes = pyplot().subplots(1, 2, figsize=(13.3, 1 + len(rules)), sharey=True)
-    for axis, start in zip(axes, ("whole", "attention")):
-        gains = np.full((len(rules), len(columns)), np.nan)
-        for each in outcomes:
-            (rule, moved), column = each.setting.name.split(", "), each.setting.column
-            if moved != start:
-                continue
-            i, j, place = rules.index(rule), [*columns].index(column), DIAGNOSTICS.index(column)
-            base, text = columns[column][0], "not run"
+    """The paper's first figure: rules by tasks. In a cell the points of accuracy at the end that a
+    warm-up gains, n, and what is published."""
+    names = [each.setting.name for each in next(iter(columns.values()))[1:]]
+    gains = np.full((len(names), len(columns)), np.nan)
+    figure, axis = pyplot().subplots(figsize=(11, 1 + 0.6 * len(names)))
+    for j, (column, (base, *others)) in enumerate(columns.items()):
+        for i, each in enumerate(others):
+            text, published = "not run", PAPER[column]
             if each.n and base.n:
                 gains[i, j] = 100 * (each.accuracy - base.accuracy)
                 text = f"{gains[i, j]:+.1f} (n = {min(each.n, base.n)})"
-            for published in PAPER.get(each.setting.name, ())[place:place + 1]:
-                text += f"\npaper {published - PAPER['none'][place]:+.1f}"
-            axis.text(j, i, text, ha="center", va="center",
-                      color="white" if abs(gains[i, j]) > 60 else "black")
-        image = axis.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
-        axis.set_xticks(range(len(columns)), [WORDS.get(column, column).replace(" ", "\n", 1)
-                                              for column in columns])
-        axis.set_yticks(range(len(rules)), [in_words(rule) for rule in rules])
-        axis.grid(False)
-        axis.set_title(f"{WORDS.get(start, start)} moved")
-    figure.colorbar(image, ax=axes, label="points of accuracy over no warm-up")
+            if names[i] in published:
+                text += f"\npaper {published[names[i]] - published['none']:+.1f}"
+            axis.text(j, i, text, ha="center", va="center")
+    image = axis.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto", alpha=0.7)
+    figure.colorbar(image, label="points of accuracy over no warm-up")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(names)), names)
+    axis.grid(False)
     keep_figure(figure, path)
 
 
@@ -841,8 +832,7 @@ def report(found, folder, seeds):
     path, shown = folder / "report.md", set()
     lines = path.read_text("utf-8").split("\n") if path.exists() else []
     lines = lines[:lines.index(MARK)] if MARK in lines else []
-    lines += [MARK, "", "# What was found", "", *claims_lines(found, seeds), "",
-              "In the figures a dot is a seed, and a bar the mean where all seeds got there."]
+    lines += [MARK, "", "# What was found", "", *claims_lines(found, seeds)]
     for name in EXPERIMENTS:
         columns = compare(settings_in(name), seeds, found)
         columns = {column: outcomes for column, outcomes in columns.items()
