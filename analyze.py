@@ -19,7 +19,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations, count, cycle, pairwise, permutations, product
+from itertools import chain, combinations, count, pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -554,34 +554,6 @@ def compare(settings, seeds, found):
 
 # ---- Tables and figures --------------------------------------------------------------------------
 
-WORDS = {"recall": "recall of 30 pairs", "recall of 15": "recall of 15 pairs",
-         "haystack": "recall of 30 pairs", "haystack:pairs=15": "recall of 15 pairs",
-         "reversed_addition": "reversed addition", "none": "no warm-up", "dyck": "brackets",
-         "dyck_shuffle": "interleaved brackets", "eca": "automata",
-         "whole": "everything", "full": "everything", "attn": "attention", "mlp": "MLPs",
-         "norm": "norms", "lr": "learning rate", "lr_ramp": "ramp", "shuffled:": "shuffled "}
-COLOURS = dict(zip(  # of a warm-up, in all figures: pyplot's, and six of Tol's "muted"
-    "dyck set identity union eca none text sort reverse delete stack dyck_shuffle".split(),
-    "C0 C1 C2 C3 C4 C6 C7 #882255 #999933 #332288 #117733 #44AA99".split()))
-
-
-def colour_of(warmup):
-    """"shuffled:dyck:k=3" -> that of dyck; of a mixture, that of its first rule."""
-    return COLOURS.get(re.search(r"[a-z]\w*", warmup.removeprefix("shuffled:"))[0], "#CC6677")
-
-
-def in_words(name):
-    """A setting's name as figures have it: "dyck:k=3, attn,norm, lr 1e-3" -> "after brackets (k=3):
-    attention and norms, learning rate 1e-3"."""
-    said = re.sub(r":(\w+=\S*[^\s,])", r" (\1)", name)
-    said = re.sub(r"shuffled:|\w+", lambda word: WORDS.get(word[0], word[0]), said)
-    rule = re.match(r"(shuffled:)?(\w*)", name)[2]
-    if rule not in COLOURS:
-        return said
-    start, _, more = said.partition(", ")
-    more = re.sub(r",(?! )|(?<=attention), (?=positions)", " and ", more)
-    return ("" if rule == "none" else "after ") + start + (f": {more}" if more else "")
-
 
 def markdown(head, rows):
     """A table, which reads well in a terminal, too."""
@@ -681,55 +653,43 @@ def draw_gains(columns, path):
     keep_figure(figure, path)
 
 
-# Settings in which runs that are compared may differ, beside those of their warm-ups.
-STARTING = {"seed", "init", "attn_from", "mlp_from", "transfer", "embeddings", "positions"}
+SEEDED = {"seed", "init", "attn_from", "mlp_from"}  # what differs between the seeds of a setting
 
 
 def curves(runs, picture):
-    """Accuracy on a task by steps, or held-out loss of text by tokens: a thin line for each run,
-    and for those that differ in the seed alone a thick one, their mean. runs: {name: record}."""
-    groups, values, styles = {}, {}, {}
+    """Accuracy on a task, or held-out loss of text, by steps: a thin line for each run, and a thick
+    one for the mean of those that differ in the seed alone. runs: {name: record}."""
+    settings, groups, differ = {}, {}, ["warmup"]
     for name, record in runs.items():
-        s, warmup, log = record["result"]["settings"], record["result"]["warmup"], record["log"]
+        result, log = record["result"], record["log"]
+        settings[name] = s = result["settings"] | {"warmup": result["warmup"]}
         if not log:
             raise UserError(f"{name} has no evaluation of its training yet")
-        print(f"{name}: warm-up {warmup}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, loss "
-              f"{log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
-        if warmup != "none":
-            positions = {"random": "", "fit": ", positions that fit"}
-            warmup += f", {s['transfer']}{positions.get(s['positions'], ', positions')}"
-            warmup += "" if s["embeddings"] == "random" else f", embeddings {s['embeddings']}"
-        alike = {key: str(s[key]) for key in sorted(s.keys() - OPERATIONAL - STARTING)}
-        # The untrained model's loss would flatten the picture: the first evaluation is left out.
-        groups.setdefault((warmup, str(alike)), []).append(log[1:] or log)
-        for key, value in alike.items():
-            values.setdefault(key, set()).add(value)
-    data = ", ".join(sorted(values["data"]))
-    if len(values["data"]) > 1:
-        raise UserError(f"these runs are on different data: {data}")
-    differ = [f"{key} ({', '.join(sorted(each))})" for key, each in values.items()
-              if len(each) > 1 and not key.startswith("warmup")]
-    if differ:
-        print(f"warning: not only warm-up and seed differ, but {', '.join(differ)}")
-    x, y, xlabel, ylabel = "tokens", "val_loss", "tokens", "held-out loss (nats per token)"
-    if data.partition(":")[0] in TASKS:
-        x, y, xlabel, ylabel = "step", "val_accuracy", "steps", "accuracy on held-out answers"
+        print(f"{name}: warm-up {s['warmup']}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, "
+              f"loss {log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
+    common = set(s).intersection(*settings.values())  # older runs have other settings, too
+    for key in sorted(common - OPERATIONAL - SEEDED - {"warmup"}):
+        if len({str(each[key]) for each in settings.values()}) > 1:
+            differ.append(key)
+    if "data" in differ:
+        raise UserError("these runs are on different data")
+    y, ylabel = "val_loss", "held-out loss (nats per token)"
+    if s["data"].partition(":")[0] in TASKS:
+        y, ylabel = "val_accuracy", "accuracy on held-out answers"
+    for name, record in runs.items():
+        label = ", ".join(f"{key} {settings[name][key]}" for key in differ)
+        log = record["log"][1:] or record["log"]  # an untrained model's loss would flatten the rest
+        line = {entry["step"]: entry[y] for entry in log}
+        groups.setdefault(label, []).append(line)
     figure, axis = pyplot().subplots(figsize=(11, 6.5))
-    for (warmup, _), logs in groups.items():
-        colour = colour_of(warmup)  # one for each rule, whose groups differ in style
-        style = next(styles.setdefault(colour, cycle(("-", "--", ":", "-."))))
-        places, curves = ([[each[key] for each in log] for log in logs] for key in (x, y))
-        for line in zip(places, curves):
-            axis.plot(*line, style, color=colour, alpha=0.5, lw=1)
-        label, mean = f"{in_words(warmup)} (n = {len(logs)})", ([], [])
-        if all(each == places[0] for each in places):
-            mean = places[0], np.mean(curves, axis=0)
-        else:
-            label += "; no mean, since they end at different steps"
-        axis.plot(*mean, style, color=colour, lw=2.5, label=label)
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.set(title=f"{WORDS.get(data, data)} (thin: a run; thick: the mean of a group)",
-             xlabel=f"{xlabel} of training", ylabel=ylabel)
+    for i, (label, lines) in enumerate(groups.items()):
+        for line in lines:
+            axis.plot(line.keys(), line.values(), color=f"C{i}", alpha=0.5, lw=1)
+        steps = sorted(set(lines[0]).intersection(*lines))
+        means = np.mean([list(map(line.get, steps)) for line in lines], axis=0)
+        axis.plot(steps, means, color=f"C{i}", lw=2.5, label=f"{label} (n = {len(lines)})")
+    axis.set(title=f"{s['data']} (thin: a run; thick: the mean, as far as all of a group go)",
+             xlabel="steps of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)
 
