@@ -19,7 +19,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations, count, pairwise, permutations, product
+from itertools import combinations, count, pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,11 +39,6 @@ def as_dict(*flags):
     """"--data code --lr 1e-3" -> {"--data": "code", "--lr": "1e-3"}. The later value counts."""
     words = shlex.split(" ".join(flags))
     return dict(zip(words[::2], words[1::2]))
-
-
-def join(*flags):
-    """"--data code --lr 1", "--lr 2" -> "--data code --lr 2"."""
-    return shlex.join(chain.from_iterable(as_dict(*flags).items()))
 
 
 def folder_of(seed, train, warmups=(), change="", warmup_seeds=()):
@@ -86,7 +81,6 @@ STOPPED = f"{TASK_FLAGS} --eval_every 100 --stop_at 0.9"
 FIXED = f"{TASK_FLAGS} --eval_every 500 --steps 6000"
 TEXT = ("--preset laptop --size 4_4_128 --block_size 256 --batch_size 16 --steps 2500 "
         "--lr 3e-3 --lr_ramp 200")
-BEFORE_TASK = "--data haystack --warmup_steps 6000"  # of brackets 49.2 M tokens
 BEFORE_TEXT = ("--data haystack --warmup_batch_size 64 --warmup_lr 5e-4 --warmup_lr_ramp 0 "
                "--warmup_lr_schedule constant --warmup_dropout 0.1 --warmup_tokens 4M")
 COLUMNS = {
@@ -111,7 +105,7 @@ class Line(NamedTuple):
     """Settings: one for each choice from the braces in its name, which {0}, {1} are further on."""
     columns: tuple
     name: str
-    warmup: str = "none"  # its spec, and flags of it; equal: as many tokens as BEFORE_TASK's dyck.
+    warmup: str = "none"  # its spec, and flags of it; equal: as many tokens as dyck has.
                           # After a slash a second one, whose MLPs are taken
     flags: str = ""       # how it moves over, and what else differs; or one of STARTS
     change: str = ""
@@ -220,27 +214,25 @@ def setting(line, column, seeds):
     if len(warmups) == 2:  # which says itself what moves
         how = ""
     warmups = tuple(warmup_flags(each, own, on_task) for each in warmups)
-    return Setting(column, line.name, join(own, how, STARTS.get(line.flags, line.flags)), warmups,
-                   line.change.replace("as it is", ""), line.warmup_seeds, seeds if on_task else 6)
+    train = f"{own} {how} {STARTS.get(line.flags, line.flags)}"  # the later of two flags counts
+    return Setting(column, line.name, train, warmups, line.change.replace("as it is", ""),
+                   line.warmup_seeds, seeds if on_task else 6)
 
 
 def warmup_flags(warmup, own, on_task):
     """The flags of a run that stops after its warm-up, which all tasks share, or all texts."""
     spec, _, flags = warmup.partition(" ")
     rule = spec.removeprefix("shuffled:")
-    if on_task:
-        before = BEFORE_TASK
-        if rule == "dyck":
-            spec += ":length=64"
-        elif flags == "equal":
-            before = "--data haystack --warmup_tokens 49152000"
-    else:
-        before = f"{BEFORE_TEXT} --size {as_dict(own)['--size']}"
-        if spec == "text":
-            before = f"{own} --warmup_tokens 4M"
-        if rule in ("identity", "sort", "set", "union"):
-            spec += ":length=64"  # as published; before tasks it is 20
-    return join(before, flags.removeprefix("equal"), f"--warmup {spec} --steps 0")
+    if flags == "equal" and rule != "dyck":
+        flags = "--warmup_tokens 49152000"
+    elif on_task and flags in ("", "equal"):
+        flags = "--warmup_steps 6000"  # of brackets 49.2 M tokens
+    if rule in (("dyck",) if on_task else ("identity", "sort", "set", "union")):
+        spec += ":length=64"  # as long as recall's rows; as published
+    before = "--data haystack" if on_task else f"{BEFORE_TEXT} --size {as_dict(own)['--size']}"
+    if spec == "text":
+        before = f"{own} --warmup_tokens 4M"
+    return f"{before} {flags} --warmup {spec} --steps 0"
 
 
 # ---- What is done to a warm-up before a run ------------------------------------------------------
