@@ -367,13 +367,13 @@ def run_all(settings, seeds, results, jobs):
 def read_run(path):
     """A run's folder -> {"result": result.json, or config.json while there is none, "log": its
     evaluations, "learned": of a warm-up, "environment": what it ran on, if that is known}"""
-    config, result, learned = (path / f"{name}.json" for name in ("config", "result", "learned"))
-    with reading(path / "log.jsonl"):
-        log = [entry for entry in json_lines(path / "log.jsonl")
-               if entry["stage"] == "train" and "val_loss" in entry]
-    return {"result": read_json(result if result.exists() else config), "log": log,
-            "learned": read_json(learned) if learned.exists() else {},
-            "environment": read_json(config).get("environment") if config.exists() else None}
+    with reading(path):
+        config, result, learned = (path / f"{name}.json" for name in ("config", "result", "learned"))
+        return {"result": read_json(result if result.exists() else config),
+                "log": [entry for entry in json_lines(path / "log.jsonl")
+                        if entry["stage"] == "train" and "val_loss" in entry],
+                "learned": read_json(learned) if learned.exists() else {},
+                "environment": read_json(config).get("environment")}
 
 
 def read_results(where):
@@ -535,13 +535,12 @@ class Outcome:
 
 def compare(settings, seeds, found):
     """{column: outcomes of its settings, the base first}; of two that are one run, the first."""
-    columns, seen = {}, set()
+    columns = {}
     for setting in settings:
-        if setting.folder(0) not in seen:
-            outcomes = columns.setdefault(setting.column, [])
-            outcomes.append(Outcome(setting, seeds, found, *outcomes[:1]))
-        seen.add(setting.folder(0))
-    return columns
+        outcomes = columns.setdefault(setting.column, {})
+        base = next(iter(outcomes.values()), None)
+        outcomes.setdefault(setting.folder(0), Outcome(setting, seeds, found, base))
+    return {column: list(outcomes.values()) for column, outcomes in columns.items()}
 
 
 # ---- Tables and figures --------------------------------------------------------------------------
@@ -803,17 +802,16 @@ def report(found, folder, seeds):
 
 
 def part_of_experiment(name, only):
-    """Its settings of the column `only`, or whose names begin so, or as "column | beginning" says;
-    and the first of their columns, with which they are compared. Raises UserError."""
-    column, both, beginning = only.partition(" | ")
+    """Its settings of a column, or "column | beginning of names", and the base that they are
+    compared with; all for "". Raises UserError."""
+    column, _, beginning = only.partition(" | ")
     settings = settings_in(name)
-    wanted = [each for each in settings if each.column == only or each.name.startswith(only)
-              or both and each.column == column and each.name.startswith(beginning)]
+    wanted = [each for each in settings
+              if not only or each.column == column and each.name.startswith(beginning)]
     if not wanted:
-        raise UserError(f"--only {only}: {name} has no such column or setting, see --help")
-    columns = {each.column for each in wanted}
+        raise UserError(f"--only {only}: {name} has no such column or setting")
     return [each for each in settings
-            if each in wanted or each.name == "none" and each.column in columns]
+            if each in wanted or each.column == column and each.name == "none"]
 
 
 COMMANDS = {name: question for name, (question, *_) in EXPERIMENTS.items()} | {
@@ -838,8 +836,8 @@ def main():
         else:
             flag("--seeds", type=number(1, 1000), help="at most (default: as planned)")
         if name in EXPERIMENTS:
-            flag("--only", default="", metavar="X", help="a column, the beginning of settings' "
-                 "names, or both, as in \"recall | dyck\" (default: all)")
+            flag("--only", default="", metavar="X", help="a column, or one and how names begin, as "
+                 "in \"recall | dyck\" (default: all)")
             flag("--jobs", type=number(1, 1000), default=1, help="runs at a time (default 1)")
             flag("--show", action="store_true", help="run nothing")
     args = parser.parse_args()

@@ -212,7 +212,7 @@ def main():
     results, settings = args.results.resolve(), []
     for name in EXPERIMENTS:
         with contextlib.suppress(UserError):  # it has none of these
-            settings += part_of_experiment(name, "quick", args.only)
+            settings += part_of_experiment(name, args.only)
     settings = [each for each in settings
                 if each.column in TASK_COLUMNS and "--sharpen" not in each.train]
     members, warmups, groups = [], {}, {}
