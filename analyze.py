@@ -368,12 +368,13 @@ def read_run(path):
     """A run's folder -> {"result": result.json, or config.json while there is none, "log": its
     evaluations, "learned": of a warm-up, "environment": what it ran on, if that is known}"""
     with reading(path):
-        config, result, learned = (path / f"{name}.json" for name in ("config", "result", "learned"))
-        return {"result": read_json(result if result.exists() else config),
-                "log": [entry for entry in json_lines(path / "log.jsonl")
-                        if entry["stage"] == "train" and "val_loss" in entry],
+        config = read_json(path / "config.json")
+        result, learned = path / "result.json", path / "learned.json"
+        log = [entry for entry in json_lines(path / "log.jsonl")
+               if entry["stage"] == "train" and "val_loss" in entry]
+        return {"result": read_json(result) if result.exists() else config, "log": log,
                 "learned": read_json(learned) if learned.exists() else {},
-                "environment": read_json(config).get("environment")}
+                "environment": config.get("environment")}
 
 
 def read_results(where):
@@ -480,30 +481,25 @@ def permutation_interval(a, b):
 
 
 class Outcome:
-    """The runs of a setting that are there, without those on other data than `base` had."""
+    """The runs of a setting that are there, and what they are worth."""
 
-    def __init__(self, setting, seeds, found, base=None):
+    def __init__(self, setting, seeds, found):
         self.setting, self.measure = setting, measure_of(setting.column)
         folders = {seed: setting.folder(seed) for seed in range(seeds or setting.seeds)}
-        there = {seed: found[folder] for seed, folder in folders.items() if folder in found}
-        data_of = lambda record: record["result"]["fingerprint"][0]
-        self.runs = {seed: record for seed, record in there.items() if not base
-                     or data_of(base.runs.get(seed, record)) == data_of(record)}
-        self.left_out = sorted(there.keys() - self.runs.keys())
-        self.n, results = len(self.runs), [each["result"] for each in self.runs.values()]
-        if results:
+        self.runs = {seed: found[folder] for seed, folder in folders.items() if folder in found}
+        self.n, self.number, self.budget = len(self.runs), f"n = {len(self.runs)}", math.inf
+        if self.n:
             values = [value_of(each, self.measure) for each in self.runs.values()]
+            results = [each["result"] for each in self.runs.values()]
             self.values = np.array(values, float)
-            self.budget = results[0]["settings"]["steps"]
             self.accuracy = np.mean([each["val_accuracy"] for each in results])
             self.warmup_tokens = np.mean([each["tokens"]["procedural"] for each in results])
             warmups = [folder_of(of, flags) for seed in self.runs
                        for flags, of in setting.warmup_runs(seed)]
             self.learned = [found[each]["learned"] for each in warmups if each in found]
-            self.got_there = self.values < (self.budget if self.measure is STEPS else math.inf)
-            self.number = f"n = {self.n}"
             if self.measure is STEPS:
-                self.number = f"{self.got_there.sum()} of {self.n} found"
+                self.budget = results[0]["settings"]["steps"]
+                self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
 
     def count_warmup(self):
         """Counts what the warm-ups took as steps, too."""
@@ -517,8 +513,13 @@ class Outcome:
     def against(self, base):
         """The means of a baseline and of this; how much better this is, its 95 % interval, low and
         high, and p; these in three words. A gain is a lower bound where the baseline never got
-        there; never is the same number of steps for both, the smaller budget."""
-        never = min(self.budget, base.budget) if self.measure is STEPS else math.inf
+        there; never is the same number of steps for both, the smaller budget. Raises UserError."""
+        for seed in self.runs.keys() & base.runs.keys():
+            datas = [each.runs[seed]["result"]["fingerprint"][0] for each in (self, base)]
+            if datas[0] != datas[1]:
+                raise UserError(f"{self.setting.folder(seed)} and {base.setting.folder(seed)} are "
+                                "on different data (another Python's code and docs?)")
+        never = min(self.budget, base.budget)
         theirs, ours = np.minimum(base.values, never), np.minimum(self.values, never)
         bound = "at least " if theirs.max() == never > ours.max() else ""
         signed = ours * self.measure.better, theirs * self.measure.better
@@ -538,8 +539,7 @@ def compare(settings, seeds, found):
     columns = {}
     for setting in settings:
         outcomes = columns.setdefault(setting.column, {})
-        base = next(iter(outcomes.values()), None)
-        outcomes.setdefault(setting.folder(0), Outcome(setting, seeds, found, base))
+        outcomes.setdefault(setting.folder(0), Outcome(setting, seeds, found))
     return {column: list(outcomes.values()) for column, outcomes in columns.items()}
 
 
@@ -554,26 +554,21 @@ def markdown(head, rows):
 def table_lines(columns):
     lines = []
     for column, (first, *_) in columns.items():
-        rows, without, notes = [], [], []
+        rows, without = [], []
         for each in columns[column]:
-            name = each.setting.name
-            if each.left_out:
-                notes.append(f"left out: {column} | {name} | seeds {each.left_out}: not the data "
-                             f"of {first.setting.name} (another Python's code and docs?)")
             if not each.n:
-                without.append(name)
+                without.append(each.setting.name)
                 continue
             gain = each.against(first)[-1] if first.n and each is not first else [""] * 3
             warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
-            rows.append([name, each.show(each.values.mean()), f"{each.accuracy:.1%}", each.number,
-                         *gain, warmup, learned_in_words(each.learned)])
+            rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
+                         each.number, *gain, warmup, learned_in_words(each.learned)])
         if rows:
             head = [column, first.measure.name, "accuracy", "seeds", f"gain over "
                     f"{first.setting.name}", "95 %", "p", "tokens of warm-up", "learned"]
             lines += ["", *markdown(head, rows)]
         if without:
-            notes.append(f"no result yet of {column}: {'; '.join(without)}")
-        lines += ["", *notes] if notes else []
+            lines += ["", f"no result yet of {column}: {'; '.join(without)}"]
     return lines
 
 
@@ -598,9 +593,10 @@ def draw(name, columns, path):
     for axis, there in zip(axes[:, 0], panels):
         for y, each in enumerate(there):
             places = y + np.linspace(-0.3, 0.3, each.n + 2)[1:-1]  # else equal values are one dot
-            for marker, which in (("o", each.got_there), ("x", ~each.got_there)):
+            found = each.values < each.budget
+            for marker, which in (("o", found), ("x", ~found)):
                 axis.plot(each.values[which], places[which], marker, color="C0", alpha=0.7)
-            if each.got_there.all():
+            if found.all():
                 axis.plot(each.values.mean(), y, "|k", markersize=18, markeredgewidth=2)
         labels = [f"{each.setting.name} ({each.number})" for each in there]
         axis.set_yticks(range(len(there)), labels)

@@ -184,12 +184,11 @@ def test_gains_are_fewer_steps_fewer_bits_and_more_accuracy(change, line):
     assert line in "\n".join(analyze.table_lines(columns))
 
 
-def test_what_cannot_be_compared_is_left_out_and_said_and_never_is_the_smaller_budget():
+def test_what_cannot_be_compared_is_refused_and_never_is_the_smaller_budget():
     found = made_up(SOME)
     found[TEXT[1].folder(1)]["result"]["fingerprint"] = [7, 5]
-    text = "\n".join(analyze.table_lines(compare(TEXT, 3, found)))
-    assert "| none | 2.5000 | 90.0% | n = 2 |" in text and "| dull | 2.5000 | 90.0% | n = 1" in text
-    assert "left out: code | dull | seeds [1]: not the data of none" in text
+    with pytest.raises(UserError, match="-s1 are on different data"):
+        analyze.table_lines(compare(TEXT, 3, found))
     found[RECALL[0].folder(0)] = record(RECALL[0], 0, 3000, budget=3000)
     base, ours = compare(RECALL[:2], 1, found)["recall"]
     assert ours.against(base)[:2] == (1000, 100)
