@@ -391,9 +391,8 @@ def read_results(where):
     return found
 
 
-def pack(where, to):
-    """All results of a folder in one small file, from which everything can be drawn again."""
-    found = read_results(where)
+def pack(found, to):
+    """All results in one small file, from which everything can be drawn again."""
     text = "".join(json.dumps({"name": name, **record}) + "\n" for name, record in found.items())
     with written_whole(to) as file:
         file.write(gzip.compress(text.encode(), mtime=0))
@@ -777,9 +776,8 @@ MARK = "<!-- written by analyze.py report from here on -->"
 def report(found, folder, seeds):
     """What there are results for, in the folder's report.md below MARK: what is above it stays."""
     path, shown = folder / "report.md", set()
-    lines = path.read_text("utf-8").split("\n") if path.exists() else []
-    lines = lines[:lines.index(MARK)] if MARK in lines else []
-    lines += [MARK, "", "# What was found", "", *claims_lines(found, seeds)]
+    above = path.read_text("utf-8").partition(MARK)[0] if path.exists() else ""
+    lines = [above + MARK, "", "# What was found", "", *claims_lines(found, seeds)]
     for name in EXPERIMENTS:
         columns = compare(settings_in(name), seeds, found)
         columns = {column: outcomes for column, outcomes in columns.items()
@@ -826,7 +824,7 @@ def main():
              help="a folder, or a packed file (default %(default)s)")
         if name == "curves":
             flag("runs", nargs="+", help="folders, or with --results parts of names")
-            flag("--picture", help="a .png, .pdf or .svg (default curves-RUNS.png)")
+            flag("--picture", default="curves.png", help="or a .pdf, .svg (default %(default)s)")
         elif name == "pack":
             flag("to", help="such as results.jsonl.gz")
         else:
@@ -840,32 +838,30 @@ def main():
     command, results = args.command, args.results
     if command in EXPERIMENTS:
         settings = part_of_experiment(command, args.only)
-        if not args.show and results.is_file():
-            raise UserError(f"{results} is a packed file: --show, or a folder for --results")
         if not args.show:
             with lock(results / ".lock"):
                 run_all(settings, args.seeds, results.resolve(), args.jobs)
     with reading(results or ", ".join(args.runs)):  # a record is checked by being used
-        if command == "pack":
-            return pack(results, args.to)
-        found = read_results(results) if results else {
-            run: read_run(Path(run)) for run in args.runs}
-        folder = results if results and results.is_dir() else Path()
+        if results:
+            found = read_results(results)
+        else:
+            found = {run: read_run(Path(run)) for run in args.runs}
         if command in EXPERIMENTS:
             columns = compare(settings, args.seeds, found)
             print(f"\n{command}: {EXPERIMENTS[command][0]}", *table_lines(columns), sep="\n")
             if any(each.n for each in sum(columns.values(), [])):
-                draw(command, columns, folder / f"{command}.png")
+                draw(command, columns, f"{command}.png")
         elif command == "claims":
             print("\n".join(claims_lines(found, args.seeds)))
         elif command == "report":
-            report(found, folder if results.is_dir() else results.parent, args.seeds)
+            report(found, results if results.is_dir() else results.parent, args.seeds)
+        elif command == "pack":
+            pack(found, args.to)
         else:
             runs = {name: found[name] for name in found if any(part in name for part in args.runs)}
             if not runs:
                 raise UserError(f"no run in {results} is named like {', '.join(args.runs)}")
-            names = "-".join(Path(run).resolve().name for run in args.runs)
-            curves(runs, args.picture or f"curves-{names[:100]}.png")
+            curves(runs, args.picture)
 
 
 if __name__ == "__main__":
