@@ -35,9 +35,9 @@ import torch
 # ---- Experiments are settings, and settings are command lines ------------------------------------
 
 
-def as_dict(*flags):
+def as_dict(flags):
     """"--data code --lr 1e-3" -> {"--data": "code", "--lr": "1e-3"}. The later value counts."""
-    words = shlex.split(" ".join(flags))
+    words = shlex.split(flags)
     return dict(zip(words[::2], words[1::2]))
 
 
@@ -47,8 +47,7 @@ def folder_of(seed, train, warmups=(), change="", warmup_seeds=()):
     parts = [sorted(flags.items()) for flags in (run, warmup, second)]
     if any(each != seed for each in warmup_seeds):
         parts.append(warmup_seeds)
-    data = Path(run.get("--data") or run["--preset"]).name
-    label = ["warmup" if run.get("--steps") == "0" else data,
+    label = ["warmup" if run.get("--steps") == "0" else run["--data"],
              run.get("--warmup") or warmup.get("--warmup"), run.get("--transfer"), change,
              f"{zlib.crc32(repr((parts, change)).encode()):08x}", f"s{seed}"]
     return re.sub(r"[^\w.=+*-]+", "_", "-".join(filter(None, label)))
@@ -406,32 +405,28 @@ class Measure(NamedTuple):
     name: str
     form: str
     better: int  # 1: more is better; -1: less is
+    key: str     # in result.json
 
 
 FOUND = 0.9     # of held-out answers right: recall is learned
 MARGIN = 0.005  # bits per byte, half of the published effect: less is no difference worth having
-STEPS = Measure(f"steps to {FOUND:.0%}", "{:z,.0f}", -1)  # z: no -0
-ACCURACY = Measure("accuracy at the end", "{:z.1%}", 1)  # as published
-BITS = Measure("bits per byte", "{:z.4f}", -1)
-
-
-def measure_of(column):
-    """Of recall the steps: runs find the answer suddenly, each at its own time, so that the
-    accuracy at the end only tells where the budget cut them off."""
-    if column not in TASK_COLUMNS:
-        return BITS
-    return STEPS if column.startswith("recall") else ACCURACY
+STEPS = Measure(f"steps to {FOUND:.0%}", "{:z,.0f}", -1, "")  # z: no -0
+ACCURACY = Measure("accuracy at the end", "{:z.1%}", 1, "val_accuracy")  # as published
+BITS = Measure("bits per byte", "{:z.4f}", -1, "val_bits_per_byte")
+# Recall is found suddenly, by each run at its own time: accuracy at the end would only tell where
+# the budget cut them off.
+MEASURES = dict.fromkeys(COLUMNS, BITS) | dict.fromkeys(TASK_COLUMNS, ACCURACY) | dict.fromkeys(
+    RECALLS, STEPS)
 
 
 def value_of(record, measure):
     """Steps until it was learned, as two evaluations in a row say, or all if it never was."""
-    result = record["result"]
     if measure is not STEPS:
-        return result["val_bits_per_byte" if measure is BITS else "val_accuracy"]
+        return record["result"][measure.key]
     for first, second in pairwise(record["log"]):
         if min(first["val_accuracy"], second["val_accuracy"]) >= FOUND:
             return first["step"]
-    return result["settings"]["steps"]
+    return record["result"]["settings"]["steps"]
 
 
 @functools.cache
@@ -483,7 +478,7 @@ class Outcome:
     """The runs of a setting that are there, and what they are worth."""
 
     def __init__(self, setting, seeds, found):
-        self.setting, self.measure = setting, measure_of(setting.column)
+        self.setting, self.measure = setting, MEASURES[setting.column]
         folders = {seed: setting.folder(seed) for seed in range(seeds or setting.seeds)}
         self.runs = {seed: found[folder] for seed, folder in folders.items() if folder in found}
         self.n, self.number, self.budget = len(self.runs), f"n = {len(self.runs)}", math.inf
@@ -740,10 +735,9 @@ CLAIMS = [
 
 def judge(claim, seeds, found):
     """A claim -> what was measured, in words; n; p; the verdict."""
-    settings = {each.name: each for each in settings_in(claim.experiment)
+    outcomes = {each.name: Outcome(each, seeds, found) for each in settings_in(claim.experiment)
                 if each.column == claim.column}
-    both = [settings[claim.worse], settings[claim.better]]
-    base, ours = compare(both, seeds, found)[claim.column]
+    base, ours = outcomes[claim.worse], outcomes[claim.better]
     if not ours.n or not base.n:
         return ["", "0", "", "not run"]
     if claim.counting_warmup:
