@@ -515,16 +515,12 @@ class Outcome:
                                 "on different data (another Python's code and docs?)")
         never = min(self.budget, base.budget)
         theirs, ours = np.minimum(base.values, never), np.minimum(self.values, never)
-        bound = "at least " if theirs.max() == never > ours.max() else ""
         signed = ours * self.measure.better, theirs * self.measure.better
         gain, p = signed[0].mean() - signed[1].mean(), permutation_p(*signed)
         low, high = permutation_interval(*signed)
+        bound = "at least " if theirs.max() == never > ours.max() else ""
         words = [f"{bound}{self.show(gain)}", f"{self.show(low)} to {self.show(high)}",
-                 f"{p:.4f}" if p >= 1e-4 else "< 0.0001"]
-        if math.isnan(p):  # of one run there is neither
-            words[1:] = "-", "-"
-        elif math.isinf(low):  # of three any difference may come by chance
-            words[1] = "any"
+                 "< 0.0001" if p < 1e-4 else f"{p:.4f}"]
         return theirs.mean(), ours.mean(), gain, low, high, p, words
 
 

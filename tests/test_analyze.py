@@ -170,13 +170,13 @@ def keep(found, folder):
 
 
 @pytest.mark.parametrize("change,line", [
-    ({}, "| 3 of 3 found | at least 700 | any | 0.1000 | 0.0 M | 75%, 50% right |"),
+    ({}, "| 3 of 3 found | at least 700 | -inf to inf | 0.1000 | 0.0 M | 75%, 50% right |"),
     ({}, "| none | 900 | 90.0% | 2 of 3 found |  |  |  |  |  |"),
     ({}, "no result yet of recall: late"),
     ({RECALL[0]: (900, 800, 700)}, "| set | 200 | 90.0% | 3 of 3 found | 600 |"),
     ({RECALL[0]: (BUDGET,) * 2, RECALL[1]: (100, BUDGET)},  # a bound only where all of set found it
      "| set | 550 | 90.0% | 1 of 2 found | 450 |"),
-    ({RECALL[0]: (900,)}, "| set | 200 | 90.0% | 3 of 3 found | 700 | - | - |"),
+    ({RECALL[0]: (900,)}, "| set | 200 | 90.0% | 3 of 3 found | 700 | nan to nan | nan |"),
     ({}, "| dull | 3.0000 | 90.0% | n = 2 | -0.5000 |"),
     ({}, "| dyck, whole | 85.0% | 85.0% | n = 2 | 30.0% |")])
 def test_gains_are_fewer_steps_fewer_bits_and_more_accuracy(change, line):
