@@ -495,12 +495,6 @@ class Outcome:
                 self.budget = results[0]["settings"]["steps"]
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
 
-    def count_warmup(self):
-        """Counts what the warm-ups took as steps, too."""
-        last = next(iter(self.runs.values()))["log"][-1]
-        steps = self.warmup_tokens * last["step"] / last["tokens"]
-        self.values, self.budget = self.values + steps, self.budget + steps
-
     def show(self, value):
         return self.measure.form.format(value)
 
@@ -655,8 +649,8 @@ def curves(runs, picture):
         y, ylabel = "val_accuracy", "accuracy on held-out answers"
     for name, record in runs.items():
         label = ", ".join(f"{key} {settings[name][key]}" for key in differ)
-        log = record["log"][1:] or record["log"]  # an untrained model's loss would flatten the rest
-        line = {entry["step"]: entry[y] for entry in log}
+        # An untrained model's loss would flatten the picture: the first evaluation is left out.
+        line = {entry["step"]: entry[y] for entry in record["log"][1:]}
         groups.setdefault(label, []).append(line)
     figure, axis = pyplot().subplots(figsize=(11, 6.5))
     for i, (label, lines) in enumerate(groups.items()):
@@ -737,7 +731,9 @@ def judge(claim, seeds, found):
     if not ours.n or not base.n:
         return ["", "0", "", "not run"]
     if claim.counting_warmup:
-        ours.count_warmup()
+        last = next(iter(ours.runs.values()))["log"][-1]
+        steps = ours.warmup_tokens * last["step"] / last["tokens"]
+        ours.values, ours.budget = ours.values + steps, ours.budget + steps
     before, after, gain, low, high, p, (gained, limits, shown_p) = ours.against(base)
     verdict = "undecided"
     if p < 0.05 / len(CLAIMS):  # Bonferroni: one false finding in 20 such lists of claims
@@ -768,18 +764,17 @@ def report(found, folder, seeds):
     path, shown = folder / "report.md", set()
     above = path.read_text("utf-8").partition(MARK)[0] if path.exists() else ""
     lines = [above + MARK, "", "# What was found", "", *claims_lines(found, seeds)]
-    for name in EXPERIMENTS:
-        columns = compare(settings_in(name), seeds, found)
-        columns = {column: outcomes for column, outcomes in columns.items()
-                   if any(each.n for each in outcomes[1:])}
-        runs = {each.setting.folder(0) for each in sum(columns.values(), []) if each.n}
+    for name, (question, *_) in EXPERIMENTS.items():
+        columns, runs = {}, set()
+        for column, outcomes in compare(settings_in(name), seeds, found).items():
+            if any(each.n for each in outcomes[1:]):
+                columns[column] = outcomes
+                runs |= {each.setting.folder(0) for each in outcomes if each.n}
         if runs - shown:  # several experiments may have a run
             shown |= runs
             draw(name, columns, folder / f"{name}.png")
-            lines += ["", f"## {name}: {EXPERIMENTS[name][0]}", *table_lines(columns), "",
+            lines += ["", f"## {name}: {question}", *table_lines(columns), "",
                       f"![{name}]({name}.png)"]
-    if not shown:
-        raise UserError(f"{folder} has no result of any experiment")
     with written_whole(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     print(path)
@@ -832,10 +827,8 @@ def main():
             with lock(results / ".lock"):
                 run_all(settings, args.seeds, results.resolve(), args.jobs)
     with reading(results or ", ".join(args.runs)):  # a record is checked by being used
-        if results:
-            found = read_results(results)
-        else:
-            found = {run: read_run(Path(run)) for run in args.runs}
+        found = read_results(results) if results else {
+            run: read_run(Path(run)) for run in args.runs}
         if command in EXPERIMENTS:
             columns = compare(settings, args.seeds, found)
             print(f"\n{command}: {EXPERIMENTS[command][0]}", *table_lines(columns), sep="\n")

@@ -277,7 +277,7 @@ def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeyp
 @pytest.mark.parametrize("order,word", [
     *((f"{order} --results typo", "typo") for order in (
         "pack good.gz", "claims", "report", "table --show", "curves x")),
-    ("table --results good.gz", "File exists"), ("report --results empty", "no result"),
+    ("table --results good.gz", "File exists"),
     ("pack pipe.png --results runs", "not a file"), ("curves empty", "config.json"),
     (f"curves runs/{NAME} --picture pipe.png", "not a file"), ("table --only ecall", "ecall")])
 def test_what_is_refused_changes_nothing(order, word, tmp_path, monkeypatch, refused):
