@@ -448,8 +448,6 @@ def differences(a, b):
 
 def permutation_p(a, b):
     """Two-sided p: the share of all ways in which the means differ as much as they do, or more."""
-    if min(len(a), len(b)) < 2:
-        return math.nan
     found = np.abs(differences(a, b))
     return float((found >= found[0] - 1e-9 * np.abs([*a, *b]).max()).mean())  # rounding
 
@@ -461,8 +459,6 @@ def permutation_interval(a, b):
     With a shifted until its mean is u below that of b, what happened is a difference of -u, another
     way to give the values one of e - c * u, which is as large up to some u, its bound. So the
     interval ends where 5 % of all ways have a bound that is larger."""
-    if min(len(a), len(b)) < 2:
-        return math.nan, math.nan
     e = differences(a - np.mean(a), b - np.mean(b))
     c = differences(np.ones(len(a)), np.zeros(len(b)))
     always = np.abs(c) > 1 - 1e-9  # what happened itself, or with the groups exchanged
