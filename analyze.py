@@ -484,9 +484,9 @@ class Outcome:
             self.values = np.array(values, float)
             self.accuracy = np.mean([each["val_accuracy"] for each in results])
             self.warmup_tokens = np.mean([each["tokens"]["procedural"] for each in results])
-            warmups = [folder_of(of, flags) for seed in self.runs
+            warmups = [found.get(folder_of(of, flags), {}).get("learned") for seed in self.runs
                        for flags, of in setting.warmup_runs(seed)]
-            self.learned = [found[each]["learned"] for each in warmups if each in found]
+            self.learned = [each["learned (share of what can be)"] for each in warmups if each]
             if self.measure is STEPS:
                 self.budget = results[0]["settings"]["steps"]
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
@@ -541,8 +541,9 @@ def table_lines(columns):
                 continue
             gain = each.against(first)[-1] if first.n and each is not first else [""] * 3
             warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
+            learned = f"{np.mean(each.learned):.0%}" if each.learned else ""
             rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
-                         each.number, *gain, warmup, learned_in_words(each.learned)])
+                         each.number, *gain, warmup, learned])
         if rows:
             head = [column, first.measure.name, "accuracy", "seeds", f"gain over "
                     f"{first.setting.name}", "95 %", "p", "tokens of warm-up", "learned"]
@@ -550,14 +551,6 @@ def table_lines(columns):
         if without:
             lines += ["", f"no result yet of {column}: {'; '.join(without)}"]
     return lines
-
-
-def learned_in_words(probed):
-    """The mean share learned of what can be; the tokens right, unless the records are old."""
-    shares = [each["learned (share of what can be)"] for each in probed if each]
-    right = [each["accuracy"] for each in probed if "accuracy" in each]
-    words = [f"{np.mean(shares):.0%}"] if shares else []
-    return ", ".join(words + [f"{np.mean(right):.0%} right"] if right else words)
 
 
 def draw(name, columns, path):
