@@ -19,7 +19,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations, count, pairwise, permutations, product
+from itertools import chain, combinations, count, pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -292,9 +292,8 @@ def changed_checkpoint(path, change, seed, to):
 
 def call_train(flags, folder, seed):
     """Runs or resumes train.py in a folder. Raises UserError with the last line that it said."""
-    script = Path(__file__).resolve().with_name("train.py")
-    command = [sys.executable, script, *shlex.split(flags), "--seed", str(seed),
-               "--out", folder.name, "--resume"]
+    command = [sys.executable, Path(__file__).resolve().with_name("train.py"), *shlex.split(flags),
+               "--seed", str(seed), "--out", folder.name, "--resume"]
     done = subprocess.run(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     if done.returncode:
@@ -619,28 +618,27 @@ SEEDED = {"seed", "init", "attn_from", "mlp_from"}  # what differs between the s
 def curves(runs, picture):
     """Accuracy on a task, or held-out loss of text, by steps: a thin line for each run, and a thick
     one for the mean of those that differ in the seed alone. runs: {name: record}."""
-    settings, groups, differ = {}, {}, ["warmup"]
-    for name, record in runs.items():
-        result, log = record["result"], record["log"]
-        settings[name] = s = result["settings"] | {"warmup": result["warmup"]}
-        if not log:
-            raise UserError(f"{name} has no evaluation of its training yet")
-        print(f"{name}: warm-up {s['warmup']}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, "
-              f"loss {log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
-    common = set(s).intersection(*settings.values())  # older runs have other settings, too
-    for key in sorted(common - OPERATIONAL - SEEDED - {"warmup"}):
-        if len({str(each[key]) for each in settings.values()}) > 1:
+    settings = {name: record["result"]["settings"] | {"warmup": record["result"]["warmup"]}
+                for name, record in runs.items()}
+    groups, differ, (first, *_) = {}, ["warmup"], settings.values()
+    for key in sorted(first.keys() - OPERATIONAL - SEEDED - {"warmup"}):
+        values = {str(s.get(key, first[key])) for s in settings.values()}  # older runs have others
+        if len(values) > 1:
             differ.append(key)
     if "data" in differ:
         raise UserError("these runs are on different data")
     y, ylabel = "val_loss", "held-out loss (nats per token)"
-    if s["data"].partition(":")[0] in TASKS:
+    if first["data"].partition(":")[0] in TASKS:
         y, ylabel = "val_accuracy", "accuracy on held-out answers"
-    for name, record in runs.items():
-        label = ", ".join(f"{key} {settings[name][key]}" for key in differ)
+    for name, s in settings.items():
+        log = runs[name]["log"]
+        if not log:
+            raise UserError(f"{name} has no evaluation of its training yet")
+        print(f"{name}: warm-up {s['warmup']}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, "
+              f"loss {log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
+        label = ", ".join(f"{key} {s.get(key)}" for key in differ)
         # An untrained model's loss would flatten the picture: the first evaluation is left out.
-        line = {entry["step"]: entry[y] for entry in record["log"][1:]}
-        groups.setdefault(label, []).append(line)
+        groups.setdefault(label, []).append({entry["step"]: entry[y] for entry in log[1:]})
     figure, axis = pyplot().subplots(figsize=(11, 6.5))
     for i, (label, lines) in enumerate(groups.items()):
         for line in lines:
@@ -648,7 +646,7 @@ def curves(runs, picture):
         steps = sorted(set(lines[0]).intersection(*lines))
         means = np.mean([list(map(line.get, steps)) for line in lines], axis=0)
         axis.plot(steps, means, color=f"C{i}", lw=2.5, label=f"{label} (n = {len(lines)})")
-    axis.set(title=f"{s['data']} (thin: a run; thick: the mean, as far as all of a group go)",
+    axis.set(title=f"{first['data']} (thin: a run; thick: the mean, as far as all of a group go)",
              xlabel="steps of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)
@@ -754,11 +752,10 @@ def report(found, folder, seeds):
     above = path.read_text("utf-8").partition(MARK)[0] if path.exists() else ""
     lines = [above + MARK, "", "# What was found", "", *claims_lines(found, seeds)]
     for name, (question, *_) in EXPERIMENTS.items():
-        columns, runs = {}, set()
-        for column, outcomes in compare(settings_in(name), seeds, found).items():
-            if any(each.n for each in outcomes[1:]):
-                columns[column] = outcomes
-                runs |= {each.setting.folder(0) for each in outcomes if each.n}
+        columns = {column: outcomes for column, outcomes in
+                   compare(settings_in(name), seeds, found).items()
+                   if any(each.n for each in outcomes[1:])}
+        runs = {each.setting.folder(0) for each in chain(*columns.values()) if each.n}
         if runs - shown:  # several experiments may have a run
             shown |= runs
             draw(name, columns, folder / f"{name}.png")
@@ -770,16 +767,14 @@ def report(found, folder, seeds):
 
 
 def part_of_experiment(name, only):
-    """Its settings of a column, or "column | beginning of names", and the base that they are
-    compared with; all for "". Raises UserError."""
+    """Its settings of a column, or of "column | beginning of names" beside the base; of "" all.
+    Raises UserError."""
     column, _, beginning = only.partition(" | ")
-    settings = settings_in(name)
-    wanted = [each for each in settings
-              if not only or each.column == column and each.name.startswith(beginning)]
-    if not wanted:
-        raise UserError(f"--only {only}: {name} has no such column or setting")
-    return [each for each in settings
-            if each in wanted or each.column == column and each.name == "none"]
+    settings = [each for each in settings_in(name) if column in ("", each.column)
+                and (each.name == "none" or each.name.startswith(beginning))]
+    if not settings:
+        raise UserError(f"--only {only}: {name} has no such column")
+    return settings
 
 
 COMMANDS = {name: question for name, (question, *_) in EXPERIMENTS.items()} | {
@@ -821,7 +816,7 @@ def main():
         if command in EXPERIMENTS:
             columns = compare(settings, args.seeds, found)
             print(f"\n{command}: {EXPERIMENTS[command][0]}", *table_lines(columns), sep="\n")
-            if any(each.n for each in sum(columns.values(), [])):
+            if any(each.n for each in chain(*columns.values())):
                 draw(command, columns, f"{command}.png")
         elif command == "claims":
             print("\n".join(claims_lines(found, args.seeds)))
