@@ -478,9 +478,8 @@ class Outcome:
         self.runs = {seed: found[folder] for seed, folder in folders.items() if folder in found}
         self.n, self.number, self.budget = len(self.runs), f"n = {len(self.runs)}", math.inf
         if self.n:
-            values = [value_of(each, self.measure) for each in self.runs.values()]
             results = [each["result"] for each in self.runs.values()]
-            self.values = np.array(values, float)
+            self.values = np.array([value_of(each, self.measure) for each in self.runs.values()])
             self.accuracy = np.mean([each["val_accuracy"] for each in results])
             self.warmup_tokens = np.mean([each["tokens"]["procedural"] for each in results])
             warmups = [found.get(folder_of(of, flags), {}).get("learned") for seed in self.runs
@@ -544,8 +543,8 @@ def table_lines(columns):
             rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
                          each.number, *gain, warmup, learned])
         if rows:
-            head = [column, first.measure.name, "accuracy", "seeds", f"gain over "
-                    f"{first.setting.name}", "95 %", "p", "tokens of warm-up", "learned"]
+            head = [column, first.measure.name, "accuracy", "seeds", "gain over none", "95 %", "p",
+                    "tokens of warm-up", "learned"]
             lines += ["", *markdown(head, rows)]
         if without:
             lines += ["", f"no result yet of {column}: {'; '.join(without)}"]
