@@ -400,32 +400,25 @@ def pack(found, to):
 # ---- What a run is worth, and whether two settings differ ----------------------------------------
 
 
-class Measure(NamedTuple):
-    name: str
-    form: str
-    better: int  # 1: more is better; -1: less is
-    key: str     # in result.json
-
-
 FOUND = 0.9     # of held-out answers right: recall is learned
 MARGIN = 0.005  # bits per byte, half of the published effect: less is no difference worth having
-STEPS = Measure(f"steps to {FOUND:.0%}", "{:z,.0f}", -1, "")  # z: no -0
-ACCURACY = Measure("accuracy at the end", "{:z.1%}", 1, "val_accuracy")  # as published
-BITS = Measure("bits per byte", "{:z.4f}", -1, "val_bits_per_byte")
-# Recall is found suddenly, by each run at its own time: accuracy at the end would only tell where
-# the budget cut them off.
+STEPS, ACCURACY, BITS = f"steps to {FOUND:.0%}", "accuracy at the end", "bits per byte"
+FORMS = {STEPS: "{:z,.0f}", ACCURACY: "{:z.1%}", BITS: "{:z.4f}"}  # z: no -0
+# Accuracy as published, but of recall, which is found suddenly, by each run at its own time: there
+# it would only tell where the budget cut them off.
 MEASURES = dict.fromkeys(COLUMNS, BITS) | dict.fromkeys(TASK_COLUMNS, ACCURACY) | dict.fromkeys(
     RECALLS, STEPS)
 
 
 def value_of(record, measure):
     """Steps until it was learned, as two evaluations in a row say, or all if it never was."""
-    if measure is not STEPS:
-        return record["result"][measure.key]
+    result = record["result"]
+    if measure != STEPS:
+        return result["val_accuracy" if measure == ACCURACY else "val_bits_per_byte"]
     for first, second in pairwise(record["log"]):
         if min(first["val_accuracy"], second["val_accuracy"]) >= FOUND:
             return first["step"]
-    return record["result"]["settings"]["steps"]
+    return result["settings"]["steps"]
 
 
 @functools.cache
@@ -485,12 +478,12 @@ class Outcome:
             warmups = [found.get(folder_of(of, flags), {}).get("learned") for seed in self.runs
                        for flags, of in setting.warmup_runs(seed)]
             self.learned = [each["learned (share of what can be)"] for each in warmups if each]
-            if self.measure is STEPS:
+            if self.measure == STEPS:
                 self.budget = results[0]["settings"]["steps"]
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
 
     def show(self, value):
-        return self.measure.form.format(value)
+        return FORMS[self.measure].format(value)
 
     def against(self, base):
         """The means of a baseline and of this; how much better this is, its 95 % interval, low and
@@ -503,7 +496,8 @@ class Outcome:
                                 "on different data (another Python's code and docs?)")
         never = min(self.budget, base.budget)
         theirs, ours = np.minimum(base.values, never), np.minimum(self.values, never)
-        signed = ours * self.measure.better, theirs * self.measure.better
+        better = 1 if self.measure == ACCURACY else -1  # less, of steps and bits
+        signed = ours * better, theirs * better
         gain, p = signed[0].mean() - signed[1].mean(), permutation_p(*signed)
         low, high = permutation_interval(*signed)
         bound = "at least " if theirs.max() == never > ours.max() else ""
@@ -543,7 +537,7 @@ def table_lines(columns):
             rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
                          each.number, *gain, warmup, learned])
         if rows:
-            head = [column, first.measure.name, "accuracy", "seeds", "gain over none", "95 %", "p",
+            head = [column, first.measure, "accuracy", "seeds", "gain over none", "95 %", "p",
                     "tokens of warm-up", "learned"]
             lines += ["", *markdown(head, rows)]
         if without:
@@ -571,7 +565,7 @@ def draw(name, columns, path):
                 axis.plot(each.values.mean(), y, "|k", markersize=18, markeredgewidth=2)
         labels = [f"{each.setting.name} ({each.number})" for each in there]
         axis.set_yticks(range(len(there)), labels)
-        axis.set(title=there[0].setting.column, xlabel=there[0].measure.name,
+        axis.set(title=there[0].setting.column, xlabel=there[0].measure,
                  ylim=(len(there) - 0.5, -0.5))
     figure.supxlabel("a dot: a seed; a cross: one that never got there; a bar: the mean")
     keep_figure(figure, path)
@@ -724,11 +718,11 @@ def judge(claim, seeds, found):
     verdict = "undecided"
     if p < 0.05 / len(CLAIMS):  # Bonferroni: one false finding in 20 such lists of claims
         verdict = "supported" if gain > 0 else "contradicted"
-    elif ours.measure is BITS and -MARGIN < low and high < MARGIN:
+    elif ours.measure == BITS and -MARGIN < low and high < MARGIN:
         verdict = "no difference beyond the margin"
     words = (f"{ours.show(before)} ({base.setting.name}) -> {ours.show(after)} "
-             f"{ours.measure.name}, gain {gained} ({limits})")
-    if ours.measure is STEPS:
+             f"{ours.measure}, gain {gained} ({limits})")
+    if ours.measure == STEPS:
         words += f"; {base.accuracy:.1%} -> {ours.accuracy:.1%} right"
     return [words, str(min(base.n, ours.n)), shown_p, verdict]
 

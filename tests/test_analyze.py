@@ -141,7 +141,7 @@ def record(setting, seed, value, budget=BUDGET):
     log = [evaluation(0), evaluation(1, 0.95), evaluation(2)]  # one that is good is not enough
     if setting.column.startswith("recall") and value < budget:
         log += [evaluation(value, 0.9), evaluation(value + 1, 0.92)]
-    accuracy = value if analyze.MEASURES[setting.column] is analyze.ACCURACY else 0.9
+    accuracy = value if analyze.MEASURES[setting.column] == analyze.ACCURACY else 0.9
     result = {"settings": s, "warmup": setting.name, "fingerprint": [seed, 5],
               "val_bits_per_byte": value, "val_loss": 1.0, "val_accuracy": accuracy,
               "tokens": {"procedural": 4500 if setting.warmups else 0, "semantic": 9}}
