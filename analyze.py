@@ -190,9 +190,11 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
 }
 
 
-def settings_in(name):
-    """The settings of an experiment, by columns, the base first."""
+def settings_in(name, only=""):
+    """The settings of an experiment, by columns, the base first. only: a column, or "column |
+    beginning of names". Raises UserError."""
     columns, (_, seeds, lines) = {}, EXPERIMENTS[name]
+    wanted, _, beginning = only.partition(" | ")
     for line in lines:
         pieces = re.split(r"{(.*?)}", line.name)  # every second one was in braces
         for chosen in product(*(piece.split("|") for piece in pieces[1::2])):
@@ -200,7 +202,10 @@ def settings_in(name):
             filled = [part.format(*chosen) for part in line[2:5]]
             one = Line(line.columns, "".join(pieces), *filled, *line[5:])
             for column in line.columns:
-                columns.setdefault(column, [Line((), "none")]).append(one)
+                if wanted in ("", column) and one.name.startswith(beginning):
+                    columns.setdefault(column, [Line((), "none")]).append(one)
+    if not columns:
+        raise UserError(f"--only {only}: {name} has no such column or setting")
     return [setting(line, column, seeds) for column in columns for line in columns[column]]
 
 
@@ -705,8 +710,8 @@ CLAIMS = [
 
 def judge(claim, seeds, found):
     """A claim -> what was measured, in words; n; p; the verdict."""
-    outcomes = {each.name: Outcome(each, seeds, found) for each in settings_in(claim.experiment)
-                if each.column == claim.column}
+    outcomes = {each.name: Outcome(each, seeds, found)
+                for each in settings_in(claim.experiment, claim.column)}
     base, ours = outcomes[claim.worse], outcomes[claim.better]
     if not ours.n or not base.n:
         return ["", "0", "", "not run"]
@@ -759,17 +764,6 @@ def report(found, folder, seeds):
     print(path)
 
 
-def part_of_experiment(name, only):
-    """Its settings of a column, or of "column | beginning of names" beside the base; of "" all.
-    Raises UserError."""
-    column, _, beginning = only.partition(" | ")
-    settings = [each for each in settings_in(name) if column in ("", each.column)
-                and (each.name == "none" or each.name.startswith(beginning))]
-    if not settings:
-        raise UserError(f"--only {only}: {name} has no such column")
-    return settings
-
-
 COMMANDS = {name: question for name, (question, *_) in EXPERIMENTS.items()} | {
     "curves": "held-out loss of text, or accuracy on a task, of any runs",
     "claims": "each claim: supported, contradicted or undecided here",
@@ -799,7 +793,7 @@ def main():
     args = parser.parse_args()
     command, results = args.command, args.results
     if command in EXPERIMENTS:
-        settings = part_of_experiment(command, args.only)
+        settings = settings_in(command, args.only)
         if not args.show:
             with lock(results / ".lock"):
                 run_all(settings, args.seeds, results.resolve(), args.jobs)

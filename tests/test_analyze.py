@@ -42,7 +42,7 @@ def setting(column, name, train, *warmups, change="", warmup_seeds=()):
 
 def named(name, column):
     """{name: setting} of a column of an experiment."""
-    return {each.name: each for each in settings_in(name) if each.column == column}
+    return {each.name: each for each in settings_in(name, column)}
 
 
 @pytest.mark.parametrize("name", analyze.EXPERIMENTS)
@@ -70,6 +70,7 @@ def test_folders_are_named_by_flags_in_any_order_and_packed_runs_keep_their_name
     assert recall["none, steps 13500"].folder(0) == "haystack-none-dff050b9-s0"
     assert recall["dyck, attn, embeddings random"].folder(3) == (
         "haystack-dyck_length=64-attn-43ded1d0-s3")
+    assert list(named("starts", "recall | dyck, f")) == ["none", "dyck, full, embeddings mean"]
     found = set()
     for name, seed in itertools.product(analyze.EXPERIMENTS, range(10)):
         for each in settings_in(name):
@@ -256,8 +257,7 @@ GOOD, NAME = record(RECALL[0], 0, 500), RECALL[0].folder(0)
 
 def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeypatch, call):
     runs, packed = tmp_path / "runs", tmp_path / "packed/all.gz"
-    another = TEXT[0], TEXT[1]._replace(name="set")
-    monkeypatch.setattr(analyze, "settings_in", lambda name: [*RECALL, *another])
+    monkeypatch.setattr(analyze, "settings_in", lambda name, only: RECALL[:2])
     monkeypatch.setattr(analyze, "call_train", None)  # nothing may be run
     monkeypatch.chdir(tmp_path)
     keep(made_up(SOME), runs)
@@ -266,8 +266,7 @@ def test_what_is_packed_gives_the_same_table_and_counts_as_run(tmp_path, monkeyp
     packed.parent.mkdir()
     call("pack", packed, "--results", runs)
     for order in ((runs, "--show"), (packed, "--show"), (packed.parent, "--seeds", 3)):
-        told = call("table", "--only", "recall | s", "--results", *order)
-        assert "late" not in told and "code" not in told
+        told = call("table", "--results", *order)
         assert "| none | 900 | 90.0% | 2 of 3 found |" in told
         assert "| set | 200 | 90.0% | 3 of 3 found | at least 700 |" in told
     assert "0 runs to go" in told
@@ -297,7 +296,7 @@ def test_what_is_refused_changes_nothing(order, word, tmp_path, monkeypatch, ref
     ("config.json", b"\xff"), ("learned.json", b"{"), ("log.jsonl", b"[1]"),
     ("result.json", json.dumps(GOOD["result"] | {"val_accuracy": "x"}).encode())])
 def test_a_damaged_result_is_refused(name, content, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(analyze, "settings_in", lambda name: RECALL)
+    monkeypatch.setattr(analyze, "settings_in", lambda name, only: RECALL)
     monkeypatch.setattr(analyze, "LONG", 5000)
     keep({NAME if name != "r.gz" else "another": GOOD}, tmp_path)
     (tmp_path / ("" if name == "r.gz" else NAME) / name).write_bytes(content)
@@ -386,7 +385,7 @@ def test_an_interrupted_experiment_goes_on_and_takes_up_warm_ups(tmp_path, monke
             # A shell ignores it for what it starts with "&".
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"settings = [analyze.Setting(*each) for each in {[*map(tuple, settings)]}]\n"
-            "analyze.settings_in = lambda name: settings\ndata.run_main(analyze.main)")
+            "analyze.settings_in = lambda name, only: settings\ndata.run_main(analyze.main)")
     sweep = subprocess.Popen([sys.executable, "-c", code, "table", "--seeds", "1", "--results",
                               tmp_path], start_new_session=True, stdout=subprocess.DEVNULL)
     while not (none / "ckpt.pt").exists() and sweep.poll() is None:
@@ -395,7 +394,7 @@ def test_an_interrupted_experiment_goes_on_and_takes_up_warm_ups(tmp_path, monke
     assert sweep.wait(60) == 130 and not (none / "result.json").exists()
     assert not any(folder.exists() for folder in folders[1:])
     log = (none / "log.jsonl").read_text()
-    monkeypatch.setattr(analyze, "settings_in", lambda name: settings)
+    monkeypatch.setattr(analyze, "settings_in", lambda name, only: settings)
     order = ("table", "--results", tmp_path, "--jobs", 2, "--seeds", 1)
     told = call(*order)
     assert "4 runs to go" in told and "none | seed 0: done" in told

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # before torch, see there
-from analyze import (EXPERIMENTS, TASK_COLUMNS, folder_of, make_warmup, missing,
-                     part_of_experiment, with_checkpoints)
+from analyze import (EXPERIMENTS, TASK_COLUMNS, folder_of, make_warmup, missing, settings_in,
+                     with_checkpoints)
 from data import UserError
 from eval import first_rows, held_out_rows
 from model import save
@@ -212,7 +212,7 @@ def main():
     results, settings = args.results.resolve(), []
     for name in EXPERIMENTS:
         with contextlib.suppress(UserError):  # it has none of these
-            settings += part_of_experiment(name, args.only)
+            settings += settings_in(name, args.only)
     settings = [each for each in settings
                 if each.column in TASK_COLUMNS and "--sharpen" not in each.train]
     members, warmups, groups = [], {}, {}
