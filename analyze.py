@@ -572,7 +572,7 @@ def draw(name, columns, path):
         axis.set_yticks(range(len(there)), labels)
         axis.set(title=there[0].setting.column, xlabel=there[0].measure,
                  ylim=(len(there) - 0.5, -0.5))
-    figure.supxlabel("a dot: a seed; a cross: one that never got there; a bar: the mean")
+    figure.supxlabel("dot: a seed; cross: one that never got there; bar: the mean, where all did")
     keep_figure(figure, path)
 
 
@@ -786,8 +786,7 @@ def main():
         else:
             flag("--seeds", type=number(1, 1000), help="at most (default: as planned)")
         if name in EXPERIMENTS:
-            flag("--only", default="", metavar="X", help="a column, or one and how names begin, as "
-                 "in \"recall | dyck\" (default: all)")
+            flag("--only", default="", help="a column, or \"column | beginning of names\"")
             flag("--jobs", type=number(1, 1000), default=1, help="runs at a time (default 1)")
             flag("--show", action="store_true", help="run nothing")
     args = parser.parse_args()
