@@ -482,7 +482,7 @@ class Outcome:
             self.warmup_tokens = np.mean([each["tokens"]["procedural"] for each in results])
             warmups = [found.get(folder_of(of, flags), {}).get("learned") for seed in self.runs
                        for flags, of in setting.warmup_runs(seed)]
-            self.learned = [each["learned (share of what can be)"] for each in warmups if each]
+            self.learned = [each for each in warmups if each]
             if self.measure == STEPS:
                 self.budget = results[0]["settings"]["steps"]
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
@@ -538,9 +538,10 @@ def table_lines(columns):
                 continue
             gain = each.against(first)[-1] if first.n and each is not first else [""] * 3
             warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
-            learned = f"{np.mean(each.learned):.0%}" if each.learned else ""
+            learned = [mean_of(each.learned, "learned (share of what can be)", "{:.0%}"),
+                       mean_of(each.learned, "accuracy", ", {:.0%} right")]  # not in old records
             rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
-                         each.number, *gain, warmup, learned])
+                         each.number, *gain, warmup, "".join(learned)])
         if rows:
             head = [column, first.measure, "accuracy", "seeds", "gain over none", "95 %", "p",
                     "tokens of warm-up", "learned"]
@@ -548,6 +549,11 @@ def table_lines(columns):
         if without:
             lines += ["", f"no result yet of {column}: {'; '.join(without)}"]
     return lines
+
+
+def mean_of(probed, key, form):
+    values = [each[key] for each in probed if key in each]
+    return form.format(np.mean(values)) if values else ""
 
 
 def draw(name, columns, path):
@@ -641,10 +647,12 @@ def curves(runs, picture):
     for i, (label, lines) in enumerate(groups.items()):
         for line in lines:
             axis.plot(line.keys(), line.values(), color=f"C{i}", alpha=0.5, lw=1)
-        steps = sorted(set(lines[0]).intersection(*lines))
-        means = np.mean([list(map(line.get, steps)) for line in lines], axis=0)
-        axis.plot(steps, means, color=f"C{i}", lw=2.5, label=f"{label} (n = {len(lines)})")
-    axis.set(title=f"{first['data']} (thin: a run; thick: the mean, as far as all of a group go)",
+        alike = [line for line in lines if line.keys() == lines[0].keys()]
+        label, mean = f"{label} (n = {len(lines)})", ([], [])
+        if alike == lines:
+            mean = lines[0].keys(), np.mean([list(line.values()) for line in lines], axis=0)
+        axis.plot(*mean, color=f"C{i}", lw=2.5, label=label)
+    axis.set(title=f"{first['data']} (thin: a run; thick: the mean, where all end at one step)",
              xlabel="steps of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)

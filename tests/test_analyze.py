@@ -146,7 +146,7 @@ def record(setting, seed, value, budget=BUDGET):
     result = {"settings": s, "warmup": setting.name, "fingerprint": [seed, 5],
               "val_bits_per_byte": value, "val_loss": 1.0, "val_accuracy": accuracy,
               "tokens": {"procedural": 4500 if setting.warmups else 0, "semantic": 9}}
-    learned = {"learned (share of what can be)": 0.75}  # of a warm-up
+    learned = {"learned (share of what can be)": 0.75, "accuracy": 0.5}  # of a warm-up
     return {"result": result, "log": log, "learned": learned}
 
 
@@ -170,7 +170,7 @@ def keep(found, folder):
 
 
 @pytest.mark.parametrize("change,line", [
-    ({}, "| 3 of 3 found | at least 700 | -inf to inf | 0.1000 | 0.0 M | 75% |"),
+    ({}, "| 3 of 3 found | at least 700 | -inf to inf | 0.1000 | 0.0 M | 75%, 50% right |"),
     ({}, "| none | 900 | 90.0% | 2 of 3 found |  |  |  |  |  |"),
     ({}, "no result yet of recall: late"),
     ({RECALL[0]: (900, 800, 700)}, "| set | 200 | 90.0% | 3 of 3 found | 600 |"),
@@ -318,7 +318,7 @@ def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, ref
         call("curves", *folders))
     (axis,) = figures[0].axes
     assert [list(line.get_ydata()) for line in axis.lines] == [
-        [8, 7, 6], [7, 6, 5], [7.5, 6.5, 5.5], [6, 5, 4], [5, 4], [5.5, 4.5]]
+        [8, 7, 6], [7, 6, 5], [7.5, 6.5, 5.5], [6, 5, 4], [5, 4], []]
     assert [each.get_text() for each in axis.get_legend().get_texts()] == [
         "warmup set, steps 1000 (n = 2)", "warmup none, steps 1001 (n = 2)"]
     (folders[1] / "config.json").write_text(json.dumps(GOOD["result"]))
