@@ -47,10 +47,9 @@ import torch
 from torch.utils.data import Dataset
 
 
-# --------------------------------------------------------------------------------------------------
-# Procedural rules: rule(r, **parameters) -> (prompt, answer), two lists of tokens, drawn from a
-# random.Random. The loss counts the answer. Where there is a `vocab`, the symbols are 1..vocab-1
-# (paper, "Procedural data").
+# ---- Procedural rules: rule(r, **parameters) -> (prompt, answer) ---------------------------------
+# Two lists of tokens, drawn from a random.Random. The loss counts the answer. Where there is a
+# `vocab`, the symbols are 1..vocab-1 (paper, "Procedural data").
 
 SEPARATOR = None  # `Rows` gives it its number
 RANDOM = -1  # what "rule=random" says of eca
@@ -160,8 +159,7 @@ def eca(r, rule=110, width=16, length=128):
     return row[:width], row[width:length]
 
 
-# --------------------------------------------------------------------------------------------------
-# Algorithmic tasks: functions of the same form. The formats are the paper's, token for token.
+# ---- Algorithmic tasks: functions of the same form, in the paper's formats, token for token ------
 
 
 def haystack(r, pairs=30):
@@ -240,8 +238,7 @@ TASKS = {
 RULES_AND_TASKS = RULES | TASKS
 
 
-# --------------------------------------------------------------------------------------------------
-# Specs: "dyck:k=64,length=2048", "set:length=2-20", "0.7*set+0.3*union:length=32", "shuffled:dyck"
+# ---- Specs: "dyck:k=64", "0.7*set:length=2-20+0.3*union", "shuffled:dyck" ------------------------
 
 # What a parameter accepts, from and below; one that is not here from 1. A haystack's keys and
 # queries are two tokens a pair of 128 to 255.
@@ -377,9 +374,7 @@ def micro_batches(x, y, n, trim=True):
     return parts
 
 
-# --------------------------------------------------------------------------------------------------
-# Here a student may stop. Every text becomes nanoGPT's folder: train.bin, val.bin, and a meta.json
-# that names the tokenizer. Until then it is a stream of pieces: (text, whether a document ends).
+# ---- Here a student may stop. Every text becomes nanoGPT's folder: train.bin, val.bin ------------
 
 ANSWER, PROBLEM = 96, 95  # tokens of DeepMind-Math: the marks after a question and after an answer
 PIECE = 50_000  # characters; a million spaces at once make tiktoken panic
@@ -574,8 +569,7 @@ def tokenise(spec, tokenizer):
     return folder
 
 
-# --------------------------------------------------------------------------------------------------
-# Published corpora: each published file becomes a shard of tokens, and all shards one train.bin
+# ---- Published corpora: each file becomes a shard of tokens, all shards one train.bin ------------
 
 PUBLISHED = {  # tokens: what the published run reads, and a bit
     "c4": dict(
@@ -843,9 +837,7 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     return Data(spec, kind, train, val, tokenizer.vocab_size, size, tokenizer)
 
 
-# --------------------------------------------------------------------------------------------------
-# What all scripts share: errors, files, which are written whole and held by one process, and the
-# command line
+# ---- What all scripts share: errors, files, the command line -------------------------------------
 
 try:
     import fcntl
