@@ -674,13 +674,13 @@ class Windows(Dataset):
         self.path, self.dtype, self.block_size = path, tokenizer.dtype, block_size
         self.seed, self.split = seed, split
         with reading(path):
-            n = path.stat().st_size // self.dtype.itemsize
-        self.n = (n - 1) // block_size
-        if self.n < 1:
-            raise UserError(f"{path} is too short: {n} tokens for rows of {block_size} + 1")
+            self.n = (path.stat().st_size // self.dtype.itemsize - 1) // block_size
+            if self.n < 1:
+                raise ValueError(f"it is too short for a row of {block_size} + 1 tokens")
 
     @property
-    def tokens(self):  # opened anew: a worker that is spawned would get a copy of an attribute
+    @functools.lru_cache(maxsize=2)
+    def tokens(self):  # a worker that is spawned would get a copy of an attribute
         return np.memmap(self.path, self.dtype, "r")
 
     def __len__(self):
@@ -688,19 +688,19 @@ class Windows(Dataset):
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self))
+        return np.random.default_rng((self.seed, epoch)).permutation(self.n)
 
     def start(self, i):
         """Where row i begins."""
-        epoch, i = divmod(i, len(self))
+        epoch, i = divmod(i, self.n)
         if self.split == "warmup":
-            epoch, i = 0, len(self) - 1 - i
+            epoch, i = 0, self.n - 1 - i
         return int(self.order(epoch)[i]) * self.block_size
 
     def __getitems__(self, rows):
         """Row numbers -> x, y: int64 tensors (rows, block_size)."""
-        tokens = self.tokens
-        both = np.stack([tokens[self.start(i):][:self.block_size + 1] for i in rows])
+        starts = np.array([[self.start(i)] for i in rows])
+        both = self.tokens.take(starts + np.arange(self.block_size + 1), mode="clip")
         both = torch.from_numpy(both.astype(np.int64))
         return both[:, :-1], both[:, 1:]
 
@@ -713,18 +713,17 @@ class Windows(Dataset):
 
 class Problems(Windows):
     """DeepMind-Math: rows of problem after problem, of which the loss counts the answers and the
-    token that ends each. A row begins where the first problem of its window ends."""
+    token that ends each. A row begins where the first problem of its window ends; behind the last
+    token, which ends a problem, it is repeated."""
+
+    def start(self, i):
+        start = super().start(i)
+        return start + int(np.argmax(self.tokens[start:start + 256] == PROBLEM))  # none is longer
 
     def __getitems__(self, rows):
-        both, tokens = np.full((len(rows), self.block_size + 1), PROBLEM), self.tokens
-        for j, i in enumerate(rows):
-            start = self.start(i)
-            start += int(np.argmax(tokens[start:start + 256] == PROBLEM))  # none is longer
-            row = tokens[start:start + self.block_size + 1]
-            both[j, :len(row)] = row
-        in_answer = (both == PROBLEM).cumsum(1) == (both == ANSWER).cumsum(1)
-        y = np.where(in_answer[:, :-1], both[:, 1:], -1)
-        return torch.from_numpy(both[:, :-1]), torch.from_numpy(y)
+        x, y = super().__getitems__(rows)
+        in_answer = (x == PROBLEM).cumsum(1) == (x == ANSWER).cumsum(1)
+        return x, torch.where(in_answer, y, -1)
 
 
 CORPORA = {  # beside a user's path
