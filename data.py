@@ -571,24 +571,19 @@ def tokenise(spec, tokenizer):
 
 # ---- Published corpora: each file becomes a shard of tokens, all shards one train.bin ------------
 
-PUBLISHED = {  # tokens: what the published run reads, and a bit
+PUBLISHED = {  # tokens: what the published run reads, and a bit; an archive has both splits
     "c4": dict(
-        what="English from the web (C4)", tokenizer="gpt2", tokens=700_000_000,
-        url="https://huggingface.co/datasets/allenai/c4/resolve/main/en/",
+        tokens=700_000_000, url="https://huggingface.co/datasets/allenai/c4/resolve/main/en",
         train=[f"c4-train.{i:05}-of-01024.json.gz" for i in range(1024)],
         val=[f"c4-validation.{i:05}-of-00008.json.gz" for i in range(8)]),
     "codeparrot": dict(
-        what="Python from GitHub (CodeParrot, cleaned)", tokenizer="gpt2", tokens=1_000_000_000,
-        url="https://huggingface.co/datasets/codeparrot/",
+        tokens=1_000_000_000, url="https://huggingface.co/datasets/codeparrot",
         train=[f"codeparrot-clean-train/resolve/main/file-{i:012}.json.gz" for i in range(1, 54)],
         val=["codeparrot-clean-valid/resolve/main/file-000000000054.json.gz"]),
     "wikitext103": dict(
-        what="Wikipedia's good articles (WikiText-103, raw)", tokenizer="gpt2", tokens=120_000_000,
-        url="https://wikitext.smerity.com/",
-        train=["wikitext-103-raw-v1.zip"]),  # val is in the same archive
+        tokens=120_000_000, url="https://wikitext.smerity.com", train=["wikitext-103-raw-v1.zip"]),
     "deepmind_math": dict(
-        what="school mathematics (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
-        url="https://storage.googleapis.com/mathematics-dataset/",
+        tokens=1_700_000_000, url="https://storage.googleapis.com/mathematics-dataset",
         train=["mathematics_dataset-v1.0.tar.gz"])}
 HELD_OUT = 10_000_000  # tokens
 
@@ -598,7 +593,7 @@ def published_pieces(file, name, split, share):
     question<answer>answer<problem>... of a module, of each as much, as published."""
     file.seek(0)
     if name.endswith(".json.gz"):
-        yield from pieces_of(file)
+        yield from pieces_of(gzip.open(file))  # what is not gzipped is a server's excuse
     elif name.endswith(".zip"):
         member = {"train": "wiki.train.raw", "val": "wiki.valid.raw"}[split]
         yield from pieces_of(zipfile.ZipFile(file).open(f"wikitext-103-raw/{member}"))
@@ -625,7 +620,7 @@ def fetch(url):
                 wanted = int(answer.headers["Content-Length"] or 0)
                 say(f"fetching {url}, {wanted / 1e6:,.0f} MB")
                 shutil.copyfileobj(answer, file, 1 << 20)
-            if wanted in (0, file.tell()):
+            if file.tell() and wanted in (0, file.tell()):
                 return file
             reason = f"{file.tell():,} of {wanted:,} bytes came"
         except Exception as error:  # whatever a network says
@@ -638,10 +633,9 @@ def prepare(name, tokens, source=None):
     """Fetches and tokenises a published corpus, whole files until there are as many tokens to train
     on. Returns its folder in the cache. A shard is there whole or not at all: the same command goes
     on where it was stopped, or adds to it. Raises UserError."""
-    corpus = PUBLISHED[name]
-    tokenizer = load_tokenizer(corpus["tokenizer"])
-    base = source or corpus["url"]
-    base = base.rstrip("/") if "://" in base else Path(base).resolve().as_uri()
+    corpus, tokenizer = PUBLISHED[name], load_tokenizer(default_tokenizer(name))
+    base = (source or corpus["url"]).rstrip("/")
+    base = base if "://" in base else Path(base).resolve().as_uri()
     folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
         for split, share in (("val", HELD_OUT), ("train", tokens)):
@@ -653,8 +647,7 @@ def prepare(name, tokens, source=None):
                     if not shard.exists():
                         with written_whole(shard) as part, reading(url):
                             pieces = published_pieces(fetch(url), file, split, share)
-                            if write_tokens(part, [pieces], tokenizer)[-1] == 0:
-                                raise ValueError("it holds no text")
+                            write_tokens(part, [pieces], tokenizer)
                     with open(shard, "rb") as part:
                         shutil.copyfileobj(part, whole)
                     n = whole.tell() // tokenizer.dtype.itemsize
@@ -730,7 +723,10 @@ CORPORA = {  # beside a user's path
     "code": "the Python source of the standard library of this interpreter",
     "docs": "English: docstrings of the standard library, torch, numpy, tiktoken and matplotlib",
     "math": "school mathematics, question and answer in words, made here",
-    **{name: corpus["what"] for name, corpus in PUBLISHED.items()}}
+    "c4": "English from the web (C4)",
+    "codeparrot": "Python from GitHub (CodeParrot, cleaned)",
+    "wikitext103": "Wikipedia's good articles (WikiText-103, raw)",
+    "deepmind_math": "school mathematics (DeepMind)"}
 
 
 def word(token, rows):
@@ -800,7 +796,9 @@ def kind_of(spec):
 
 
 def default_tokenizer(spec):
-    return PUBLISHED[spec]["tokenizer"] if spec in PUBLISHED else "bytes"
+    if spec == "deepmind_math":
+        return "characters"
+    return "gpt2" if spec in PUBLISHED else "bytes"
 
 
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):

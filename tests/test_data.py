@@ -462,6 +462,8 @@ def test_shards_are_whole_files_in_order_until_there_are_enough(mirror, publishe
             text += "".join(json.loads(line)["text"] + "\0" for line in lines)
     assert text_in(folder, ["train"]) == text
     assert len(mirror.requests) == len({*mirror.requests}) < 5, "more adds to what is there"
+    with pytest.raises(OSError):  # a server's page in the place of a file is not trained on
+        next(data.published_pieces(io.BytesIO(b"<html>"), GITHUB, "train", 1000))
     folder = prepare("wikitext103", published.as_uri())
     with zipfile.ZipFile(published / WIKI) as archive:
         for split, name in (("train", "train"), ("val", "valid")):
@@ -488,8 +490,8 @@ def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(mirror, 
 
 @pytest.mark.parametrize("name,file,faults,reason", [
     ("codeparrot", GITHUB, ["refuse", "cut"], None), ("codeparrot", GITHUB, ["cut"] * 3, "came"),
-    ("codeparrot", GITHUB, [], "killed"), ("codeparrot", GITHUB, ["empty"], "no text"),
-    ("wikitext103", WIKI, ["refuse"] * 3, "503"), ("wikitext103", WIKI, ["empty"], "zip"),
+    ("codeparrot", GITHUB, [], "killed"), ("codeparrot", GITHUB, ["empty"] * 3, "0 bytes"),
+    ("wikitext103", WIKI, ["refuse"] * 3, "503"), ("codeparrot", GITHUB, ["corrupt"], "CRC"),
     ("deepmind_math", "mathematics_dataset-v1.0.tar.gz", ["corrupt"], "")])
 def test_whatever_a_server_does_there_are_three_tries_and_the_same_command_goes_on(
         name, file, faults, reason, mirror, published, tmp_path, monkeypatch):
