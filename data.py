@@ -861,9 +861,7 @@ def reading(path):
 def reason_of(error):
     """What an error says, in one line; an OSError without its number and path."""
     said = " ".join(str(error).split())[:200]
-    if isinstance(error, (KeyError, TypeError, IndexError, AttributeError)):  # a file's odd content
-        said = f"it is not as it should be ({type(error).__name__}: {said})"
-    return getattr(error, "strerror", None) or said or type(error).__name__
+    return getattr(error, "strerror", None) or f"{said} ({type(error).__name__})"
 
 
 @contextlib.contextmanager
@@ -880,9 +878,8 @@ def written_whole(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = reason_of(cause) if cause else "is the disk full?"
+    except (OSError, RuntimeError) as error:  # torch.save raises one while it handles the other
+        reason = reason_of(error.__context__ or error)
         raise UserError(f"cannot write {path}: {reason}; what was there is unharmed") from None
     finally:
         with contextlib.suppress(OSError):
@@ -917,11 +914,8 @@ def json_lines(path):
 def lock(path, wait=False):
     """Holds a file until it is closed, or this process ends, however it ends. Another process that
     has it is waited for, or refused. Windows locks nothing, and some file systems cannot."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {reason_of(error)}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -967,9 +961,8 @@ def say(line):
 
 def run_main(main):
     """Runs a script's main: what the user can put right is one line on stderr and status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not; none at all is None
-            stream.reconfigure(errors="replace")  # a console may not know every character
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not; none at all is None
+        sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
         print(end="", flush=True)
