@@ -248,33 +248,29 @@ RANGES = {"vocab": (3, 10 ** 9), "p": (0, 1), "rule": (0, 256), "width": (3, 10 
 
 def parse_spec(spec):
     """A spec -> (shuffled, [(weight, name, parameters), ...]). Raises UserError."""
-    members = []
-    for text in spec.removeprefix("shuffled:").split("+"):
+    shuffled, members = spec.startswith("shuffled:"), []
+    texts = spec.removeprefix("shuffled:").replace(" ", "").split("+")
+    for text in texts:
         weight, star, rule = text.rpartition("*")
         name, _, given = rule.partition(":")
-        try:
-            weight = number(1e-9, kind=float)(weight) if star else 1.0
-            members.append((weight, name.strip(), parameters(name.strip(), given)))
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"{text}: {error}") from None
-    shuffled = spec.startswith("shuffled:")
-    if (shuffled or len(members) > 1) and any(name in TASKS for _, name, _ in members):
-        raise UserError(f"{spec}: a task is neither mixed nor shuffled, only rules are")
+        if name not in (RULES if shuffled or len(texts) > 1 else RULES_AND_TASKS):
+            raise UserError(f"unknown data {spec!r}: there are {', '.join(RULES)}, which can be "
+                            f"mixed and shuffled; {', '.join([*TASKS, *CORPORA])}; and paths")
+        weight = number(1e-9, kind=float)(weight) if star else 1.0
+        members.append((weight, name, parameters(name, given)))
     return shuffled, members
 
 
 def parameters(name, given=""):
-    """The parameters of a rule or task, as given ("length=2-20, vocab=50") or as its function has
-    them; a length is a pair (low, high), from which each row draws its own. See parse_spec."""
-    if name not in RULES_AND_TASKS:
-        raise UserError(f"unknown rule or task {name!r}: there are {', '.join(RULES_AND_TASKS)}")
+    """The parameters of a rule or task, as given ("length=2-20,vocab=50") or as its function has
+    them; a length is a pair (low, high), from which each row draws its own. Raises UserError."""
     signature = inspect.signature(RULES_AND_TASKS[name].make)
     defaults = {key: value.default for key, value in signature.parameters.items() if key != "r"}
     p = {key: (value, value) if key == "length" else value for key, value in defaults.items()}
     for item in given.split(",") if given else []:
-        key, _, text = (word.strip() for word in item.partition("="))
+        key, _, text = item.partition("=")
         if key not in p:
-            raise UserError(f"no parameter {item.strip()!r}: there is {name}{signature}")
+            raise UserError(f"no parameter {item!r}: there is {name}{signature}")
         read = number(*RANGES.get(key, (1, 10 ** 9)), kind=type(defaults[key]))
         if (key, text) == ("rule", "random"):
             p[key] = RANDOM
@@ -785,14 +781,10 @@ class Data:
 
 def kind_of(spec):
     """"rule", "task" or "text", without loading anything. Raises UserError."""
-    first = spec.removeprefix("shuffled:").split("+")[0]
-    name = first.rpartition("*")[2].partition(":")[0].strip()
-    if name in RULES_AND_TASKS or spec.startswith("shuffled:"):
-        return "task" if name in TASKS else "rule"
-    if spec in CORPORA or spec and os.path.exists(spec):
+    if spec in CORPORA or spec not in RULES_AND_TASKS and os.path.exists(spec):
         return "text"
-    raise UserError(f"unknown data {spec!r}: a path, or one of "
-                    + ", ".join([*RULES_AND_TASKS, *CORPORA]))
+    _, members = parse_spec(spec)
+    return "task" if members[0][1] in TASKS else "rule"
 
 
 def default_tokenizer(spec):
@@ -842,8 +834,9 @@ except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
 
-class UserError(Exception):
-    """Something the user can put right: one line on stderr and exit status 2, see run_main."""
+class UserError(argparse.ArgumentTypeError):
+    """Something the user can put right: one line on stderr and exit status 2, see run_main. Where
+    argparse reads a flag, it says which."""
 
 
 @contextlib.contextmanager
@@ -945,8 +938,7 @@ def number(low, below=math.inf, kind=int):
             if low <= value < below and kind(value) == value:
                 return kind(value)
         wanted = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not accepted: {wanted} from {low} to "
-                                         f"below {below:g}")
+        raise UserError(f"{text[:40]!r} is not {wanted} from {low} to below {below:g}")
     return parse
 
 

@@ -229,8 +229,8 @@ def test_micro_batches_are_the_same_rows_without_what_follows_the_last_that_coun
 
 
 @pytest.mark.parametrize("command,reason", [
-    ("dyke", ", ".join([*data.RULES, *data.TASKS, *data.CORPORA])), ("set+dyke", "unknown rule"),
-    ("shuffled:haystack", "neither mixed nor shuffled"), ("1.2.3*set", "1.2.3"), ("", "spec"),
+    ("dyke", ", ".join([*data.RULES, *data.TASKS, *data.CORPORA])), ("set+dyke", "unknown data"),
+    ("shuffled:haystack", "can be mixed"), ("1.2.3*set", "1.2.3"), ("", "spec"),
     ("dyck:k=0", "from 1"), ("dyck:p=nan", "'nan'"), ("dyck:depth=3", "length=128, p=0.5"),
     ("set:length", "''"), ("set:length=1_1", "'1_1'"), ("set:length=0.0004K", "a whole number"),
     ("haystack:pairs=65", "65"), ("eca:length=8", "above 16"), ("c4", "prepare c4"),
