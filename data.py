@@ -828,15 +828,8 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
 
 # ---- What all scripts share: errors, files, the command line -------------------------------------
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None
-
-
-class UserError(argparse.ArgumentTypeError):
-    """Something the user can put right: one line on stderr and exit status 2, see run_main. Where
-    argparse reads a flag, it says which."""
+class UserError(argparse.ArgumentTypeError):  # so that argparse says of which flag
+    """Something the user can put right: one line on stderr and exit status 2, see run_main."""
 
 
 @contextlib.contextmanager
@@ -875,8 +868,7 @@ def written_whole(path):
         reason = reason_of(error.__context__ or error)
         raise UserError(f"cannot write {path}: {reason}; what was there is unharmed") from None
     finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -910,14 +902,14 @@ def lock(path, wait=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # A DataLoader's workers, which outlive a kill by seconds, would hold it as well.
-            os.register_at_fork(after_in_child=file.close)
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        # A DataLoader's workers, which outlive a kill by seconds, would hold it as well.
+        os.register_at_fork(after_in_child=file.close)
     except BlockingIOError:
         raise UserError(f"another process is at work in {path.parent}: let it end first") from None
-    except OSError as error:
-        say(f"warning: {path} cannot be locked ({reason_of(error)}): one process at a time, please")
+    except (ImportError, OSError):
+        say(f"{path} cannot be locked here: one process at a time, please")
     return file
 
 
@@ -930,9 +922,8 @@ class Parser(argparse.ArgumentParser):
 
 def number(low, below=math.inf, kind=int):
     """A type for argparse: a number from `low` to less than `below`; 4M and 1.6B are numbers."""
-    powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
-
     def parse(text):
+        powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
         with contextlib.suppress(ValueError):
             value = float(text[:-1].replace("_", "x") + powers.get(text[-1:].upper(), text[-1:]))
             if low <= value < below and kind(value) == value:
@@ -958,20 +949,18 @@ def run_main(main):
     try:
         main()
         print(end="", flush=True)
-        return
     except BrokenPipeError:  # python data.py list | head
         sys.stdout = None
-        return
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
+    except Exception as error:
         line = str(error)
-    except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
-        if not re.search("allocate|out of memory|^$", str(error)):
+        if isinstance(error, MemoryError) or re.search("allocate|out of memory", line):
+            line = "not enough memory: smaller batches or models, or --grad_accum, need less"
+        elif not isinstance(error, (UserError, OSError)):
             raise
-        line = "not enough memory: smaller batches or models, or --grad_accum, need less"
-    print("error:", *line.split(), file=sys.stderr)
-    sys.exit(2)
+        print("error:", *line.split(), file=sys.stderr)
+        sys.exit(2)
 
 
 def main():
