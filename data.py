@@ -386,10 +386,6 @@ class Tokenizer:
     decode: Callable  # tokens -> bytes
     end: int = None   # the token that ends a document
 
-    @property
-    def dtype(self):
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-
 
 def load_tokenizer(name):
     """`bytes`, `characters` (of DeepMind-Math) or one that tiktoken knows. Raises UserError."""
@@ -406,6 +402,8 @@ def load_tokenizer(name):
     except Exception as error:  # an unknown name, requests' errors, a damaged download
         raise UserError(f"the vocabulary of {name!r} could not be had ({type(error).__name__}): "
                         "bytes needs no network, gpt2 needs it once") from None
+    if known.n_vocab > 1 << 16:
+        raise UserError(f"{name} has {known.n_vocab:,} tokens, more than 16 bits hold")
     encode, decode = known.encode_ordinary, known.decode_bytes
     return Tokenizer(name, known.n_vocab, encode, decode, end=known.eot_token)
 
@@ -511,18 +509,15 @@ def questions(split):
 
 
 def write_tokens(file, texts, tokenizer):
-    """Streams of pieces -> tokens in a file. Returns where documents end, and where all ends."""
-    n, ends = 0, [0]
+    """Streams of pieces -> a file of 16-bit tokens. Returns where its documents end."""
+    ends = [0]
     for text, ends_here in itertools.chain.from_iterable(texts):
         for start in range(0, len(text), PIECE):
-            tokens = tokenizer.encode(text[start:start + PIECE])
-            file.write(np.asarray(tokens, tokenizer.dtype))
-            n += len(tokens)
-        if ends_here and n > ends[-1]:  # else the document is empty
-            file.write(np.array(tokenizer.end, tokenizer.dtype))
-            n += 1
-            ends.append(n)
-    return [*ends, n]
+            file.write(np.asarray(tokenizer.encode(text[start:start + PIECE]), np.uint16))
+        if ends_here and file.tell() // 2 > ends[-1]:  # else the document is empty
+            file.write(np.uint16(tokenizer.end))
+            ends.append(file.tell() // 2)
+    return ends
 
 
 def cache_folder():
@@ -558,9 +553,9 @@ def tokenise(spec, tokenizer):
                 cut = ends[-1] - ends[-1] // 10
                 near = min(ends, key=lambda end: abs(end - cut))
                 cut = near if abs(near - cut) <= ends[-1] // 100 else cut
-                file.seek(cut * tokenizer.dtype.itemsize)
+                file.seek(2 * cut)
                 shutil.copyfileobj(file, other)
-                file.truncate(cut * tokenizer.dtype.itemsize)
+                file.truncate(2 * cut)
         write_json(folder / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
     return folder
 
@@ -646,7 +641,7 @@ def prepare(name, tokens, source=None):
                             write_tokens(part, [pieces], tokenizer)
                     with open(shard, "rb") as part:
                         shutil.copyfileobj(part, whole)
-                    n = whole.tell() // tokenizer.dtype.itemsize
+                    n = whole.tell() // 2
                     say(f"{shard.name}: {n / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
                     if n >= share:
                         break
@@ -659,18 +654,17 @@ class Windows(Dataset):
     decides; of validation one order for every seed. The split `warmup` reads the training windows
     from the other end: text that the run itself comes to last, if ever (`--warmup text`)."""
 
-    def __init__(self, path, tokenizer, block_size, seed, split):
-        self.path, self.dtype, self.block_size = path, tokenizer.dtype, block_size
-        self.seed, self.split = seed, split
+    def __init__(self, path, block_size, seed, split):
+        self.path, self.block_size, self.seed, self.split = path, block_size, seed, split
         with reading(path):
-            self.n = (path.stat().st_size // self.dtype.itemsize - 1) // block_size
+            self.n = (path.stat().st_size // 2 - 1) // block_size
             if self.n < 1:
                 raise ValueError(f"it is too short for a row of {block_size} + 1 tokens")
 
     @property
     @functools.lru_cache(maxsize=2)
     def tokens(self):  # a worker that is spawned would get a copy of an attribute
-        return np.memmap(self.path, self.dtype, "r")
+        return np.memmap(self.path, np.uint16, "r")
 
     def __len__(self):
         return self.n
@@ -817,8 +811,8 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
     tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))  # nanoGPT's has no meta.json
     windows, size = Problems if tokenizer.name == "characters" else Windows, block_size or 256
-    train = windows(folder / "train.bin", tokenizer, size, seed, split)
-    val = windows(folder / "val.bin", tokenizer, size, 0, "val")
+    train = windows(folder / "train.bin", size, seed, split)
+    val = windows(folder / "val.bin", size, 0, "val")
     for rows in (train, val) if folder == Path(spec) else ():  # somebody's may hold anything
         with reading(rows.path):
             if rows.tokens.max() >= tokenizer.vocab_size:
