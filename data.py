@@ -726,7 +726,7 @@ def word(token, rows):
         return "_"
     if len(rows.members) > 1:
         return str(token)
-    if name in RULES and token == rows.separators[0]:
+    if token == rows.separators[0]:  # of a task, none
         return "|"
     if "k" in p:
         kind, closes = token % p["k"], token >= p["k"]
@@ -737,8 +737,8 @@ def word(token, rows):
         key = token - 128
         return f"k{key}:" if key < p["pairs"] else f"?k{key - p['pairs']}"
     if "digits" in p:
-        sign = "*" if name == "multiplication" else "+"
-        return f"0123456789{sign}=        0123456789."[token]
+        signs = "*=" if name == "multiplication" else "+="
+        return f"0123456789{signs}        0123456789."[token]
     return "·█"[token] if name == "eca" else str(token)
 
 
@@ -965,7 +965,6 @@ def main():
     shower.add_argument("spec", help="such as dyck:k=3,length=32, haystack:pairs=4, code, a path")
     shower.add_argument("-n", type=number(1, 10_001), default=3, help="how many (default 3)")
     shower.add_argument("--seed", type=number(0, 2 ** 32), default=0)
-    shower.add_argument("--tokenizer", help="of text: bytes, or one that tiktoken knows")
     preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
     preparer.add_argument("name", choices=PUBLISHED)
     preparer.add_argument("--tokens", type=number(1), help="such as 700M (default: as published)")
@@ -973,14 +972,12 @@ def main():
     args = parser.parse_args()
     if args.command == "list":
         for name, rule in RULES_AND_TASKS.items():
-            takes = str(inspect.signature(rule.make)).removeprefix("(r, ").removesuffix(")")
-            print(f"{name:18} {inspect.getdoc(rule.make)}\n{'':19}{takes}")
+            print(f"{name:18} {rule.make.__doc__}\n{'':18} {inspect.signature(rule.make)}")
         for name, line in CORPORA.items():
             print(f"{name:18} {line}")
-        print("PATH               a file or folder of text or lines of JSON, or nanoGPT's folder\n"
-              "mixtures, controls 0.7*set:length=2-20+0.3*union, shuffled:dyck:k=16")
+        print("PATH               a file or folder of text or lines of JSON, or nanoGPT's folder")
     elif args.command == "show":
-        data = make_data(args.spec, args.seed, tokenizer=args.tokenizer)
+        data = make_data(args.spec, args.seed)
         print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; "
               "the loss counts what is between « and », all of text, and of DeepMind-Math the "
               "answers")

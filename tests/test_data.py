@@ -228,16 +228,21 @@ def test_micro_batches_are_the_same_rows_without_what_follows_the_last_that_coun
         assert len(whole) <= n and torch.equal(torch.cat([part for part, _ in whole]), x)
 
 
-@pytest.mark.parametrize("command,reason", [
+@pytest.mark.parametrize("spec,reason", [
     ("dyke", ", ".join([*data.TASKS, *data.CORPORA])), ("set+dyke", "unknown data"),
-    ("shuffled:haystack", "can be mixed"), ("1.2.3*set", "1.2.3"), ("", "spec"),
+    ("shuffled:haystack", "can be mixed"), ("1.2.3*set", "1.2.3"), ("", "unknown"),
     ("dyck:k=0", "from 1"), ("dyck:p=nan", "'nan'"), ("dyck:depth=3", "length=128, p=0.5"),
     ("set:length", "''"), ("set:length=1_1", "'1_1'"), ("set:length=0.0004K", "a whole number"),
-    ("haystack:pairs=65", "65"), ("eca:length=8", "above 16"), ("c4", "prepare c4"),
-    ("dyck --tokenizer bytes", "no text"), ("math --tokenizer klingon", "klingon"),
-    ("math --tokenizer characters", "characters")])
-def test_what_is_not_to_be_had_is_refused_in_one_line(command, reason, refused):
-    assert reason in refused(data, "show", *command.split())
+    ("haystack:pairs=65", "65"), ("eca:length=8", "above 16"), ("c4", "prepare c4")])
+def test_what_is_not_to_be_had_is_refused_in_one_line(spec, reason, refused):
+    assert reason in refused(data, "show", spec)
+
+
+@pytest.mark.parametrize("spec,tokenizer", [("dyck", "bytes"), ("math", "klingon"),
+                                            ("math", "characters"), ("c4", "bytes")])
+def test_a_tokenizer_is_refused_where_it_does_not_fit(spec, tokenizer):
+    with pytest.raises(UserError, match=tokenizer):
+        make_data(spec, tokenizer=tokenizer)
 
 
 def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(monkeypatch, capsys):
