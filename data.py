@@ -577,6 +577,9 @@ PUBLISHED = {  # tokens: what the published run reads, and a bit; an archive has
         tokens=1_700_000_000, url="https://storage.googleapis.com/mathematics-dataset",
         train=["mathematics_dataset-v1.0.tar.gz"])}
 HELD_OUT = 10_000_000  # tokens
+CORPORA = {  # and their tokenizers, beside a user's path
+    "code": "bytes", "docs": "bytes", "math": "bytes", "c4": "gpt2", "codeparrot": "gpt2",
+    "wikitext103": "gpt2", "deepmind_math": "characters"}
 
 
 def published_pieces(file, name, split, share):
@@ -624,7 +627,7 @@ def prepare(name, tokens, source=None):
     """Fetches and tokenises a published corpus, whole files until there are as many tokens to train
     on. Returns its folder in the cache. A shard is there whole or not at all: the same command goes
     on where it was stopped, or adds to it. Raises UserError."""
-    corpus, tokenizer = PUBLISHED[name], load_tokenizer(default_tokenizer(name))
+    corpus, tokenizer = PUBLISHED[name], load_tokenizer(CORPORA[name])
     base = (source or corpus["url"]).rstrip("/")
     base = base if "://" in base else Path(base).resolve().as_uri()
     folder = cache_folder() / f"{name}-{tokenizer.name}"
@@ -709,16 +712,6 @@ class Problems(Windows):
         return x, torch.where(in_answer, y, -1)
 
 
-CORPORA = {  # beside a user's path
-    "code": "the Python source of the standard library of this interpreter",
-    "docs": "English: docstrings of the standard library, torch, numpy, tiktoken and matplotlib",
-    "math": "school mathematics, question and answer in words, made here",
-    "c4": "English from the web (C4)",
-    "codeparrot": "Python from GitHub (CodeParrot, cleaned)",
-    "wikitext103": "Wikipedia's good articles (WikiText-103, raw)",
-    "deepmind_math": "school mathematics (DeepMind)"}
-
-
 def word(token, rows):
     """A token of a rule or task as a person would write it; of a mixture, its number."""
     _, name, p = rows.members[0]
@@ -782,9 +775,7 @@ def kind_of(spec):
 
 
 def default_tokenizer(spec):
-    if spec == "deepmind_math":
-        return "characters"
-    return "gpt2" if spec in PUBLISHED else "bytes"
+    return CORPORA.get(spec, "bytes")
 
 
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
@@ -973,9 +964,7 @@ def main():
     if args.command == "list":
         for name, rule in RULES_AND_TASKS.items():
             print(f"{name:18} {rule.make.__doc__}\n{'':18} {inspect.signature(rule.make)}")
-        for name, line in CORPORA.items():
-            print(f"{name:18} {line}")
-        print("PATH               a file or folder of text or lines of JSON, or nanoGPT's folder")
+        print(f"{'text':18} {', '.join(CORPORA)}, or a path: see README")
     elif args.command == "show":
         data = make_data(args.spec, args.seed)
         print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; "
