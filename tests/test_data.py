@@ -229,20 +229,16 @@ def test_micro_batches_are_the_same_rows_without_what_follows_the_last_that_coun
 
 
 @pytest.mark.parametrize("spec,reason", [
-    ("dyke", ", ".join([*data.TASKS, *data.CORPORA])), ("set+dyke", "unknown data"),
-    ("shuffled:haystack", "can be mixed"), ("1.2.3*set", "1.2.3"), ("", "unknown"),
-    ("dyck:k=0", "from 1"), ("dyck:p=nan", "'nan'"), ("dyck:depth=3", "length=128, p=0.5"),
-    ("set:length", "''"), ("set:length=1_1", "'1_1'"), ("set:length=0.0004K", "a whole number"),
-    ("haystack:pairs=65", "65"), ("eca:length=8", "above 16"), ("c4", "prepare c4")])
-def test_what_is_not_to_be_had_is_refused_in_one_line(spec, reason, refused):
-    assert reason in refused(data, "show", spec)
-
-
-@pytest.mark.parametrize("spec,tokenizer", [("dyck", "bytes"), ("math", "klingon"),
-                                            ("math", "characters"), ("c4", "bytes")])
-def test_a_tokenizer_is_refused_where_it_does_not_fit(spec, tokenizer):
-    with pytest.raises(UserError, match=tokenizer):
-        make_data(spec, tokenizer=tokenizer)
+    ("dyke", ", ".join([*data.TASKS, *data.CORPORA])), ("set+dyke", "'set.dyke'"), ("", "unknown"),
+    ("shuffled:haystack", "can be mixed"), ("1.2.3*set", "1.2.3"), ("dyck:k=0", "from 1"),
+    ("dyck:p=nan", "'nan'"), ("dyck:depth=3", "length=128, p=0.5"), ("set:length", "''"),
+    ("set:length=1_1", "'1_1'"), ("set:length=0.0004K", "a whole number"), ("c4", "prepare c4"),
+    ("haystack:pairs=65", "65"), ("eca:length=8", "above 16"), ("dyck bytes", "no text"),
+    ("math klingon", "klingon"), ("math characters", "characters"), ("c4 bytes", "bytes")])
+def test_what_is_not_to_be_had_is_refused(spec, reason):
+    spec, _, tokenizer = spec.partition(" ")
+    with pytest.raises(UserError, match=reason):
+        make_data(spec, tokenizer=tokenizer or None)
 
 
 def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(monkeypatch, capsys):
@@ -328,11 +324,10 @@ def test_what_a_user_points_at_is_read_by_document_whatever_its_name_or_refused(
 
 @pytest.mark.parametrize("files,share,whole", [
     ({"wiki.train.raw": "a" * 99, "wiki.valid.raw": "b" * 299}, 0.25, True),
-    ({"train.txt": "a" * 99, "dev.txt": "b" * 299}, 0.25, True),
     ({"train/1.gz": "a" * 99, "Validation/1.txt": "b" * 299}, 0.25, True),
     ({"README": "about", "input.txt": "a line of text\n" * 30_000}, 0.9, False),
     ({"train.txt": "0123456789" * 99}, 0.9, False),
-    ({f"{i}.txt": f"{i} " * (70 + i) for i in range(60)}, 0.9, True)], ids=range(6))
+    ({f"{i}.txt": f"{i} " * (70 + i) for i in range(60)}, 0.9, True)], ids=range(5))
 def test_what_is_named_so_or_the_last_tenth_is_held_out(files, share, whole, tmp_path):
     folder = tokenise(write(tmp_path, files))
     both, train = text_in(folder), text_in(folder, ["train"])
@@ -342,17 +337,16 @@ def test_what_is_named_so_or_the_last_tenth_is_held_out(files, share, whole, tmp
 
 
 def test_what_is_no_text_beside_text_is_left_out_and_named(tmp_path, capsys, monkeypatch):
-    write(tmp_path, {"train.txt": "text", "photo.png": b"\x89PNG\xff", "b.ini": b"\xff\xfeA\0",
-                     "nul": "ab\ncd\0ef" + "g" * 99, ".git/HEAD": "main", "val/1.txt": "more",
-                     "utf-16": "Hi\n".encode("utf-16-le"), "number.jl": '{"text": 5}',
-                     ".hidden": "secret", "closed/no": b"\0", "long": '{"text": "' + "x" * 999})
+    write(tmp_path, {"train.txt": "text", "val/1.txt": "more", ".git/HEAD": "main", "nul": "ab\0ef",
+                     "closed/no": b"\0", "utf-16": "Hi\n".encode("utf-16-le"),
+                     "number.jl": '{"text": 5}', "long": '{"text": "' + "x" * 999})
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("val")  # a folder
     monkeypatch.setattr(data, "LONG", 500)  # characters, of a line that goes on
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")  # root may all
     assert text_in(tokenise(tmp_path)) == "text\0more\0"
     said = capsys.readouterr().out
-    assert "10, such as b.ini, closed, no, link, long, nul, number.jl, photo.png, pipe\n" in said
+    assert "8, such as closed, no, link, long, nul, number.jl, pipe, utf-16\n" in said
 
 
 def test_a_text_is_known_by_its_content_alone(tmp_path, monkeypatch):
@@ -385,14 +379,6 @@ def test_killed_while_tokenising_nothing_is_in_the_way_and_what_is_not_ours_stay
     assert one == other and capsys.readouterr().out.count("tokenising /") == 1
     assert text_in(one).count("\0") == 60
     assert {*os.listdir(tmp_path)} == {".backup.tmp", ".d.tmp", one.name}
-
-
-def test_where_there_is_no_home_that_is_said(prose, monkeypatch, refused):
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: there is nobody
-    for folder in ("", "~/x", "~nosuchuser/x"):
-        monkeypatch.setenv("NANOWARM_CACHE", folder)
-        assert "NANOWARM_CACHE" in refused(data, "show", prose)
 
 
 def test_code_is_python_and_docs_are_docstrings(tmp_path, monkeypatch):
@@ -493,9 +479,9 @@ def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(mirror, 
 
 
 @pytest.mark.parametrize("name,file,faults,reason", [
-    ("codeparrot", GITHUB, ["refuse", "cut"], None), ("codeparrot", GITHUB, ["cut"] * 3, "came"),
-    ("codeparrot", GITHUB, [], "killed"), ("codeparrot", GITHUB, ["empty"] * 3, "0 bytes"),
-    ("wikitext103", WIKI, ["refuse"] * 3, "503"), ("codeparrot", GITHUB, ["corrupt"], "CRC"),
+    ("codeparrot", GITHUB, ["refuse", "cut"], None), ("codeparrot", GITHUB, [], "killed"),
+    ("codeparrot", GITHUB, ["cut", "refuse", "empty"], "0 of 0"),
+    ("wikitext103", WIKI, ["cut"] * 3, "came"),
     ("deepmind_math", "mathematics_dataset-v1.0.tar.gz", ["corrupt"], "")])
 def test_whatever_a_server_does_there_are_three_tries_and_the_same_command_goes_on(
         name, file, faults, reason, mirror, published, tmp_path, monkeypatch):
