@@ -427,11 +427,8 @@ def pieces_of(file):
 
 
 def file_pieces(path):
-    with reading(path):
-        if not path.is_file():
-            raise ValueError("it is no file")  # a pipe would make us wait for ever
-        with open(path, "rb") as file:
-            yield from pieces_of(file)
+    with reading(path), open(path, "rb") as file:
+        yield from pieces_of(file)
 
 
 def users_files(root):
@@ -822,6 +819,8 @@ def reading(path):
     """Whatever goes wrong in this block, which reads a file and uses what is in it, becomes a
     UserError: the file is damaged, or is not what it should be."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("it is a pipe, for which we might wait for ever")
         yield
     except (UserError, BrokenPipeError):  # of what prints as it reads, into a pipe
         raise
@@ -867,8 +866,6 @@ def write_json(path, value):
 def read_json(path):
     """The JSON object in a file. Raises UserError."""
     with reading(path):
-        if not Path(path).is_file():
-            raise ValueError("there is no such file")  # a pipe would make us wait for ever
         return {**json.loads(Path(path).read_bytes())}
 
 
