@@ -21,7 +21,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -617,22 +616,20 @@ def fetch(url):
         except Exception as error:  # whatever a network says
             reason = reason_of(error)
     raise UserError(f"cannot fetch {url}: {reason}; the same command goes on from here, and "
-                    "--source can name a mirror or a folder with the same files")
+                    "--source says where else the same files are")
 
 
 def prepare(name, tokens, source=None):
-    """Fetches and tokenises a published corpus, whole files until there are as many tokens to train
-    on. Returns its folder in the cache. A shard is there whole or not at all: the same command goes
-    on where it was stopped, or adds to it. Raises UserError."""
+    """Fetches and tokenises a published corpus, whole files until there are as many tokens. A shard
+    is there whole or not at all: the same command goes on, or adds to it. Returns the folder."""
     corpus, tokenizer = PUBLISHED[name], load_tokenizer(CORPORA[name])
     base = (source or corpus["url"]).rstrip("/")
-    base = base if "://" in base else Path(base).resolve().as_uri()
     folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
         for split, share in (("val", HELD_OUT), ("train", tokens)):
             with written_whole(folder / f"{split}.bin") as whole:
                 for file in corpus.get(split, corpus["train"]):
-                    url = f"{base}/{Path(file).name if base.startswith('file:') else file}"
+                    url = f"{base}/{Path(file).name if source else file}"
                     size = f"-{share}" if name == "deepmind_math" else ""  # what is read of it
                     shard = folder / f"{split}-{Path(file).name}{size}.tokens"
                     if not shard.exists():
@@ -902,7 +899,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-def number(low, below=math.inf, kind=int):
+def number(low, below=float("inf"), kind=int):
     """A type for argparse: a number from `low` to less than `below`; 4M and 1.6B are numbers."""
     def parse(text):
         powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
@@ -956,7 +953,7 @@ def main():
     preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
     preparer.add_argument("name", choices=PUBLISHED)
     preparer.add_argument("--tokens", type=number(1), help="such as 700M (default: as published)")
-    preparer.add_argument("--source", help="a mirror's address, or a folder with the same files")
+    preparer.add_argument("--source", help="where the same files are: https://..., file:///...")
     args = parser.parse_args()
     if args.command == "list":
         for name, rule in RULES_AND_TASKS.items():

@@ -440,7 +440,7 @@ def mirror(published, tmp_path, gpt2, monkeypatch):
 
 def prepare(name, source, tokens=200_000):
     data.fetch.cache_clear()  # every call as a command of its own
-    return data.prepare(name, tokens, str(source))
+    return data.prepare(name, tokens, source)
 
 
 def test_shards_are_whole_files_in_order_until_there_are_enough(mirror, published):
@@ -462,7 +462,7 @@ def test_shards_are_whole_files_in_order_until_there_are_enough(mirror, publishe
 
 
 def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(mirror, published):
-    prepare("deepmind_math", published, 90_000)
+    prepare("deepmind_math", published.as_uri(), 90_000)
     source, sizes = make_data("deepmind_math", block_size=200), collections.Counter()
     for problem in source.write(source.train.tokens).split("<problem>")[:-1]:
         asked = re.fullmatch(r"What is (\d+) \+ (\d+)\? \((\w+)\)<answer>(\d+)", problem)
@@ -499,7 +499,7 @@ def test_whatever_a_server_does_there_are_three_tries_and_the_same_command_goes_
     assert mirror.requests == asked, "all is there"
     assert sum(path.endswith("file-000000000001.json.gz") for path in asked) < 2
     monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "other"))
-    assert contents(prepare(name, published)) == found, "as from a folder"
+    assert contents(prepare(name, published.as_uri())) == found, "as from a folder"
 
 
 # What all scripts share: files and the command line
