@@ -445,16 +445,13 @@ def users_files(root):
             next(file_pieces(path), None)
             split.append(path)
         except UserError:
-            left_out.append(path)
+            left_out.append(path.name)
     if train and val:
-        left_out += others
+        left_out += [path.name for path in others]
     else:
         train, val = sorted(train + val + others), []
-    if not train:
-        raise UserError(f"{root} has no files of UTF-8 text")
     if left_out:
-        names = ", ".join(path.name for path in left_out[:9])
-        say(f"left out of {root}: {len(left_out)}, such as {names}")
+        say(f"left out of {root}: {len(left_out)}, such as {', '.join(left_out[:9])}")
     return train, val
 
 
