@@ -408,8 +408,8 @@ def load_tokenizer(name):
 
 
 def pieces_of(file):
-    """An open file, gzipped or not: lines of JSON with `text` or `content`, a document each, if it
-    begins as such; else plain text, all of it one document."""
+    """An open file, gzipped or not -> pieces (text, whether a document ends): lines of JSON with
+    `text` or `content`, a document each, if it begins as such; else plain text, one document."""
     zipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     file = io.TextIOWrapper(gzip.open(file) if zipped else file, "utf-8-sig", newline="\n")
@@ -519,7 +519,8 @@ def cache_folder():
 
 
 def tokenise(spec, tokenizer):
-    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content."""
+    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content, with a
+    meta.json that names the tokenizer."""
     val, read = [], file_pieces
     if spec == "code":
         train = python_files()
