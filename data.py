@@ -652,7 +652,7 @@ class Windows(Dataset):
     def __init__(self, path, block_size, seed, split):
         self.path, self.block_size, self.seed, self.split = path, block_size, seed, split
         with reading(path):
-            self.n = (path.stat().st_size // 2 - 1) // block_size
+            self.n = (len(self.tokens) - 1) // block_size
             if self.n < 1:
                 raise ValueError(f"it is too short for a row of {block_size} + 1 tokens")
 
@@ -796,10 +796,9 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     windows, size = Problems if tokenizer.name == "characters" else Windows, block_size or 256
     train = windows(folder / "train.bin", size, seed, split)
     val = windows(folder / "val.bin", size, 0, "val")
-    for rows in (train, val) if folder == Path(spec) else ():  # somebody's may hold anything
-        with reading(rows.path):
-            if rows.tokens.max() >= tokenizer.vocab_size:
-                raise ValueError(f"it holds tokens that {tokenizer.name} does not know")
+    if folder == Path(spec):  # somebody's may hold anything
+        if max(train.tokens.max(), val.tokens.max()) >= tokenizer.vocab_size:
+            raise UserError(f"{spec} holds tokens that {tokenizer.name} does not know")
     return Data(spec, kind, train, val, tokenizer.vocab_size, size, tokenizer)
 
 

@@ -303,11 +303,11 @@ def tokens_of(numbers, **meta):
     ({"a.Json": b'\xef\xbb\xbf{"text": "one"}\r\n{ "text": "two"}'}, ["one", "two"]),
     ({"a.jl": '{"text": "a\u2028b\x85c"}\n{"text": null}\n'}, ["a\u2028b\x85c"]),
     ({"a.jsonl.gz": json.dumps({"text": MARKED})}, [MARKED]), ({"a.txt": SPACES}, [SPACES]),
-    ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a.jsonl": ""}, "short"),
-    ({"a": '{"text": "fine"}\n\n{"title": "none"}\n'}, "content"), ({"a": '[{"a": 1}]'}, "short"),
-    ({"a": '{"text": "\\u0000"}\n'}, "short"), ({"a": "x" * 99_999 + "\0"}, "NUL"),
+    ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a.jsonl": ""}, "empty"),
+    ({"a": '{"text": "fine"}\n\n{"title": "none"}\n'}, "content"), ({"a": '[{"a": 1}]'}, "empty"),
+    ({"a": '{"text": "\\u0000"}\n'}, "empty"), ({"a": "x" * 99_999 + "\0"}, "NUL"),
     ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"),
-    (tokens_of([7] * 999 + [257], tokenizer="bytes"), "train.bin"), (tokens_of([]), "short"),
+    (tokens_of([7] * 999 + [257], tokenizer="bytes"), "not know"), (tokens_of([]), "empty"),
     (tokens_of([7] * 999 + [50257]), "gpt2"), (tokens_of([7] * 999, tokenizer=[9]), "[9]"),
     (tokens_of([7] * 999) | {"meta.pkl": "its own vocabulary"}, "meta.pkl")], ids=range(18))
 def test_what_a_user_points_at_is_read_by_document_whatever_its_name_or_refused(
