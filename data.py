@@ -450,6 +450,8 @@ def users_files(root):
         left_out += [path.name for path in others]
     else:
         train, val = sorted(train + val + others), []
+    if not train:
+        raise UserError(f"{root} has no files of UTF-8 text")
     if left_out:
         say(f"left out of {root}: {len(left_out)}, such as {', '.join(left_out[:9])}")
     return train, val
