@@ -21,7 +21,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -47,10 +46,9 @@ import torch
 from torch.utils.data import Dataset
 
 
-# --------------------------------------------------------------------------------------------------
-# Procedural rules: rule(r, **parameters) -> (prompt, answer), two lists of tokens, drawn from a
-# random.Random. The loss counts the answer. Where there is a `vocab`, the symbols are 1..vocab-1
-# (paper, "Procedural data").
+# ---- Procedural rules: rule(r, **parameters) -> (prompt, answer) ---------------------------------
+# Two lists of tokens, drawn from a random.Random. The loss counts the answer. Where there is a
+# `vocab`, the symbols are 1..vocab-1 (paper, "Procedural data").
 
 SEPARATOR = None  # `Rows` gives it its number
 RANDOM = -1  # what "rule=random" says of eca
@@ -160,8 +158,7 @@ def eca(r, rule=110, width=16, length=128):
     return row[:width], row[width:length]
 
 
-# --------------------------------------------------------------------------------------------------
-# Algorithmic tasks: functions of the same form. The formats are the paper's, token for token.
+# ---- Algorithmic tasks: functions of the same form, in the paper's formats, token for token ------
 
 
 def haystack(r, pairs=30):
@@ -240,8 +237,7 @@ TASKS = {
 RULES_AND_TASKS = RULES | TASKS
 
 
-# --------------------------------------------------------------------------------------------------
-# Specs: "dyck:k=64,length=2048", "set:length=2-20", "0.7*set+0.3*union:length=32", "shuffled:dyck"
+# ---- Specs: "dyck:k=64", "0.7*set:length=2-20+0.3*union", "shuffled:dyck" ------------------------
 
 # What a parameter accepts, from and below; one that is not here from 1. A haystack's keys and
 # queries are two tokens a pair of 128 to 255.
@@ -251,33 +247,29 @@ RANGES = {"vocab": (3, 10 ** 9), "p": (0, 1), "rule": (0, 256), "width": (3, 10 
 
 def parse_spec(spec):
     """A spec -> (shuffled, [(weight, name, parameters), ...]). Raises UserError."""
-    members = []
-    for text in spec.removeprefix("shuffled:").split("+"):
+    shuffled, members = spec.startswith("shuffled:"), []
+    texts = spec.removeprefix("shuffled:").replace(" ", "").split("+")
+    for text in texts:
         weight, star, rule = text.rpartition("*")
         name, _, given = rule.partition(":")
-        try:
-            weight = number(1e-9, kind=float)(weight) if star else 1.0
-            members.append((weight, name.strip(), parameters(name.strip(), given)))
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"{text}: {error}") from None
-    shuffled = spec.startswith("shuffled:")
-    if (shuffled or len(members) > 1) and any(name in TASKS for _, name, _ in members):
-        raise UserError(f"{spec}: a task is neither mixed nor shuffled, only rules are")
+        if name not in (RULES if shuffled or len(texts) > 1 else RULES_AND_TASKS):
+            raise UserError(f"unknown data {spec!r}: there are {', '.join(RULES)}, which can be "
+                            f"mixed and shuffled; {', '.join([*TASKS, *CORPORA])}; and paths")
+        weight = number(1e-9, kind=float)(weight) if star else 1.0
+        members.append((weight, name, parameters(name, given)))
     return shuffled, members
 
 
 def parameters(name, given=""):
-    """The parameters of a rule or task, as given ("length=2-20, vocab=50") or as its function has
-    them; a length is a pair (low, high), from which each row draws its own. See parse_spec."""
-    if name not in RULES_AND_TASKS:
-        raise UserError(f"unknown rule or task {name!r}: there are {', '.join(RULES_AND_TASKS)}")
+    """The parameters of a rule or task, as given ("length=2-20,vocab=50") or as its function has
+    them; a length is a pair (low, high), from which each row draws its own. Raises UserError."""
     signature = inspect.signature(RULES_AND_TASKS[name].make)
     defaults = {key: value.default for key, value in signature.parameters.items() if key != "r"}
     p = {key: (value, value) if key == "length" else value for key, value in defaults.items()}
     for item in given.split(",") if given else []:
-        key, _, text = (word.strip() for word in item.partition("="))
+        key, _, text = item.partition("=")
         if key not in p:
-            raise UserError(f"no parameter {item.strip()!r}: there is {name}{signature}")
+            raise UserError(f"no parameter {item!r}: there is {name}{signature}")
         read = number(*RANGES.get(key, (1, 10 ** 9)), kind=type(defaults[key]))
         if (key, text) == ("rule", "random"):
             p[key] = RANDOM
@@ -377,9 +369,7 @@ def micro_batches(x, y, n, trim=True):
     return parts
 
 
-# --------------------------------------------------------------------------------------------------
-# Here a student may stop. Every text becomes nanoGPT's folder: train.bin, val.bin, and a meta.json
-# that names the tokenizer. Until then it is a stream of pieces: (text, whether a document ends).
+# ---- Here a student may stop. Every text becomes nanoGPT's folder: train.bin, val.bin ------------
 
 ANSWER, PROBLEM = 96, 95  # tokens of DeepMind-Math: the marks after a question and after an answer
 PIECE = 50_000  # characters; a million spaces at once make tiktoken panic
@@ -394,10 +384,6 @@ class Tokenizer:
     encode: Callable  # text -> tokens
     decode: Callable  # tokens -> bytes
     end: int = None   # the token that ends a document
-
-    @property
-    def dtype(self):
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
 
 def load_tokenizer(name):
@@ -415,13 +401,15 @@ def load_tokenizer(name):
     except Exception as error:  # an unknown name, requests' errors, a damaged download
         raise UserError(f"the vocabulary of {name!r} could not be had ({type(error).__name__}): "
                         "bytes needs no network, gpt2 needs it once") from None
+    if known.n_vocab > 1 << 16:
+        raise UserError(f"{name} has {known.n_vocab:,} tokens, more than 16 bits hold")
     encode, decode = known.encode_ordinary, known.decode_bytes
     return Tokenizer(name, known.n_vocab, encode, decode, end=known.eot_token)
 
 
 def pieces_of(file):
-    """An open file, gzipped or not: lines of JSON with `text` or `content`, a document each, if it
-    begins as such; else plain text, all of it one document."""
+    """An open file, gzipped or not -> pieces (text, whether a document ends): lines of JSON with
+    `text` or `content`, a document each, if it begins as such; else plain text, one document."""
     zipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     file = io.TextIOWrapper(gzip.open(file) if zipped else file, "utf-8-sig", newline="\n")
@@ -438,11 +426,8 @@ def pieces_of(file):
 
 
 def file_pieces(path):
-    with reading(path):
-        if not path.is_file():
-            raise ValueError("it is no file")  # a pipe would make us wait for ever
-        with open(path, "rb") as file:
-            yield from pieces_of(file)
+    with reading(path), open(path, "rb") as file:
+        yield from pieces_of(file)
 
 
 def users_files(root):
@@ -460,16 +445,15 @@ def users_files(root):
             next(file_pieces(path), None)
             split.append(path)
         except UserError:
-            left_out.append(path)
+            left_out.append(path.name)
     if train and val:
-        left_out += others
+        left_out += [path.name for path in others]
     else:
         train, val = sorted(train + val + others), []
     if not train:
         raise UserError(f"{root} has no files of UTF-8 text")
     if left_out:
-        names = ", ".join(path.name for path in left_out[:9])
-        say(f"left out of {root}: {len(left_out)}, such as {names}")
+        say(f"left out of {root}: {len(left_out)}, such as {', '.join(left_out[:9])}")
     return train, val
 
 
@@ -520,18 +504,15 @@ def questions(split):
 
 
 def write_tokens(file, texts, tokenizer):
-    """Streams of pieces -> tokens in a file. Returns where documents end, and where all ends."""
-    n, ends = 0, [0]
+    """Streams of pieces -> a file of 16-bit tokens. Returns where its documents end."""
+    ends = [0]
     for text, ends_here in itertools.chain.from_iterable(texts):
         for start in range(0, len(text), PIECE):
-            tokens = tokenizer.encode(text[start:start + PIECE])
-            file.write(np.asarray(tokens, tokenizer.dtype))
-            n += len(tokens)
-        if ends_here and n > ends[-1]:  # else the document is empty
-            file.write(np.array(tokenizer.end, tokenizer.dtype))
-            n += 1
-            ends.append(n)
-    return [*ends, n]
+            file.write(np.asarray(tokenizer.encode(text[start:start + PIECE]), np.uint16))
+        if ends_here and file.tell() // 2 > ends[-1]:  # else the document is empty
+            file.write(np.uint16(tokenizer.end))
+            ends.append(file.tell() // 2)
+    return ends
 
 
 def cache_folder():
@@ -540,7 +521,8 @@ def cache_folder():
 
 
 def tokenise(spec, tokenizer):
-    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content."""
+    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content, with a
+    meta.json that names the tokenizer."""
     val, read = [], file_pieces
     if spec == "code":
         train = python_files()
@@ -567,36 +549,33 @@ def tokenise(spec, tokenizer):
                 cut = ends[-1] - ends[-1] // 10
                 near = min(ends, key=lambda end: abs(end - cut))
                 cut = near if abs(near - cut) <= ends[-1] // 100 else cut
-                file.seek(cut * tokenizer.dtype.itemsize)
+                file.seek(2 * cut)
                 shutil.copyfileobj(file, other)
-                file.truncate(cut * tokenizer.dtype.itemsize)
+                file.truncate(2 * cut)
         write_json(folder / "meta.json", {"source": spec, "tokenizer": tokenizer.name})
     return folder
 
 
-# --------------------------------------------------------------------------------------------------
-# Published corpora: each published file becomes a shard of tokens, and all shards one train.bin
+# ---- Published corpora: each file becomes a shard of tokens, all shards one train.bin ------------
 
-PUBLISHED = {  # tokens: what the published run reads, and a bit
+PUBLISHED = {  # tokens: what the published run reads, and a bit; an archive has both splits
     "c4": dict(
-        what="English from the web (C4)", tokenizer="gpt2", tokens=700_000_000,
-        url="https://huggingface.co/datasets/allenai/c4/resolve/main/en/",
+        tokens=700_000_000, url="https://huggingface.co/datasets/allenai/c4/resolve/main/en",
         train=[f"c4-train.{i:05}-of-01024.json.gz" for i in range(1024)],
         val=[f"c4-validation.{i:05}-of-00008.json.gz" for i in range(8)]),
     "codeparrot": dict(
-        what="Python from GitHub (CodeParrot, cleaned)", tokenizer="gpt2", tokens=1_000_000_000,
-        url="https://huggingface.co/datasets/codeparrot/",
+        tokens=1_000_000_000, url="https://huggingface.co/datasets/codeparrot",
         train=[f"codeparrot-clean-train/resolve/main/file-{i:012}.json.gz" for i in range(1, 54)],
         val=["codeparrot-clean-valid/resolve/main/file-000000000054.json.gz"]),
     "wikitext103": dict(
-        what="Wikipedia's good articles (WikiText-103, raw)", tokenizer="gpt2", tokens=120_000_000,
-        url="https://wikitext.smerity.com/",
-        train=["wikitext-103-raw-v1.zip"]),  # val is in the same archive
+        tokens=120_000_000, url="https://wikitext.smerity.com", train=["wikitext-103-raw-v1.zip"]),
     "deepmind_math": dict(
-        what="school mathematics (DeepMind)", tokenizer="characters", tokens=1_700_000_000,
-        url="https://storage.googleapis.com/mathematics-dataset/",
+        tokens=1_700_000_000, url="https://storage.googleapis.com/mathematics-dataset",
         train=["mathematics_dataset-v1.0.tar.gz"])}
 HELD_OUT = 10_000_000  # tokens
+CORPORA = {  # and their tokenizers, beside a user's path
+    "code": "bytes", "docs": "bytes", "math": "bytes", "c4": "gpt2", "codeparrot": "gpt2",
+    "wikitext103": "gpt2", "deepmind_math": "characters"}
 
 
 def published_pieces(file, name, split, share):
@@ -604,7 +583,7 @@ def published_pieces(file, name, split, share):
     question<answer>answer<problem>... of a module, of each as much, as published."""
     file.seek(0)
     if name.endswith(".json.gz"):
-        yield from pieces_of(file)
+        yield from pieces_of(gzip.open(file))  # what is not gzipped is a server's excuse
     elif name.endswith(".zip"):
         member = {"train": "wiki.train.raw", "val": "wiki.valid.raw"}[split]
         yield from pieces_of(zipfile.ZipFile(file).open(f"wikitext-103-raw/{member}"))
@@ -631,39 +610,35 @@ def fetch(url):
                 wanted = int(answer.headers["Content-Length"] or 0)
                 say(f"fetching {url}, {wanted / 1e6:,.0f} MB")
                 shutil.copyfileobj(answer, file, 1 << 20)
-            if wanted in (0, file.tell()):
+            if file.tell() and wanted in (0, file.tell()):
                 return file
             reason = f"{file.tell():,} of {wanted:,} bytes came"
         except Exception as error:  # whatever a network says
             reason = reason_of(error)
     raise UserError(f"cannot fetch {url}: {reason}; the same command goes on from here, and "
-                    "--source can name a mirror or a folder with the same files")
+                    "--source says where else the same files are")
 
 
 def prepare(name, tokens, source=None):
-    """Fetches and tokenises a published corpus, whole files until there are as many tokens to train
-    on. Returns its folder in the cache. A shard is there whole or not at all: the same command goes
-    on where it was stopped, or adds to it. Raises UserError."""
-    corpus = PUBLISHED[name]
-    tokenizer = load_tokenizer(corpus["tokenizer"])
-    base = source or corpus["url"]
-    base = base.rstrip("/") if "://" in base else Path(base).resolve().as_uri()
+    """Fetches and tokenises a published corpus, whole files until there are as many tokens. A shard
+    is there whole or not at all: the same command goes on, or adds to it. Returns the folder."""
+    corpus, tokenizer = PUBLISHED[name], load_tokenizer(CORPORA[name])
+    base = (source or corpus["url"]).rstrip("/")
     folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
         for split, share in (("val", HELD_OUT), ("train", tokens)):
             with written_whole(folder / f"{split}.bin") as whole:
                 for file in corpus.get(split, corpus["train"]):
-                    url = f"{base}/{Path(file).name if base.startswith('file:') else file}"
+                    url = f"{base}/{Path(file).name if source else file}"
                     size = f"-{share}" if name == "deepmind_math" else ""  # what is read of it
                     shard = folder / f"{split}-{Path(file).name}{size}.tokens"
                     if not shard.exists():
                         with written_whole(shard) as part, reading(url):
                             pieces = published_pieces(fetch(url), file, split, share)
-                            if write_tokens(part, [pieces], tokenizer)[-1] == 0:
-                                raise ValueError("it holds no text")
+                            write_tokens(part, [pieces], tokenizer)
                     with open(shard, "rb") as part:
                         shutil.copyfileobj(part, whole)
-                    n = whole.tell() // tokenizer.dtype.itemsize
+                    n = whole.tell() // 2
                     say(f"{shard.name}: {n / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
                     if n >= share:
                         break
@@ -676,37 +651,36 @@ class Windows(Dataset):
     decides; of validation one order for every seed. The split `warmup` reads the training windows
     from the other end: text that the run itself comes to last, if ever (`--warmup text`)."""
 
-    def __init__(self, path, tokenizer, block_size, seed, split):
-        self.path, self.dtype, self.block_size = path, tokenizer.dtype, block_size
-        self.seed, self.split = seed, split
+    def __init__(self, path, block_size, seed, split):
+        self.path, self.block_size, self.seed, self.split = path, block_size, seed, split
         with reading(path):
-            n = path.stat().st_size // self.dtype.itemsize
-        self.n = (n - 1) // block_size
-        if self.n < 1:
-            raise UserError(f"{path} is too short: {n} tokens for rows of {block_size} + 1")
+            self.n = (len(self.tokens) - 1) // block_size
+            if self.n < 1:
+                raise ValueError(f"it is too short for a row of {block_size} + 1 tokens")
 
     @property
-    def tokens(self):  # opened anew: a worker that is spawned would get a copy of an attribute
-        return np.memmap(self.path, self.dtype, "r")
+    @functools.lru_cache(maxsize=2)
+    def tokens(self):  # a worker that is spawned would get a copy of an attribute
+        return np.memmap(self.path, np.uint16, "r")
 
     def __len__(self):
         return self.n
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self))
+        return np.random.default_rng((self.seed, epoch)).permutation(self.n)
 
     def start(self, i):
         """Where row i begins."""
-        epoch, i = divmod(i, len(self))
+        epoch, i = divmod(i, self.n)
         if self.split == "warmup":
-            epoch, i = 0, len(self) - 1 - i
+            epoch, i = 0, self.n - 1 - i
         return int(self.order(epoch)[i]) * self.block_size
 
     def __getitems__(self, rows):
         """Row numbers -> x, y: int64 tensors (rows, block_size)."""
-        tokens = self.tokens
-        both = np.stack([tokens[self.start(i):][:self.block_size + 1] for i in rows])
+        starts = np.array([[self.start(i)] for i in rows])
+        both = self.tokens.take(starts + np.arange(self.block_size + 1), mode="clip")
         both = torch.from_numpy(both.astype(np.int64))
         return both[:, :-1], both[:, 1:]
 
@@ -719,25 +693,17 @@ class Windows(Dataset):
 
 class Problems(Windows):
     """DeepMind-Math: rows of problem after problem, of which the loss counts the answers and the
-    token that ends each. A row begins where the first problem of its window ends."""
+    token that ends each. A row begins where the first problem of its window ends; behind the last
+    token, which ends a problem, it is repeated."""
+
+    def start(self, i):
+        start = super().start(i)
+        return start + int(np.argmax(self.tokens[start:start + 256] == PROBLEM))  # none is longer
 
     def __getitems__(self, rows):
-        both, tokens = np.full((len(rows), self.block_size + 1), PROBLEM), self.tokens
-        for j, i in enumerate(rows):
-            start = self.start(i)
-            start += int(np.argmax(tokens[start:start + 256] == PROBLEM))  # none is longer
-            row = tokens[start:start + self.block_size + 1]
-            both[j, :len(row)] = row
-        in_answer = (both == PROBLEM).cumsum(1) == (both == ANSWER).cumsum(1)
-        y = np.where(in_answer[:, :-1], both[:, 1:], -1)
-        return torch.from_numpy(both[:, :-1]), torch.from_numpy(y)
-
-
-CORPORA = {  # beside a user's path
-    "code": "the Python source of the standard library of this interpreter",
-    "docs": "English: docstrings of the standard library, torch, numpy, tiktoken and matplotlib",
-    "math": "school mathematics, question and answer in words, made here",
-    **{name: corpus["what"] for name, corpus in PUBLISHED.items()}}
+        x, y = super().__getitems__(rows)
+        in_answer = (x == PROBLEM).cumsum(1) == (x == ANSWER).cumsum(1)
+        return x, torch.where(in_answer, y, -1)
 
 
 def word(token, rows):
@@ -747,7 +713,7 @@ def word(token, rows):
         return "_"
     if len(rows.members) > 1:
         return str(token)
-    if name in RULES and token == rows.separators[0]:
+    if token == rows.separators[0]:  # of a task, none
         return "|"
     if "k" in p:
         kind, closes = token % p["k"], token >= p["k"]
@@ -758,8 +724,8 @@ def word(token, rows):
         key = token - 128
         return f"k{key}:" if key < p["pairs"] else f"?k{key - p['pairs']}"
     if "digits" in p:
-        sign = "*" if name == "multiplication" else "+"
-        return f"0123456789{sign}=        0123456789."[token]
+        signs = "*=" if name == "multiplication" else "+="
+        return f"0123456789{signs}        0123456789."[token]
     return "·█"[token] if name == "eca" else str(token)
 
 
@@ -796,18 +762,14 @@ class Data:
 
 def kind_of(spec):
     """"rule", "task" or "text", without loading anything. Raises UserError."""
-    first = spec.removeprefix("shuffled:").split("+")[0]
-    name = first.rpartition("*")[2].partition(":")[0].strip()
-    if name in RULES_AND_TASKS or spec.startswith("shuffled:"):
-        return "task" if name in TASKS else "rule"
-    if spec in CORPORA or spec and os.path.exists(spec):
+    if spec in CORPORA or spec not in RULES_AND_TASKS and os.path.exists(spec):
         return "text"
-    raise UserError(f"unknown data {spec!r}: a path, or one of "
-                    + ", ".join([*RULES_AND_TASKS, *CORPORA]))
+    _, members = parse_spec(spec)
+    return "task" if members[0][1] in TASKS else "rule"
 
 
 def default_tokenizer(spec):
-    return PUBLISHED[spec]["tokenizer"] if spec in PUBLISHED else "bytes"
+    return CORPORA.get(spec, "bytes")
 
 
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
@@ -834,26 +796,17 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     meta = read_json(folder / "meta.json") if (folder / "meta.json").exists() else {}
     tokenizer = load_tokenizer(str(meta.get("tokenizer", "gpt2")))  # nanoGPT's has no meta.json
     windows, size = Problems if tokenizer.name == "characters" else Windows, block_size or 256
-    train = windows(folder / "train.bin", tokenizer, size, seed, split)
-    val = windows(folder / "val.bin", tokenizer, size, 0, "val")
-    for rows in (train, val) if folder == Path(spec) else ():  # somebody's may hold anything
-        with reading(rows.path):
-            if rows.tokens.max() >= tokenizer.vocab_size:
-                raise ValueError(f"it holds tokens that {tokenizer.name} does not know")
+    train = windows(folder / "train.bin", size, seed, split)
+    val = windows(folder / "val.bin", size, 0, "val")
+    if folder == Path(spec):  # somebody's may hold anything
+        if max(train.tokens.max(), val.tokens.max()) >= tokenizer.vocab_size:
+            raise UserError(f"{spec} holds tokens that {tokenizer.name} does not know")
     return Data(spec, kind, train, val, tokenizer.vocab_size, size, tokenizer)
 
 
-# --------------------------------------------------------------------------------------------------
-# What all scripts share: errors, files, which are written whole and held by one process, and the
-# command line
+# ---- What all scripts share: errors, files, the command line -------------------------------------
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None
-
-
-class UserError(Exception):
+class UserError(argparse.ArgumentTypeError):  # so that argparse says of which flag
     """Something the user can put right: one line on stderr and exit status 2, see run_main."""
 
 
@@ -862,6 +815,8 @@ def reading(path):
     """Whatever goes wrong in this block, which reads a file and uses what is in it, becomes a
     UserError: the file is damaged, or is not what it should be."""
     try:
+        if Path(path).is_fifo():
+            raise ValueError("it is a pipe, for which we might wait for ever")
         yield
     except (UserError, BrokenPipeError):  # of what prints as it reads, into a pipe
         raise
@@ -872,9 +827,7 @@ def reading(path):
 def reason_of(error):
     """What an error says, in one line; an OSError without its number and path."""
     said = " ".join(str(error).split())[:200]
-    if isinstance(error, (KeyError, TypeError, IndexError, AttributeError)):  # a file's odd content
-        said = f"it is not as it should be ({type(error).__name__}: {said})"
-    return getattr(error, "strerror", None) or said or type(error).__name__
+    return getattr(error, "strerror", None) or f"{said} ({type(error).__name__})"
 
 
 @contextlib.contextmanager
@@ -891,13 +844,11 @@ def written_whole(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = reason_of(cause) if cause else "is the disk full?"
+    except (OSError, RuntimeError) as error:  # torch.save raises one while it handles the other
+        reason = reason_of(error.__context__ or error)
         raise UserError(f"cannot write {path}: {reason}; what was there is unharmed") from None
     finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -911,8 +862,6 @@ def write_json(path, value):
 def read_json(path):
     """The JSON object in a file. Raises UserError."""
     with reading(path):
-        if not Path(path).is_file():
-            raise ValueError("there is no such file")  # a pipe would make us wait for ever
         return {**json.loads(Path(path).read_bytes())}
 
 
@@ -928,20 +877,17 @@ def json_lines(path):
 def lock(path, wait=False):
     """Holds a file until it is closed, or this process ends, however it ends. Another process that
     has it is waited for, or refused. Windows locks nothing, and some file systems cannot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {reason_of(error)}") from None
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # A DataLoader's workers, which outlive a kill by seconds, would hold it as well.
-            os.register_at_fork(after_in_child=file.close)
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        # A DataLoader's workers, which outlive a kill by seconds, would hold it as well.
+        os.register_at_fork(after_in_child=file.close)
     except BlockingIOError:
         raise UserError(f"another process is at work in {path.parent}: let it end first") from None
-    except OSError as error:
-        say(f"warning: {path} cannot be locked ({reason_of(error)}): one process at a time, please")
+    except (ImportError, OSError):
+        say(f"{path} cannot be locked here: one process at a time, please")
     return file
 
 
@@ -952,18 +898,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see python {self.prog} --help)")
 
 
-def number(low, below=math.inf, kind=int):
+def number(low, below=float("inf"), kind=int):
     """A type for argparse: a number from `low` to less than `below`; 4M and 1.6B are numbers."""
-    powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
-
     def parse(text):
+        powers = {"K": "e3", "M": "e6", "B": "e9", "T": "e12"}
         with contextlib.suppress(ValueError):
             value = float(text[:-1].replace("_", "x") + powers.get(text[-1:].upper(), text[-1:]))
             if low <= value < below and kind(value) == value:
                 return kind(value)
         wanted = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not accepted: {wanted} from {low} to "
-                                         f"below {below:g}")
+        raise UserError(f"{text[:40]!r} is not {wanted} from {low} to below {below:g}")
     return parse
 
 
@@ -978,26 +922,23 @@ def say(line):
 
 def run_main(main):
     """Runs a script's main: what the user can put right is one line on stderr and status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not; none at all is None
-            stream.reconfigure(errors="replace")  # a console may not know every character
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not; none at all is None
+        sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
         print(end="", flush=True)
-        return
     except BrokenPipeError:  # python data.py list | head
         sys.stdout = None
-        return
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError) as error:  # OSError: a file that may not be read, a full disk
+    except Exception as error:
         line = str(error)
-    except (MemoryError, RuntimeError) as error:  # RuntimeError: torch's way to say it
-        if not re.search("allocate|out of memory|^$", str(error)):
+        if isinstance(error, MemoryError) or re.search("allocate|out of memory", line):
+            line = "not enough memory: smaller batches or models, or --grad_accum, need less"
+        elif not isinstance(error, (UserError, OSError)):
             raise
-        line = "not enough memory: smaller batches or models, or --grad_accum, need less"
-    print("error:", *line.split(), file=sys.stderr)
-    sys.exit(2)
+        print("error:", *line.split(), file=sys.stderr)
+        sys.exit(2)
 
 
 def main():
@@ -1008,22 +949,17 @@ def main():
     shower.add_argument("spec", help="such as dyck:k=3,length=32, haystack:pairs=4, code, a path")
     shower.add_argument("-n", type=number(1, 10_001), default=3, help="how many (default 3)")
     shower.add_argument("--seed", type=number(0, 2 ** 32), default=0)
-    shower.add_argument("--tokenizer", help="of text: bytes, or one that tiktoken knows")
     preparer = commands.add_parser("prepare", help="fetch and tokenise a published corpus")
     preparer.add_argument("name", choices=PUBLISHED)
     preparer.add_argument("--tokens", type=number(1), help="such as 700M (default: as published)")
-    preparer.add_argument("--source", help="a mirror's address, or a folder with the same files")
+    preparer.add_argument("--source", help="where the same files are: https://..., file:///...")
     args = parser.parse_args()
     if args.command == "list":
         for name, rule in RULES_AND_TASKS.items():
-            takes = str(inspect.signature(rule.make)).removeprefix("(r, ").removesuffix(")")
-            print(f"{name:18} {inspect.getdoc(rule.make)}\n{'':19}{takes}")
-        for name, line in CORPORA.items():
-            print(f"{name:18} {line}")
-        print("PATH               a file or folder of text or lines of JSON, or nanoGPT's folder\n"
-              "mixtures, controls 0.7*set:length=2-20+0.3*union, shuffled:dyck:k=16")
+            print(f"{name:18} {rule.make.__doc__}\n{'':18} {inspect.signature(rule.make)}")
+        print(f"{'text':18} {', '.join(CORPORA)}, or a path: see README")
     elif args.command == "show":
-        data = make_data(args.spec, args.seed, tokenizer=args.tokenizer)
+        data = make_data(args.spec, args.seed)
         print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; "
               "the loss counts what is between « and », all of text, and of DeepMind-Math the "
               "answers")

@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -228,16 +227,17 @@ def test_micro_batches_are_the_same_rows_without_what_follows_the_last_that_coun
         assert len(whole) <= n and torch.equal(torch.cat([part for part, _ in whole]), x)
 
 
-@pytest.mark.parametrize("command,reason", [
-    ("dyke", ", ".join([*data.RULES, *data.TASKS, *data.CORPORA])), ("set+dyke", "unknown rule"),
-    ("shuffled:haystack", "neither mixed nor shuffled"), ("1.2.3*set", "1.2.3"), ("", "spec"),
-    ("dyck:k=0", "from 1"), ("dyck:p=nan", "'nan'"), ("dyck:depth=3", "length=128, p=0.5"),
-    ("set:length", "''"), ("set:length=1_1", "'1_1'"), ("set:length=0.0004K", "a whole number"),
-    ("haystack:pairs=65", "65"), ("eca:length=8", "above 16"), ("c4", "prepare c4"),
-    ("dyck --tokenizer bytes", "no text"), ("math --tokenizer klingon", "klingon"),
-    ("math --tokenizer characters", "characters")])
-def test_what_is_not_to_be_had_is_refused_in_one_line(command, reason, refused):
-    assert reason in refused(data, "show", *command.split())
+@pytest.mark.parametrize("spec,reason", [
+    ("dyke", ", ".join([*data.TASKS, *data.CORPORA])), ("set+dyke", "'set.dyke'"), ("", "unknown"),
+    ("shuffled:haystack", "can be mixed"), ("1.2.3*set", "1.2.3"), ("dyck:k=0", "from 1"),
+    ("dyck:p=nan", "'nan'"), ("dyck:depth=3", "length=128, p=0.5"), ("set:length", "''"),
+    ("set:length=1_1", "'1_1'"), ("set:length=0.0004K", "a whole number"), ("c4", "prepare c4"),
+    ("haystack:pairs=65", "65"), ("eca:length=8", "above 16"), ("dyck bytes", "no text"),
+    ("math klingon", "klingon"), ("math characters", "characters"), ("c4 bytes", "bytes")])
+def test_what_is_not_to_be_had_is_refused(spec, reason):
+    spec, _, tokenizer = spec.partition(" ")
+    with pytest.raises(UserError, match=reason):
+        make_data(spec, tokenizer=tokenizer or None)
 
 
 def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(monkeypatch, capsys):
@@ -254,8 +254,7 @@ def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(monkeypat
         first, *shown = said("show", spec, "-n", "5").strip("\n").split("\n\n")
         assert first.startswith(spec) and len(shown) == 5
         assert all(re.fullmatch(row, text) for text in shown)
-    names = {*data.RULES, *data.TASKS, *data.CORPORA, "PATH"}
-    assert names <= set(re.findall(r"^(\w+) +\S", said("list"), re.M))
+    assert {*data.RULES, *data.TASKS, *data.CORPORA} <= set(re.findall(r"\w+", said("list")))
 
 
 # Texts, and folders of tokens
@@ -304,11 +303,11 @@ def tokens_of(numbers, **meta):
     ({"a.Json": b'\xef\xbb\xbf{"text": "one"}\r\n{ "text": "two"}'}, ["one", "two"]),
     ({"a.jl": '{"text": "a\u2028b\x85c"}\n{"text": null}\n'}, ["a\u2028b\x85c"]),
     ({"a.jsonl.gz": json.dumps({"text": MARKED})}, [MARKED]), ({"a.txt": SPACES}, [SPACES]),
-    ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a.jsonl": ""}, "short"),
+    ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a.jsonl": ""}, "empty"),
     ({"a": '{"text": "fine"}\n\n{"title": "none"}\n'}, "content"), ({"a": '[{"a": 1}]'}, "UTF-8"),
     ({"a": '{"text": "\\u0000"}\n'}, "UTF-8"), ({"a": "x" * 99_999 + "\0"}, "NUL"),
     ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"),
-    (tokens_of([7] * 999 + [257], tokenizer="bytes"), "train.bin"), (tokens_of([]), "short"),
+    (tokens_of([7] * 999 + [257], tokenizer="bytes"), "not know"), (tokens_of([]), "empty"),
     (tokens_of([7] * 999 + [50257]), "gpt2"), (tokens_of([7] * 999, tokenizer=[9]), "[9]"),
     (tokens_of([7] * 999) | {"meta.pkl": "its own vocabulary"}, "meta.pkl")], ids=range(18))
 def test_what_a_user_points_at_is_read_by_document_whatever_its_name_or_refused(
@@ -324,11 +323,10 @@ def test_what_a_user_points_at_is_read_by_document_whatever_its_name_or_refused(
 
 @pytest.mark.parametrize("files,share,whole", [
     ({"wiki.train.raw": "a" * 99, "wiki.valid.raw": "b" * 299}, 0.25, True),
-    ({"train.txt": "a" * 99, "dev.txt": "b" * 299}, 0.25, True),
     ({"train/1.gz": "a" * 99, "Validation/1.txt": "b" * 299}, 0.25, True),
     ({"README": "about", "input.txt": "a line of text\n" * 30_000}, 0.9, False),
     ({"train.txt": "0123456789" * 99}, 0.9, False),
-    ({f"{i}.txt": f"{i} " * (70 + i) for i in range(60)}, 0.9, True)], ids=range(6))
+    ({f"{i}.txt": f"{i} " * (70 + i) for i in range(60)}, 0.9, True)], ids=range(5))
 def test_what_is_named_so_or_the_last_tenth_is_held_out(files, share, whole, tmp_path):
     folder = tokenise(write(tmp_path, files))
     both, train = text_in(folder), text_in(folder, ["train"])
@@ -338,17 +336,16 @@ def test_what_is_named_so_or_the_last_tenth_is_held_out(files, share, whole, tmp
 
 
 def test_what_is_no_text_beside_text_is_left_out_and_named(tmp_path, capsys, monkeypatch):
-    write(tmp_path, {"train.txt": "text", "photo.png": b"\x89PNG\xff", "b.ini": b"\xff\xfeA\0",
-                     "nul": "ab\ncd\0ef" + "g" * 99, ".git/HEAD": "main", "val/1.txt": "more",
-                     "utf-16": "Hi\n".encode("utf-16-le"), "number.jl": '{"text": 5}',
-                     ".hidden": "secret", "closed/no": b"\0", "long": '{"text": "' + "x" * 999})
+    write(tmp_path, {"train.txt": "text", "val/1.txt": "more", ".git/HEAD": "main", "nul": "ab\0ef",
+                     "closed/no": b"\0", "utf-16": "Hi\n".encode("utf-16-le"),
+                     "number.jl": '{"text": 5}', "long": '{"text": "' + "x" * 999})
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("val")  # a folder
     monkeypatch.setattr(data, "LONG", 500)  # characters, of a line that goes on
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")  # root may all
     assert text_in(tokenise(tmp_path)) == "text\0more\0"
     said = capsys.readouterr().out
-    assert "10, such as b.ini, closed, no, link, long, nul, number.jl, photo.png, pipe\n" in said
+    assert "8, such as closed, no, link, long, nul, number.jl, pipe, utf-16\n" in said
 
 
 def test_a_text_is_known_by_its_content_alone(tmp_path, monkeypatch):
@@ -381,14 +378,6 @@ def test_killed_while_tokenising_nothing_is_in_the_way_and_what_is_not_ours_stay
     assert one == other and capsys.readouterr().out.count("tokenising /") == 1
     assert text_in(one).count("\0") == 60
     assert {*os.listdir(tmp_path)} == {".backup.tmp", ".d.tmp", one.name}
-
-
-def test_where_there_is_no_home_that_is_said(prose, monkeypatch, refused):
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: there is nobody
-    for folder in ("", "~/x", "~nosuchuser/x"):
-        monkeypatch.setenv("NANOWARM_CACHE", folder)
-        assert "NANOWARM_CACHE" in refused(data, "show", prose)
 
 
 def test_code_is_python_and_docs_are_docstrings(tmp_path, monkeypatch):
@@ -450,7 +439,7 @@ def mirror(published, tmp_path, gpt2, monkeypatch):
 
 def prepare(name, source, tokens=200_000):
     data.fetch.cache_clear()  # every call as a command of its own
-    return data.prepare(name, tokens, str(source))
+    return data.prepare(name, tokens, source)
 
 
 def test_shards_are_whole_files_in_order_until_there_are_enough(mirror, published):
@@ -462,6 +451,8 @@ def test_shards_are_whole_files_in_order_until_there_are_enough(mirror, publishe
             text += "".join(json.loads(line)["text"] + "\0" for line in lines)
     assert text_in(folder, ["train"]) == text
     assert len(mirror.requests) == len({*mirror.requests}) < 5, "more adds to what is there"
+    with pytest.raises(OSError):  # a server's page in the place of a file is not trained on
+        next(data.published_pieces(io.BytesIO(b"<html>"), GITHUB, "train", 1000))
     folder = prepare("wikitext103", published.as_uri())
     with zipfile.ZipFile(published / WIKI) as archive:
         for split, name in (("train", "train"), ("val", "valid")):
@@ -470,7 +461,7 @@ def test_shards_are_whole_files_in_order_until_there_are_enough(mirror, publishe
 
 
 def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(mirror, published):
-    prepare("deepmind_math", published, 90_000)
+    prepare("deepmind_math", published.as_uri(), 90_000)
     source, sizes = make_data("deepmind_math", block_size=200), collections.Counter()
     for problem in source.write(source.train.tokens).split("<problem>")[:-1]:
         asked = re.fullmatch(r"What is (\d+) \+ (\d+)\? \((\w+)\)<answer>(\d+)", problem)
@@ -487,9 +478,9 @@ def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(mirror, 
 
 
 @pytest.mark.parametrize("name,file,faults,reason", [
-    ("codeparrot", GITHUB, ["refuse", "cut"], None), ("codeparrot", GITHUB, ["cut"] * 3, "came"),
-    ("codeparrot", GITHUB, [], "killed"), ("codeparrot", GITHUB, ["empty"], "no text"),
-    ("wikitext103", WIKI, ["refuse"] * 3, "503"), ("wikitext103", WIKI, ["empty"], "zip"),
+    ("codeparrot", GITHUB, ["refuse", "cut"], None), ("codeparrot", GITHUB, [], "killed"),
+    ("codeparrot", GITHUB, ["cut", "refuse", "empty"], "0 of 0"),
+    ("wikitext103", WIKI, ["cut"] * 3, "came"),
     ("deepmind_math", "mathematics_dataset-v1.0.tar.gz", ["corrupt"], "")])
 def test_whatever_a_server_does_there_are_three_tries_and_the_same_command_goes_on(
         name, file, faults, reason, mirror, published, tmp_path, monkeypatch):
@@ -507,7 +498,7 @@ def test_whatever_a_server_does_there_are_three_tries_and_the_same_command_goes_
     assert mirror.requests == asked, "all is there"
     assert sum(path.endswith("file-000000000001.json.gz") for path in asked) < 2
     monkeypatch.setenv("NANOWARM_CACHE", str(tmp_path / "other"))
-    assert contents(prepare(name, published)) == found, "as from a folder"
+    assert contents(prepare(name, published.as_uri())) == found, "as from a folder"
 
 
 # What all scripts share: files and the command line
@@ -549,15 +540,11 @@ def test_a_lock_is_held_by_one_refused_or_waited_for(tmp_path, monkeypatch, caps
     held = data.lock(path)
     with pytest.raises(UserError, match="another process"):
         data.lock(path)
-    worker = fork.Process(target=time.sleep, args=[9])  # as a DataLoader's: it outlives a kill
-    worker.start()
     threading.Timer(0.3, held.close).start()
     data.lock(path, wait=True).close()
-    assert worker.is_alive(), "and holds nothing"
-    worker.kill()
-    monkeypatch.setattr(data.fcntl, "flock", Mock(side_effect=OSError(37, "No locks here")))
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(37, "No locks here")))
     data.lock(path).close()
-    assert "cannot be locked (No locks here)" in capsys.readouterr().out
+    assert "cannot be locked here" in capsys.readouterr().out
 
 
 def test_a_script_ends_with_a_status_and_one_line(capsys):
@@ -576,12 +563,10 @@ def test_a_script_ends_with_a_status_and_one_line(capsys):
 def test_an_odd_standard_output_is_no_failure(monkeypatch):
     monkeypatch.setattr("sys.argv", ["data.py", "show", "eca"])
     closed = Mock(write=Mock(side_effect=BrokenPipeError))
-    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
-    for stdout in (None, io.StringIO(), closed, ascii_only):  # None: closed; StringIO: a notebook's
+    for stdout in (None, io.StringIO(), closed, io.TextIOWrapper(io.BytesIO(), "ascii")):
         monkeypatch.setattr(sys, "stdout", stdout)
         data.run_main(data.main)
         data.say("this, too")
-    assert b"?" in ascii_only.buffer.getvalue()
 
 
 def test_threads_that_wait_spin_briefly_whichever_script_comes_first(script, monkeypatch):
