@@ -143,10 +143,10 @@ class GPT(nn.Module):
 
 def part_of(name):
     """The part that a parameter belongs to: "h.0.attn.c_attn.weight" -> "attn"."""
-    for part, word in (("attn", ".attn."), ("mlp", ".mlp."), ("norm", "ln_")):
+    for word, part in ((".attn.", "attn"), (".mlp.", "mlp"), ("ln_", "norm"), ("wpe", "positions")):
         if word in name:
             return part
-    return "embed"
+    return "embeddings"
 
 
 def parse_parts(text):
@@ -171,21 +171,20 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
         raise UserError(f"weights of a {shapes[0]} model do not fit a {shapes[1]} model")
     if embeddings == "keep" and not 0 <= old.vocab_size - new.vocab_size < 256:  # some pad theirs
         raise UserError(f"embeddings of {old.vocab_size} tokens are not for {new.vocab_size}")
-    for name, p in target.named_parameters():
-        if part_of(name) in parts:
-            p.copy_(source.get_parameter(name))
     enough = old.block_size >= new.block_size
     if positions == "moved" and not enough:
         raise UserError(f"{new.block_size} positions cannot come from {old.block_size}")
     moved = positions != "random" and enough
-    if moved:
-        target.wpe.weight.copy_(source.wpe.weight[:new.block_size])
-    for name in ("lm_head.weight", "wte.weight"):  # in this order: a tied head is wte's weight
-        rows, theirs = target.get_parameter(name), source.get_parameter(name)
-        if embeddings == "mean":
-            rows.copy_(theirs.mean(0))
-        if embeddings == "keep":
-            rows.copy_(theirs[:new.vocab_size])
+    for name, p in target.named_parameters():
+        part, theirs = part_of(name), source.get_parameter(name)
+        if part in parts:
+            p.copy_(theirs)
+        elif part == "positions" and moved:
+            p.copy_(theirs[:new.block_size])
+        elif part == "embeddings" and embeddings == "mean":
+            p.copy_(theirs.mean(0))
+        elif part == "embeddings" and embeddings == "keep":
+            p.copy_(theirs[:new.vocab_size])
     return moved
 
 
