@@ -7,7 +7,6 @@ import math
 import pickle
 import re
 import tempfile
-import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -253,31 +252,30 @@ def load(path, device="cpu"):
     path = Path(path)
     if (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
-    with reading(path), warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles
+    with reading(path):
         config, theirs, state = read_folder(path) if path.is_dir() else read_file(path)
+        ours = config.keys() & GPTConfig.__annotations__.keys()
+        config = GPTConfig(**{key: config[key] for key in ours})
         weights = {}
         for name, tensor in theirs.items():
             name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
-            if tensor.is_meta or not tensor.is_contiguous():  # bytes that claim to be gigabytes
+            if not tensor.is_contiguous():  # a few bytes that claim to be gigabytes
                 raise ValueError(f"{name} is no plain tensor")
             if not re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
                 weights[name] = tensor.float()
+        for name, weight in list(weights.items()):
+            if part_of(name) in ("attn", "mlp", "norm"):  # nanoGPT's bias=False has no biases
+                weights.setdefault(name.replace("weight", "bias"), torch.zeros(len(weight)))
         head = weights.setdefault("lm_head.weight", weights["wte.weight"])
-        ours = config.keys() & GPTConfig.__annotations__.keys()
-        config = GPTConfig(**{key: config[key] for key in ours})
         config.tied &= torch.equal(weights["wte.weight"], head)
         if f"h.{config.n_layer - 1}.ln_1.weight" not in weights:
             raise ValueError(f"it does not have the {config.n_layer} layers of its config")
         with torch.device("meta"):  # shapes without memory: a config may claim any
             model = GPT(config)
-        for name, _ in model.named_parameters():
-            if name.endswith("bias"):  # nanoGPT's bias=False has none: they are zeros
-                rows = len(weights[name.replace("bias", "weight")])
-                weights.setdefault(name, torch.zeros(rows))
         model.load_state_dict(weights, assign=True)
         if config.tied:
             model.lm_head.weight = model.wte.weight
-    return model.to(device), state
+        return model.to(device), state
 
 
 def read_file(path):
@@ -294,9 +292,8 @@ def read_file(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError):  # torch has a page of advice
         raise ValueError("it is no file of tensors, numbers and strings: nothing in it was run")
-    if "model_args" in state:
-        return state["model_args"], state["model"], {}  # nanoGPT's
-    return state.pop("config"), state.pop("model"), state
+    config = state.pop("model_args" if "model_args" in state else "config")  # nanoGPT's, or ours
+    return config, state.pop("model"), state
 
 
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Hugging Face keeps these as (in, out)
