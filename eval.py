@@ -418,9 +418,9 @@ def print_sample(c, i, args):
             if asks > 0:  # brackets ask nothing
                 begin, wanted = x[:asks + 1], y[y != -1].tolist()
                 length, temperature = len(wanted), 0
-    generator = torch.Generator(c.device).manual_seed(c.seed + i)
+    torch.manual_seed(c.seed + i)
     idx = begin[None].to(c.device)
-    out = c.model.generate(idx, length, temperature, generator)[0, len(begin):].tolist()
+    out = c.model.generate(idx, length, temperature)[0, len(begin):].tolist()
     out = [token for token in out if token < c.data.vocab_size]  # a padded one has no word
     print("-" * 80, f"{c.data.write(begin)} ▶ {c.data.write(out)}", sep="\n")
     if wanted:

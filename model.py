@@ -123,14 +123,14 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, generator=None):
+    def generate(self, idx, n, temperature=1.0):
         """Continues idx (B, T) by n tokens -> (B, T + n). Temperature 0 takes the likeliest token.
         Call it in eval mode."""
         for _ in range(n):
             logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
             if temperature > 1e-6:  # to divide by less would overflow
                 chances = (logits / temperature).softmax(-1)
-                token = torch.multinomial(chances, 1, generator=generator)
+                token = torch.multinomial(chances, 1)
             else:
                 token = logits.argmax(-1, keepdim=True)
             idx = torch.cat([idx, token], dim=1)
