@@ -110,15 +110,6 @@ class Opened:
         pad = -1 if self.data.kind == "text" else self.data.train.pad
         return (x != pad)[:, ::-1].cumsum(1)[:, ::-1] > 0
 
-    def predict(self, x, y):
-        """At each place the loss in nats, 0 where y is -1, and whether the likeliest is right."""
-        losses, hits = [], []
-        for x_part, wanted in zip(torch.from_numpy(x).split(16), torch.from_numpy(y).split(16)):
-            logits = self.model(x_part.to(self.device)).float().cpu().transpose(1, 2)
-            losses.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=-1))
-            hits.append(logits.argmax(1) == wanted)
-        return torch.cat(losses).numpy(), torch.cat(hits).numpy()
-
     def attention(self, x):
         """What the heads attend to: (n, n_layer, n_head, T, T)"""
         with attention_maps(self.model) as maps:
@@ -149,27 +140,26 @@ def probe_learned(c):
     """how much of what can be learned was learned? The loss beside the smallest possible one"""
     if c.name is None:
         return None
+    result = evaluate(c.model, held_out_rows(c.data, c.n), c.device)
     x, y = c.rows()
-    losses, hits = c.predict(x, y)
     counted = y != -1
-    wanted, loss, floor = y[counted], losses[counted].mean(), 0.0  # as the prompt decides it
+    wanted, floor = y[counted], 0.0  # a prompt decides its answer
     if c.brackets:  # the generator's odds
         odds = bracket_facts(x, c.name, c.p)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
     elif c.p.get("rule") == RANDOM:  # what follows three cells is a fair coin the first time
-        width = c.p["width"]
-        t = np.arange(width, x.shape[1])
-        frame = t - t % width - width  # where the one before begins
-        left, cell, right = (x[:, frame + (t + shift) % width] for shift in (-1, 0, 1))
-        threes = 8 * np.arange(len(x))[:, None] + 4 * left + 2 * cell + right  # of each row
+        width, T = c.p["width"], x.shape[1]
+        cells = x[:, :T - T % width].reshape(len(x), -1, width)
+        threes = 4 * np.roll(cells, 1, 2) + 2 * cells + np.roll(cells, -1, 2)
+        threes = threes.reshape(len(x), -1)[:, :T - width] + 8 * np.arange(len(x))[:, None]
         floor = math.log(2) * len(np.unique(threes[counted[:, width - 1:-1]])) / len(wanted)
     frequency = np.bincount(wanted) / len(wanted)
     guess = -np.log(frequency[wanted]).mean()
-    return {"n": f"{len(x):,} rows", "loss (nats per counted token)": loss,
+    learned = 1 - (result["loss"] - floor) / max(guess - floor, 1e-9)
+    return {"n": f"{len(x):,} rows", "loss (nats per counted token)": result["loss"],
             "smallest possible": floor, "of a guess by token frequency": guess,
-            "learned (share of what can be)": 1 - (loss - floor) / max(guess - floor, 1e-9),
-            "accuracy": hits[counted].mean()}
+            "learned (share of what can be)": learned, "accuracy": result["accuracy"]}
 
 
 def probe_answers(c):
@@ -177,7 +167,8 @@ def probe_answers(c):
     if c.name is None or c.brackets or c.p.get("rule") == RANDOM:  # others have one answer
         return None
     x, y = c.rows(1024)
-    counted, hit = y != -1, c.predict(x, y)[1]
+    said = [c.model(part.to(c.device)).argmax(-1).cpu() for part in torch.from_numpy(x).split(16)]
+    hit, counted = torch.cat(said).numpy() == y, y != -1
     shares = means(hit[counted], counted.cumsum(1)[counted])
     return {"n": f"{len(x):,} answers", "share right by token of the answer": {"model": shares}}
 
@@ -237,13 +228,17 @@ def repeated(c, length, n):
 
 def probe_copying(c):
     """induction: random tokens, then the same again. Is the second copy easier?"""
-    tokens = repeated(c, c.data.block_size, c.n)
-    half = tokens.shape[1] // 2
-    loss, hit = c.predict(tokens[:, :-1], tokens[:, 1:])
-    return {"n": f"{len(tokens):,} rows of 2 x {half}",
-            "loss on the first copy (nats)": loss[:, :half - 1].mean(),
-            "loss on the second copy (nats)": loss[:, half:].mean(),
-            "second copy right": hit[:, half:].mean()}
+    if c.data.block_size < 4:  # nothing to compare
+        return None
+    tokens = torch.from_numpy(repeated(c, c.data.block_size, c.n))
+    x, y, half = tokens[:, :-1], tokens[:, 1:], tokens.shape[1] // 2
+    t = torch.arange(2 * half - 1)
+    first, second = (evaluate(c.model, zip(x.split(16), y.where(counts, -1).split(16)), c.device)
+                     for counts in (t < half - 1, t >= half))
+    return {"n": f"{len(x):,} rows of 2 x {half}",
+            "loss on the first copy (nats)": first["loss"],
+            "loss on the second copy (nats)": second["loss"],
+            "second copy right": second["accuracy"]}
 
 
 def entropy_of_heads(attention, real):
