@@ -5,8 +5,8 @@
     python eval.py out/code-dyck-s0/ckpt.pt --prompt "def "  go on from one's own words
 
 A probe takes an opened checkpoint and returns None where it does not apply, or what it found: by
-label numbers, words, curves {name: {x: y}} and maps (n_layer, n_head), which are drawn; "n" says
-of how many rows, answers or tokens. What is printed above them is its docstring.
+label numbers, words, curves {x: y} and maps (n_layer, n_head), which are drawn; "n" says of how
+many rows, answers or tokens. What is printed above them is its docstring.
 """
 import contextlib
 import math
@@ -170,7 +170,7 @@ def probe_answers(c):
     said = [c.model(part.to(c.device)).argmax(-1).cpu() for part in torch.from_numpy(x).split(16)]
     hit, counted = torch.cat(said).numpy() == y, y != -1
     shares = means(hit[counted], counted.cumsum(1)[counted])
-    return {"n": f"{len(x):,} answers", "share right by token of the answer": {"model": shares}}
+    return {"n": f"{len(x):,} answers", "share right by token of the answer, model": shares}
 
 
 def bracket_facts(x, name, p):
@@ -213,10 +213,10 @@ def probe_brackets(c):
     allowed, likeliest = odds[closes][:, k:] > 0, logits.argmax(-1).cpu().numpy()[closes]
     right, chance = allowed[np.arange(len(allowed)), likeliest], allowed.mean(-1)
     bins = 2 ** np.log2(depth[closes]).astype(int)
+    by = "share of a right type by brackets that are open (1, 2-3, 4-7, ...)"
     return {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
-            "by chance": chance.mean(),
-            "share of a right type by brackets that are open (1, 2-3, 4-7, ...)": {
-                "model": means(right, bins), "by chance": means(chance, bins)}}
+            "by chance": chance.mean(), f"{by}, model": means(right, bins),
+            f"{by}, by chance": means(chance, bins)}
 
 
 def repeated(c, length, n):
@@ -317,16 +317,17 @@ def probe_linear(c):
     labels, train = state[rows, t], rows % 2 == 0
     torch.manual_seed(c.seed)
     untrained = GPT(c.model.config).to(c.device).eval().requires_grad_(False)
-    x, curves = torch.from_numpy(x).to(c.device), {}
+    found = {"n": f"{len(x)} rows; the map comes from every other one",
+             f"{what}: chance": 1 / len(np.unique(labels))}
+    x = torch.from_numpy(x).to(c.device)
     for name, model in (("model", c.model), ("untrained", untrained)):
         streams = [model.wte(x) + model.wpe.weight[:x.shape[1]]]
         for block in model.h:
             streams.append(block(streams[-1]))
-        curves[name] = {layer: linear_accuracy(stream.cpu().numpy()[rows, t], labels, train)
-                        for layer, stream in enumerate(streams)}
-    return {"n": f"{len(x)} rows; the map comes from every other one",
-            f"{what}: chance": 1 / len(np.unique(labels)),
-            f"{what}, share right by layers passed": curves}
+        found[f"{what}, share right by layers passed, {name}"] = {
+            layer: linear_accuracy(stream.cpu().numpy()[rows, t], labels, train)
+            for layer, stream in enumerate(streams)}
+    return found
 
 
 PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, copying=probe_copying,
@@ -341,10 +342,8 @@ def print_finding(name, finding):
     print(f"\n{name}: {PROBES[name].__doc__} ({finding['n']})")
     for label, value in finding.items():
         if isinstance(value, dict):
-            for each, curve in value.items():
-                places = list(curve)[::math.ceil(len(curve) / 8)]
-                points = "  ".join(f"{x}: {curve[x]:.3f}" for x in places)
-                print(f"{label}, {each}:  {points}")
+            places = list(value)[::math.ceil(len(value) / 8)]
+            print(f"{label}:  " + "  ".join(f"{x}: {value[x]:.3f}" for x in places))
         elif isinstance(value, (float, np.floating)):
             print(f"{label:49}{value:9.4f}")
         elif isinstance(value, str) and label != "n":

@@ -138,8 +138,8 @@ def test_who_knows_the_rules_of_brackets_closes_right_and_who_errs_does_not(spec
     assert learned["loss (nats per counted token)"] == pytest.approx(learned["smallest possible"])
     assert learned["learned (share of what can be)"] == pytest.approx(1, abs=1e-4)
     assert found["closing bracket of a right type"] == 1
-    shares = found["share of a right type by brackets that are open (1, 2-3, 4-7, ...)"]
-    assert set(shares["model"].values()) == {1}
+    shares = found["share of a right type by brackets that are open (1, 2-3, 4-7, ...), model"]
+    assert set(shares.values()) == {1}
     if c.name == "dyck":  # only one type may close: the other is never right
         other = opened(spec, lambda *asked: -knows(*asked))
         assert script.probe_brackets(other)["closing bracket of a right type"] == 0
@@ -179,7 +179,7 @@ def test_what_can_be_known_of_a_rule_of_its_own_is_what_the_row_has_told(opened)
 def test_who_always_answers_right_has_learned_it_and_who_guesses_has_not(spec, opened):
     c = opened(spec, right)
     assert script.probe_learned(c)["learned (share of what can be)"] == pytest.approx(1)
-    shares = script.probe_answers(c)["share right by token of the answer"]["model"]
+    shares = script.probe_answers(c)["share right by token of the answer, model"]
     assert set(shares.values()) == {1}
     found = script.probe_learned(opened(spec, lambda x, y, n: np.zeros((*x.shape, n))))
     assert found["learned (share of what can be)"] < 0.1
@@ -190,8 +190,8 @@ def test_answers_are_counted_by_the_place_in_the_answer(opened):
     def second_wrong(x, y, vocab_size):
         return right(x, np.where(np.arange(x.shape[1]) == 5, (y + 1) % vocab_size, y), vocab_size)
     c = opened("sorting:numbers=4", second_wrong)
-    shares = script.probe_answers(c)["share right by token of the answer"]
-    assert shares == {"model": {1: 1, 2: 0, 3: 1, 4: 1}}
+    shares = script.probe_answers(c)["share right by token of the answer, model"]
+    assert shares == {1: 1, 2: 0, 3: 1, 4: 1}
     assert script.probe_learned(c)["accuracy"] == 0.75
 
 
@@ -268,9 +268,11 @@ def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
         c.model.wpe.weight.zero_()
         c.model.wte.weight.copy_(torch.eye(11, 16))  # a token is a direction
     c.model.h = torch.nn.ModuleList([torch.nn.Identity(), Planted()])
-    shares = script.probe_linear(c)["seen before, share right by layers passed"]
-    assert shares["model"][0] == shares["model"][1] < 0.8 and shares["model"][2] == 1
-    assert len(shares["untrained"]) == 3 and max(shares["untrained"].values()) < 0.9
+    found = script.probe_linear(c)
+    shares, untrained = (found[f"seen before, share right by layers passed, {name}"]
+                         for name in ("model", "untrained"))
+    assert shares[0] == shares[1] < 0.8 and shares[2] == 1
+    assert len(untrained) == 3 and max(untrained.values()) < 0.9
 
 
 # The command
