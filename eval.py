@@ -397,25 +397,23 @@ def draw_heads(c, found):
 def print_sample(c, i, args):
     """Goes on from one's own words, or from held-out row i; where that asks for an answer, with the
     likeliest one, which is right or wrong. Raises UserError."""
-    length, temperature, wanted = args.tokens, args.temperature, []
+    length, temperature, asks = args.tokens, args.temperature, 0
     if args.prompt is not None:
         if c.data.kind != "text" or not args.prompt:
             raise UserError(f"--prompt is for text, and not {args.prompt!r} for {c.spec}")
         begin = torch.tensor(np.array(c.data.tokenizer.encode(args.prompt), np.int64))
+    elif c.data.kind == "text":
+        begin = c.data.val[i][0][:64]
     else:
         x, y = c.data.val[i]
-        begin, asks = x[:min(64, len(x) // 2)], int((y != -1).int().argmax())
-        if c.data.kind != "text":
-            length = len(x) - len(begin)
-            if asks > 0:  # brackets ask nothing
-                begin, wanted = x[:asks + 1], y[y != -1].tolist()
-                length, temperature = len(wanted), 0
+        asks = int((y != -1).int().argmax())  # where the prompt ends; of brackets 0: they have none
+        begin, wanted = x[:asks + 1], y[y != -1].tolist()
+        length, temperature = len(wanted), 0 if asks else temperature
     torch.manual_seed(c.seed + i)
-    idx = begin[None].to(c.device)
-    out = c.model.generate(idx, length, temperature)[0, len(begin):].tolist()
+    out = c.model.generate(begin[None].to(c.device), length, temperature)[0, len(begin):].tolist()
     out = [token for token in out if token < c.data.vocab_size]  # a padded one has no word
     print("-" * 80, f"{c.data.write(begin)} ▶ {c.data.write(out)}", sep="\n")
-    if wanted:
+    if asks:
         print("right" if out == wanted else f"wrong: {c.data.write(wanted)}")
 
 

@@ -386,7 +386,7 @@ def test_answers_of_a_task_are_said_to_be_right_or_wrong(checkpoints, printed, m
 def test_samples_go_on_from_held_out_text_and_prompts_from_words(checkpoints, printed, prose):
     ask = [checkpoints["text"], "--tokens", 6]
     text, them = printed(*ask, "--sample", 2), make_data(str(prose), 0, 64)
-    assert all(f"{them.write(them.val[row][0][:32])} ▶ " in text for row in range(2))
+    assert all(f"{them.write(them.val[row][0])} ▶ " in text for row in range(2))
     begin = torch.tensor([list(b"The quick")])
     out = load(checkpoints["text"])[0].eval().generate(begin, 6, temperature=0)[0, 9:].tolist()
     expected = f"The quick ▶ {bytes(out).decode('utf-8', 'replace')}\n"
