@@ -437,19 +437,19 @@ def main():
     if not PROBES.keys() >= set(names):
         raise UserError(f"unknown probe in {args.probe!r}: there are {', '.join(PROBES)}")
     for path in args.checkpoints:
-        c, found = Opened(path, args.device, args.data, args.tokenizer), {}
+        c = Opened(path, args.device, args.data, args.tokenizer)
         tokens = f", tokens of {c.data.tokenizer.name}" if c.data.tokenizer else ""
         print(f"{c.path}: {c.stage} step {c.step}, held-out {c.spec}{tokens}")
         for i in range(samples):
             print_sample(c, i, args)
         for name in [] if samples else names:
-            found[name] = PROBES[name](c)
-            if found[name]:
-                print_finding(name, found[name])
+            found = PROBES[name](c)
+            if found:
+                print_finding(name, found)
             elif args.probe:
                 raise UserError(f"the probe {name} does not apply to {c.spec}")
-        if args.plot and "heads" in found:
-            draw_heads(c, found["heads"])
+            if args.plot and name == "heads":
+                draw_heads(c, found)
 
 
 if __name__ == "__main__":
