@@ -375,22 +375,20 @@ def keep_figure(figure, path):
 
 
 def draw_heads(c, found):
-    """Four maps of the heads at most, as a figure of a slide's size."""
-    maps = {label: scores for label, scores in found.items() if isinstance(scores, np.ndarray)}
-    labels = [BLUR, *list(maps)[1:][-3:]]
-    figure, axes = pyplot().subplots(1, len(labels), figsize=(13.3, 4.5))
+    """The blur of the heads and the last three maps of where they look, as a slide."""
+    maps = [(label, scores) for label, scores in found.items() if isinstance(scores, np.ndarray)]
+    panels = [maps[0], *maps[1:][-3:]]
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(13.3, 4.5))
     figure.suptitle(f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}")
-    for axis, label in zip(axes, labels):
-        scores = maps[label]
-        highest = 1 if label == BLUR else max(maps[each].max() for each in labels[1:])
-        image = axis.imshow(scores, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+    for axis, (label, scores) in zip(axes, panels):
+        image = axis.imshow(scores, cmap="Blues", vmin=0, aspect="auto")
         figure.colorbar(image, ax=axis)
         axis.set(title=label, xlabel="head", ylabel="layer")
         axis.grid(False)
         axis.locator_params(integer=True)
         for (layer, head), score in np.ndenumerate(scores) if scores.size <= 64 else ():
             axis.text(head, layer, f"{score:.2f}", ha="center", va="center",
-                      color="white" if score > highest / 2 else "black")
+                      color="white" if score > scores.max() / 2 else "black")
     keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-heads.png"))
 
 
