@@ -267,9 +267,6 @@ def looks(c, x, attention):
         yield "value of the asked key", attention, np.where(x >= 128 + pairs, key.argmax(2) + 1, -1)
 
 
-BLUR = "entropy (1: all alike)"
-
-
 def probe_heads(c):
     """how blurred is what each attention head looks at, and what share goes to some places?"""
     T = min(256, c.data.block_size)  # of longer contexts, the beginning
@@ -277,8 +274,8 @@ def probe_heads(c):
     x = c.rows(max(4, min(32, 2 ** 26 // (heads * T * T))))[0][:, :T]
     attention = c.attention(x)
     blur = entropy_of_heads(attention, c.real(x))
-    found = {"n": f"{len(x)} rows", f"{BLUR}, sharpest head": blur.min(),
-             f"{BLUR}, mean of heads": blur.mean(), BLUR: blur}
+    found = {"n": f"{len(x)} rows", "entropy (1: all alike), sharpest head": blur.min(),
+             "entropy (1: all alike), mean of heads": blur.mean(), "entropy (1: all alike)": blur}
     for name, maps, place in looks(c, x, attention):
         row, t = np.nonzero(place >= 0)
         score = maps[row, :, :, t, place[row, t]].mean(0)

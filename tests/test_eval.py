@@ -247,13 +247,13 @@ def test_a_head_that_looks_where_a_probe_looks_gets_one(spec, name, place, never
         c.attention = looks_at(where)
         found = script.probe_heads(c)
         assert found[name] == found[f"{name}, strongest head"] == pytest.approx(score)
-        assert found[script.BLUR] == 0
+        assert found["entropy (1: all alike)"] == 0
     alike = np.tril(np.ones(2 * [c.data.block_size]))
     alike /= alike.sum(1, keepdims=True)
     c.attention = lambda x: np.stack([alike[None, None, :x.shape[1], :x.shape[1]]] * len(x))
     found = script.probe_heads(c)
     assert found[name] == pytest.approx(found[f"{name}, if it looked at all alike"])
-    assert found[script.BLUR] == pytest.approx(1)
+    assert found["entropy (1: all alike)"] == pytest.approx(1)
 
 
 def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
