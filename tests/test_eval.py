@@ -1,9 +1,6 @@
 """What eval.py says of models, against models whose answers are known and counts by hand."""
 import math
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -212,7 +209,7 @@ def looks_at(place):
         found = np.zeros((len(x), 1, 1, x.shape[1], x.shape[1]))
         for i, row in enumerate(x.tolist()):
             for t in range(len(row)):
-                found[i, 0, 0, t, place(row, t)] = 1
+                found[i, 0, 0, t, place(row, t) % len(row)] = 1
         return found
     return attention
 
@@ -234,16 +231,15 @@ def value_of_asked(row, t):
     return row.index(key) + 1 if row[t] >= 133 and key in row else t
 
 
-@pytest.mark.parametrize("spec,name,place,never", [
-    ("set:length=8", "previous token", lambda row, t: max(0, t - 1), lambda row, t: t),
-    ("set:length=8", "induction", lambda row, t: max(0, t - len(row) // 2 + 1), lambda row, t: 0),
-    ("dyck:k=2,length=16", "matching bracket",
-     lambda row, t: opened_by_next(row, t - 1) if t else 0, lambda row, t: t),
-    ("dyck:k=2,length=16", "bracket that closes next", opened_by_next, lambda row, t: len(row) - 1),
-    ("haystack:pairs=5", "value of the asked key", value_of_asked, lambda row, t: t)])
-def test_a_head_that_looks_where_a_probe_looks_gets_one(spec, name, place, never, opened):
+@pytest.mark.parametrize("spec,name,place", [
+    ("set:length=8", "previous token", lambda row, t: t - 1),
+    ("set:length=8", "induction", lambda row, t: t - len(row) // 2 + 1),
+    ("dyck:k=2,length=16", "matching bracket", lambda row, t: opened_by_next(row, t - 1)),
+    ("dyck:k=2,length=16", "bracket that closes next", opened_by_next),
+    ("haystack:pairs=5", "value of the asked key", value_of_asked)])
+def test_a_head_that_looks_where_a_probe_looks_gets_one(spec, name, place, opened):
     c = opened(spec)
-    for where, score in ((place, 1), (never, 0)):
+    for where, score in ((place, 1), (lambda row, t: place(row, t) + 1, 0)):
         c.attention = looks_at(where)
         found = script.probe_heads(c)
         assert found[name] == found[f"{name}, strongest head"] == pytest.approx(score)
@@ -333,14 +329,16 @@ def test_what_cannot_be_asked_is_refused_in_one_line(kind, arguments, reason, ch
 
 
 def test_who_says_not_what_it_was_trained_on_needs_data(tmp_path, prose, printed, refused):
-    torch.manual_seed(0)
-    path = tmp_path / "a.pt"
-    save(path, GPT(GPTConfig(264, 32, 1, 1, 8)))  # a padded vocabulary
+    path, padded = tmp_path / "a.pt", GPT(GPTConfig(264, 32, 1, 1, 8))
+    with torch.no_grad():
+        padded.wte.weight[:257] = 0  # the eight that only pad the vocabulary are likely
+    save(path, padded)
     assert "--data" in refused(script, path)
     assert "bits per byte" in printed(path, "--data", prose, "--probe", "loss")
+    assert "The ▶ " in printed(path, "--data", prose, "--prompt", "The"), "pads have no words"
     save(path, GPT(GPTConfig(50257, 32, 1, 1, 8)))  # GPT-2's size alone does not say that it is
     assert "--tokenizer" in refused(script, path, "--data", prose)
-    save(path, GPT(GPTConfig(264, 32, 1, 1, 8)), source=[3])
+    save(path, padded, source=[3])
     assert "a.pt" in refused(script, path)
 
 
@@ -395,14 +393,6 @@ def test_samples_go_on_from_held_out_text_and_prompts_from_words(checkpoints, pr
     assert printed(*ask, "--temperature", 5) == printed(*ask, "--temperature", 5)
 
 
-def test_a_token_without_a_word_is_left_out(tmp_path, prose, printed):
-    model = GPT(GPTConfig(264, 16, 1, 1, 8))
-    with torch.no_grad():
-        model.wte.weight[:257] = 0  # the eight that only pad the vocabulary are likely
-    save(tmp_path / "a.pt", model, source={"spec": str(prose), "tokenizer": "bytes"})
-    assert "The ▶ " in printed(tmp_path / "a.pt", "--prompt", "The", "--temperature", 0.1)
-
-
 def test_a_figure_is_of_its_names_format(tmp_path):
     pytest.importorskip("matplotlib")
     figure = script.pyplot().figure()
@@ -410,11 +400,3 @@ def test_a_figure_is_of_its_names_format(tmp_path):
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(UserError, match="png, .pdf"):
         script.keep_figure(figure, tmp_path / "a.txt")
-
-
-def test_a_notebooks_backend_is_not_asked_for():
-    pytest.importorskip("matplotlib")
-    run = subprocess.run([sys.executable, "-c", "import eval; eval.pyplot().figure()"],
-                         cwd=os.path.dirname(script.__file__), capture_output=True, text=True,
-                         env=os.environ | {"MPLBACKEND": "module://nowhere"})
-    assert run.returncode == 0, run.stderr
