@@ -383,9 +383,6 @@ def draw_heads(c, found):
         axis.set(title=label, xlabel="head", ylabel="layer")
         axis.grid(False)
         axis.locator_params(integer=True)
-        for (layer, head), score in np.ndenumerate(scores) if scores.size <= 64 else ():
-            axis.text(head, layer, f"{score:.2f}", ha="center", va="center",
-                      color="white" if score > scores.max() / 2 else "black")
     keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-heads.png"))
 
 
