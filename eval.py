@@ -389,7 +389,7 @@ def draw_heads(c, found):
 def print_sample(c, i, args):
     """Goes on from one's own words, or from held-out row i; where that asks for an answer, with the
     likeliest one, which is right or wrong. Raises UserError."""
-    length, temperature, asks = args.tokens, args.temperature, 0
+    length, temperature, asks = args.tokens, 0.8, 0
     if args.prompt is not None:
         if c.data.kind != "text" or not args.prompt:
             raise UserError(f"--prompt is for text, and not {args.prompt!r} for {c.spec}")
@@ -420,8 +420,6 @@ def main():
     add("--sample", type=number(0, 1e4), default=0, metavar="N", help="N samples, and no probe")
     add("--prompt", metavar="WORDS", help="go on from these words of text, and ask no probe")
     add("--tokens", type=number(1, 1e6), default=200, metavar="N", help="of text (default 200)")
-    add("--temperature", type=number(0, kind=float), default=0.8, metavar="X",
-        help="of a sample; 0: always the likeliest token (default 0.8)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is here)")
     args = parser.parse_args()
     samples = args.sample or int(args.prompt is not None)

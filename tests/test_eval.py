@@ -386,11 +386,11 @@ def test_samples_go_on_from_held_out_text_and_prompts_from_words(checkpoints, pr
     text, them = printed(*ask, "--sample", 2), make_data(str(prose), 0, 64)
     assert all(f"{them.write(them.val[row][0])} ▶ " in text for row in range(2))
     begin = torch.tensor([list(b"The quick")])
-    out = load(checkpoints["text"])[0].eval().generate(begin, 6, temperature=0)[0, 9:].tolist()
+    torch.manual_seed(0)
+    out = load(checkpoints["text"])[0].eval().generate(begin, 6, 0.8)[0, 9:].tolist()
     expected = f"The quick ▶ {bytes(out).decode('utf-8', 'replace')}\n"
     ask += ["--prompt", "The quick"]
-    assert printed(*ask, "--temperature", 0).endswith(expected)
-    assert printed(*ask, "--temperature", 5) == printed(*ask, "--temperature", 5)
+    assert printed(*ask).endswith(expected) and printed(*ask) == printed(*ask)
 
 
 def test_a_figure_is_of_its_names_format(tmp_path):
