@@ -128,7 +128,7 @@ class GPT(nn.Module):
         Call it in eval mode."""
         for _ in range(n):
             logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
-            if temperature > 1e-6:  # to divide by less would overflow
+            if temperature > 0:
                 chances = (logits / temperature).softmax(-1)
                 token = torch.multinomial(chances, 1)
             else:
