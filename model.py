@@ -259,10 +259,11 @@ def load(path, device="cpu"):
         weights = {}
         for name, tensor in theirs.items():
             name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
-            if not tensor.is_contiguous():  # a few bytes that claim to be gigabytes
-                raise ValueError(f"{name} is no plain tensor")
-            if not re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
-                weights[name] = tensor.float()
+            if re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
+                continue
+            if not (tensor.is_floating_point() and tensor.is_contiguous()):
+                raise ValueError(f"{name} is no plain tensor")  # bytes that claim to be gigabytes
+            weights[name] = tensor.float()
         for name, weight in list(weights.items()):
             if part_of(name) in ("attn", "mlp", "norm"):  # nanoGPT's bias=False has no biases
                 weights.setdefault(name.replace("weight", "bias"), torch.zeros(len(weight)))
