@@ -5,8 +5,8 @@
     python eval.py out/code-dyck-s0/ckpt.pt --prompt "def "  go on from one's own words
 
 A probe takes an opened checkpoint and returns None where it does not apply, or what it found: by
-label numbers, words, curves {name: {x: y}} and maps (n_layer, n_head), which are drawn; "n" says
-of how many rows, answers or tokens. What is printed above them is its docstring.
+label numbers, words, curves {x: y} and maps (n_layer, n_head), which are drawn; "n" says of how
+many rows, answers or tokens. What is printed above them is its docstring.
 """
 import contextlib
 import math
@@ -110,15 +110,6 @@ class Opened:
         pad = -1 if self.data.kind == "text" else self.data.train.pad
         return (x != pad)[:, ::-1].cumsum(1)[:, ::-1] > 0
 
-    def predict(self, x, y):
-        """At each place the loss in nats, 0 where y is -1, and whether the likeliest is right."""
-        losses, hits = [], []
-        for x_part, wanted in zip(torch.from_numpy(x).split(16), torch.from_numpy(y).split(16)):
-            logits = self.model(x_part.to(self.device)).float().cpu().transpose(1, 2)
-            losses.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=-1))
-            hits.append(logits.argmax(1) == wanted)
-        return torch.cat(losses).numpy(), torch.cat(hits).numpy()
-
     def attention(self, x):
         """What the heads attend to: (n, n_layer, n_head, T, T)"""
         with attention_maps(self.model) as maps:
@@ -149,27 +140,26 @@ def probe_learned(c):
     """how much of what can be learned was learned? The loss beside the smallest possible one"""
     if c.name is None:
         return None
+    result = evaluate(c.model, held_out_rows(c.data, c.n), c.device)
     x, y = c.rows()
-    losses, hits = c.predict(x, y)
     counted = y != -1
-    wanted, loss, floor = y[counted], losses[counted].mean(), 0.0  # as the prompt decides it
+    wanted, floor = y[counted], 0.0  # a prompt decides its answer
     if c.brackets:  # the generator's odds
         odds = bracket_facts(x, c.name, c.p)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
     elif c.p.get("rule") == RANDOM:  # what follows three cells is a fair coin the first time
-        width = c.p["width"]
-        t = np.arange(width, x.shape[1])
-        frame = t - t % width - width  # where the one before begins
-        left, cell, right = (x[:, frame + (t + shift) % width] for shift in (-1, 0, 1))
-        threes = 8 * np.arange(len(x))[:, None] + 4 * left + 2 * cell + right  # of each row
+        width, T = c.p["width"], x.shape[1]
+        cells = x[:, :T - T % width].reshape(len(x), -1, width)
+        threes = 4 * np.roll(cells, 1, 2) + 2 * cells + np.roll(cells, -1, 2)
+        threes = threes.reshape(len(x), -1)[:, :T - width] + 8 * np.arange(len(x))[:, None]
         floor = math.log(2) * len(np.unique(threes[counted[:, width - 1:-1]])) / len(wanted)
     frequency = np.bincount(wanted) / len(wanted)
     guess = -np.log(frequency[wanted]).mean()
-    return {"n": f"{len(x):,} rows", "loss (nats per counted token)": loss,
+    learned = 1 - (result["loss"] - floor) / max(guess - floor, 1e-9)
+    return {"n": f"{len(x):,} rows", "loss (nats per counted token)": result["loss"],
             "smallest possible": floor, "of a guess by token frequency": guess,
-            "learned (share of what can be)": 1 - (loss - floor) / max(guess - floor, 1e-9),
-            "accuracy": hits[counted].mean()}
+            "learned (share of what can be)": learned, "accuracy": result["accuracy"]}
 
 
 def probe_answers(c):
@@ -177,9 +167,10 @@ def probe_answers(c):
     if c.name is None or c.brackets or c.p.get("rule") == RANDOM:  # others have one answer
         return None
     x, y = c.rows(1024)
-    counted, hit = y != -1, c.predict(x, y)[1]
+    said = [c.model(part.to(c.device)).argmax(-1).cpu() for part in torch.from_numpy(x).split(16)]
+    hit, counted = torch.cat(said).numpy() == y, y != -1
     shares = means(hit[counted], counted.cumsum(1)[counted])
-    return {"n": f"{len(x):,} answers", "share right by token of the answer": {"model": shares}}
+    return {"n": f"{len(x):,} answers", "share right by token of the answer, model": shares}
 
 
 def bracket_facts(x, name, p):
@@ -222,10 +213,10 @@ def probe_brackets(c):
     allowed, likeliest = odds[closes][:, k:] > 0, logits.argmax(-1).cpu().numpy()[closes]
     right, chance = allowed[np.arange(len(allowed)), likeliest], allowed.mean(-1)
     bins = 2 ** np.log2(depth[closes]).astype(int)
+    by = "share of a right type by brackets that are open (1, 2-3, 4-7, ...)"
     return {"n": f"{closes.sum():,} closings", "closing bracket of a right type": right.mean(),
-            "by chance": chance.mean(),
-            "share of a right type by brackets that are open (1, 2-3, 4-7, ...)": {
-                "model": means(right, bins), "by chance": means(chance, bins)}}
+            "by chance": chance.mean(), f"{by}, model": means(right, bins),
+            f"{by}, by chance": means(chance, bins)}
 
 
 def repeated(c, length, n):
@@ -237,13 +228,17 @@ def repeated(c, length, n):
 
 def probe_copying(c):
     """induction: random tokens, then the same again. Is the second copy easier?"""
-    tokens = repeated(c, c.data.block_size, c.n)
-    half = tokens.shape[1] // 2
-    loss, hit = c.predict(tokens[:, :-1], tokens[:, 1:])
-    return {"n": f"{len(tokens):,} rows of 2 x {half}",
-            "loss on the first copy (nats)": loss[:, :half - 1].mean(),
-            "loss on the second copy (nats)": loss[:, half:].mean(),
-            "second copy right": hit[:, half:].mean()}
+    if c.data.block_size < 4:  # nothing to compare
+        return None
+    tokens = torch.from_numpy(repeated(c, c.data.block_size, c.n))
+    x, y, half = tokens[:, :-1], tokens[:, 1:], tokens.shape[1] // 2
+    t = torch.arange(2 * half - 1)
+    first, second = (evaluate(c.model, zip(x.split(16), y.where(counts, -1).split(16)), c.device)
+                     for counts in (t < half - 1, t >= half))
+    return {"n": f"{len(x):,} rows of 2 x {half}",
+            "loss on the first copy (nats)": first["loss"],
+            "loss on the second copy (nats)": second["loss"],
+            "second copy right": second["accuracy"]}
 
 
 def entropy_of_heads(attention, real):
@@ -272,9 +267,6 @@ def looks(c, x, attention):
         yield "value of the asked key", attention, np.where(x >= 128 + pairs, key.argmax(2) + 1, -1)
 
 
-BLUR = "entropy (1: all alike)"
-
-
 def probe_heads(c):
     """how blurred is what each attention head looks at, and what share goes to some places?"""
     T = min(256, c.data.block_size)  # of longer contexts, the beginning
@@ -282,8 +274,8 @@ def probe_heads(c):
     x = c.rows(max(4, min(32, 2 ** 26 // (heads * T * T))))[0][:, :T]
     attention = c.attention(x)
     blur = entropy_of_heads(attention, c.real(x))
-    found = {"n": f"{len(x)} rows", f"{BLUR}, sharpest head": blur.min(),
-             f"{BLUR}, mean of heads": blur.mean(), BLUR: blur}
+    found = {"n": f"{len(x)} rows", "entropy (1: all alike), sharpest head": blur.min(),
+             "entropy (1: all alike), mean of heads": blur.mean(), "entropy (1: all alike)": blur}
     for name, maps, place in looks(c, x, attention):
         row, t = np.nonzero(place >= 0)
         score = maps[row, :, :, t, place[row, t]].mean(0)
@@ -322,16 +314,17 @@ def probe_linear(c):
     labels, train = state[rows, t], rows % 2 == 0
     torch.manual_seed(c.seed)
     untrained = GPT(c.model.config).to(c.device).eval().requires_grad_(False)
-    x, curves = torch.from_numpy(x).to(c.device), {}
+    found = {"n": f"{len(x)} rows; the map comes from every other one",
+             f"{what}: chance": 1 / len(np.unique(labels))}
+    x = torch.from_numpy(x).to(c.device)
     for name, model in (("model", c.model), ("untrained", untrained)):
         streams = [model.wte(x) + model.wpe.weight[:x.shape[1]]]
         for block in model.h:
             streams.append(block(streams[-1]))
-        curves[name] = {layer: linear_accuracy(stream.cpu().numpy()[rows, t], labels, train)
-                        for layer, stream in enumerate(streams)}
-    return {"n": f"{len(x)} rows; the map comes from every other one",
-            f"{what}: chance": 1 / len(np.unique(labels)),
-            f"{what}, share right by layers passed": curves}
+        found[f"{what}, share right by layers passed, {name}"] = {
+            layer: linear_accuracy(stream.cpu().numpy()[rows, t], labels, train)
+            for layer, stream in enumerate(streams)}
+    return found
 
 
 PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, copying=probe_copying,
@@ -346,10 +339,8 @@ def print_finding(name, finding):
     print(f"\n{name}: {PROBES[name].__doc__} ({finding['n']})")
     for label, value in finding.items():
         if isinstance(value, dict):
-            for each, curve in value.items():
-                places = list(curve)[::math.ceil(len(curve) / 8)]
-                points = "  ".join(f"{x}: {curve[x]:.3f}" for x in places)
-                print(f"{label}, {each}:  {points}")
+            places = list(value)[::math.ceil(len(value) / 8)]
+            print(f"{label}:  " + "  ".join(f"{x}: {value[x]:.3f}" for x in places))
         elif isinstance(value, (float, np.floating)):
             print(f"{label:49}{value:9.4f}")
         elif isinstance(value, str) and label != "n":
@@ -374,8 +365,6 @@ def keep_figure(figure, path):
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: a figure's name ends in .png, .pdf or .svg")
-    for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
-        text.set_text(text.get_text().encode(errors="replace").decode())  # a path may be no Unicode
     with written_whole(path) as file:
         figure.savefig(file, format=ending)
     pyplot().close(figure)
@@ -383,47 +372,40 @@ def keep_figure(figure, path):
 
 
 def draw_heads(c, found):
-    """Four maps of the heads at most, as a figure of a slide's size."""
-    maps = {label: scores for label, scores in found.items() if isinstance(scores, np.ndarray)}
-    labels = [BLUR, *list(maps)[1:][-3:]]
-    figure, axes = pyplot().subplots(1, len(labels), figsize=(13.3, 4.5))
+    """The blur of the heads and the last three maps of where they look, as a slide."""
+    maps = [(label, scores) for label, scores in found.items() if isinstance(scores, np.ndarray)]
+    panels = [maps[0], *maps[1:][-3:]]
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(13.3, 4.5))
     figure.suptitle(f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}")
-    for axis, label in zip(axes, labels):
-        scores = maps[label]
-        highest = 1 if label == BLUR else max(maps[each].max() for each in labels[1:])
-        image = axis.imshow(scores, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+    for axis, (label, scores) in zip(axes, panels):
+        image = axis.imshow(scores, cmap="Blues", vmin=0, aspect="auto")
         figure.colorbar(image, ax=axis)
         axis.set(title=label, xlabel="head", ylabel="layer")
         axis.grid(False)
         axis.locator_params(integer=True)
-        for (layer, head), score in np.ndenumerate(scores) if scores.size <= 64 else ():
-            axis.text(head, layer, f"{score:.2f}", ha="center", va="center",
-                      color="white" if score > highest / 2 else "black")
     keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-heads.png"))
 
 
 def print_sample(c, i, args):
     """Goes on from one's own words, or from held-out row i; where that asks for an answer, with the
     likeliest one, which is right or wrong. Raises UserError."""
-    length, temperature, wanted = args.tokens, args.temperature, []
+    length, temperature, asks = args.tokens, 0.8, 0
     if args.prompt is not None:
         if c.data.kind != "text" or not args.prompt:
             raise UserError(f"--prompt is for text, and not {args.prompt!r} for {c.spec}")
         begin = torch.tensor(np.array(c.data.tokenizer.encode(args.prompt), np.int64))
+    elif c.data.kind == "text":
+        begin = c.data.val[i][0][:64]
     else:
         x, y = c.data.val[i]
-        begin, asks = x[:min(64, len(x) // 2)], int((y != -1).int().argmax())
-        if c.data.kind != "text":
-            length = len(x) - len(begin)
-            if asks > 0:  # brackets ask nothing
-                begin, wanted = x[:asks + 1], y[y != -1].tolist()
-                length, temperature = len(wanted), 0
-    generator = torch.Generator(c.device).manual_seed(c.seed + i)
-    idx = begin[None].to(c.device)
-    out = c.model.generate(idx, length, temperature, generator)[0, len(begin):].tolist()
+        asks = int((y != -1).int().argmax())  # where the prompt ends; of brackets 0: they have none
+        begin, wanted = x[:asks + 1], y[y != -1].tolist()
+        length, temperature = len(wanted), 0 if asks else temperature
+    torch.manual_seed(c.seed + i)
+    out = c.model.generate(begin[None].to(c.device), length, temperature)[0, len(begin):].tolist()
     out = [token for token in out if token < c.data.vocab_size]  # a padded one has no word
     print("-" * 80, f"{c.data.write(begin)} ▶ {c.data.write(out)}", sep="\n")
-    if wanted:
+    if asks:
         print("right" if out == wanted else f"wrong: {c.data.write(wanted)}")
 
 
@@ -438,8 +420,6 @@ def main():
     add("--sample", type=number(0, 1e4), default=0, metavar="N", help="N samples, and no probe")
     add("--prompt", metavar="WORDS", help="go on from these words of text, and ask no probe")
     add("--tokens", type=number(1, 1e6), default=200, metavar="N", help="of text (default 200)")
-    add("--temperature", type=number(0, kind=float), default=0.8, metavar="X",
-        help="of a sample; 0: always the likeliest token (default 0.8)")
     add("--device", metavar="NAME", help="cuda, mps or cpu (default: the first that is here)")
     args = parser.parse_args()
     samples = args.sample or int(args.prompt is not None)
@@ -447,19 +427,19 @@ def main():
     if not PROBES.keys() >= set(names):
         raise UserError(f"unknown probe in {args.probe!r}: there are {', '.join(PROBES)}")
     for path in args.checkpoints:
-        c, found = Opened(path, args.device, args.data, args.tokenizer), {}
+        c = Opened(path, args.device, args.data, args.tokenizer)
         tokens = f", tokens of {c.data.tokenizer.name}" if c.data.tokenizer else ""
         print(f"{c.path}: {c.stage} step {c.step}, held-out {c.spec}{tokens}")
         for i in range(samples):
             print_sample(c, i, args)
         for name in [] if samples else names:
-            found[name] = PROBES[name](c)
-            if found[name]:
-                print_finding(name, found[name])
+            found = PROBES[name](c)
+            if found:
+                print_finding(name, found)
             elif args.probe:
                 raise UserError(f"the probe {name} does not apply to {c.spec}")
-        if args.plot and "heads" in found:
-            draw_heads(c, found["heads"])
+            if args.plot and name == "heads":
+                draw_heads(c, found)
 
 
 if __name__ == "__main__":

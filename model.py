@@ -7,7 +7,6 @@ import math
 import pickle
 import re
 import tempfile
-import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -124,14 +123,14 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     @torch.no_grad()
-    def generate(self, idx, n, temperature=1.0, generator=None):
+    def generate(self, idx, n, temperature=1.0):
         """Continues idx (B, T) by n tokens -> (B, T + n). Temperature 0 takes the likeliest token.
         Call it in eval mode."""
         for _ in range(n):
             logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
-            if temperature > 1e-6:  # to divide by less would overflow
+            if temperature > 0:
                 chances = (logits / temperature).softmax(-1)
-                token = torch.multinomial(chances, 1, generator=generator)
+                token = torch.multinomial(chances, 1)
             else:
                 token = logits.argmax(-1, keepdim=True)
             idx = torch.cat([idx, token], dim=1)
@@ -143,10 +142,10 @@ class GPT(nn.Module):
 
 def part_of(name):
     """The part that a parameter belongs to: "h.0.attn.c_attn.weight" -> "attn"."""
-    for part, word in (("attn", ".attn."), ("mlp", ".mlp."), ("norm", "ln_")):
+    for word, part in ((".attn.", "attn"), (".mlp.", "mlp"), ("ln_", "norm"), ("wpe", "positions")):
         if word in name:
             return part
-    return "embed"
+    return "embeddings"
 
 
 def parse_parts(text):
@@ -171,21 +170,20 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
         raise UserError(f"weights of a {shapes[0]} model do not fit a {shapes[1]} model")
     if embeddings == "keep" and not 0 <= old.vocab_size - new.vocab_size < 256:  # some pad theirs
         raise UserError(f"embeddings of {old.vocab_size} tokens are not for {new.vocab_size}")
-    for name, p in target.named_parameters():
-        if part_of(name) in parts:
-            p.copy_(source.get_parameter(name))
     enough = old.block_size >= new.block_size
     if positions == "moved" and not enough:
         raise UserError(f"{new.block_size} positions cannot come from {old.block_size}")
     moved = positions != "random" and enough
-    if moved:
-        target.wpe.weight.copy_(source.wpe.weight[:new.block_size])
-    for name in ("lm_head.weight", "wte.weight"):  # in this order: a tied head is wte's weight
-        rows, theirs = target.get_parameter(name), source.get_parameter(name)
-        if embeddings == "mean":
-            rows.copy_(theirs.mean(0))
-        if embeddings == "keep":
-            rows.copy_(theirs[:new.vocab_size])
+    for name, p in target.named_parameters():
+        part, theirs = part_of(name), source.get_parameter(name)
+        if part in parts:
+            p.copy_(theirs)
+        elif part == "positions" and moved:
+            p.copy_(theirs[:new.block_size])
+        elif part == "embeddings" and embeddings == "mean":
+            p.copy_(theirs.mean(0))
+        elif part == "embeddings" and embeddings == "keep":
+            p.copy_(theirs[:new.vocab_size])
     return moved
 
 
@@ -254,31 +252,31 @@ def load(path, device="cpu"):
     path = Path(path)
     if (path / "ckpt.pt").exists():
         path = path / "ckpt.pt"
-    with reading(path), warnings.catch_warnings(action="ignore"):  # torch warns of odd pickles
+    with reading(path):
         config, theirs, state = read_folder(path) if path.is_dir() else read_file(path)
+        ours = config.keys() & GPTConfig.__annotations__.keys()
+        config = GPTConfig(**{key: config[key] for key in ours})
         weights = {}
         for name, tensor in theirs.items():
             name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
-            if tensor.is_meta or not tensor.is_contiguous():  # bytes that claim to be gigabytes
-                raise ValueError(f"{name} is no plain tensor")
-            if not re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
-                weights[name] = tensor.float()
+            if re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
+                continue
+            if not (tensor.is_floating_point() and tensor.is_contiguous()):
+                raise ValueError(f"{name} is no plain tensor")  # bytes that claim to be gigabytes
+            weights[name] = tensor.float()
+        for name, weight in list(weights.items()):
+            if part_of(name) in ("attn", "mlp", "norm"):  # nanoGPT's bias=False has no biases
+                weights.setdefault(name.replace("weight", "bias"), torch.zeros(len(weight)))
         head = weights.setdefault("lm_head.weight", weights["wte.weight"])
-        ours = config.keys() & GPTConfig.__annotations__.keys()
-        config = GPTConfig(**{key: config[key] for key in ours})
         config.tied &= torch.equal(weights["wte.weight"], head)
         if f"h.{config.n_layer - 1}.ln_1.weight" not in weights:
             raise ValueError(f"it does not have the {config.n_layer} layers of its config")
         with torch.device("meta"):  # shapes without memory: a config may claim any
             model = GPT(config)
-        for name, _ in model.named_parameters():
-            if name.endswith("bias"):  # nanoGPT's bias=False has none: they are zeros
-                rows = len(weights[name.replace("bias", "weight")])
-                weights.setdefault(name, torch.zeros(rows))
         model.load_state_dict(weights, assign=True)
         if config.tied:
             model.lm_head.weight = model.wte.weight
-    return model.to(device), state
+        return model.to(device), state
 
 
 def read_file(path):
@@ -295,9 +293,8 @@ def read_file(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError):  # torch has a page of advice
         raise ValueError("it is no file of tensors, numbers and strings: nothing in it was run")
-    if "model_args" in state:
-        return state["model_args"], state["model"], {}  # nanoGPT's
-    return state.pop("config"), state.pop("model"), state
+    config = state.pop("model_args" if "model_args" in state else "config")  # nanoGPT's, or ours
+    return config, state.pop("model"), state
 
 
 TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Hugging Face keeps these as (in, out)

@@ -74,7 +74,7 @@ ODD = """data.py show WORD -n WORD|data.py show WORD --seed WORD|data.py show te
 data.py prepare WORD|data.py prepare c4 --source text --tokens WORD
 data.py WORD|data.py list|model.py WORD|model.py export WORD new|eval.py WORD|eval.py WORD WORD
 eval.py run --data WORD|eval.py run --probe WORD|eval.py run/warmup.pt --tokens 1 --sample WORD
-eval.py run --tokens 1 --prompt WORD --temperature WORD
+eval.py run --tokens 1 --prompt WORD
 analyze.py WORD|analyze.py curves WORD --picture WORD|analyze.py curves WORD --results WORD
 analyze.py table --show --results WORD --seeds WORD|analyze.py table --show --only WORD
 analyze.py pack WORD --results WORD|analyze.py report --results WORD

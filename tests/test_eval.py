@@ -1,9 +1,6 @@
 """What eval.py says of models, against models whose answers are known and counts by hand."""
 import math
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -42,12 +39,12 @@ def opened(tmp_path):
         model = GPT(GPTConfig(them.vocab_size, them.block_size, *size))
         save(tmp_path / "ckpt.pt", model, source={"spec": spec, "seed": 0})
         c = script.Opened(tmp_path, "cpu")
-        known = {x.tobytes(): y for x, y in zip(*c.rows(1024))}
 
-        def logits(x):
-            nothing = np.full(x.shape[1], -1)
-            y = np.stack([known.get(row.tobytes(), nothing) for row in x])
-            return answer(x, y, them.vocab_size)
+        def logits(x):  # of rows that may be cut behind the last token that counts
+            T = x.shape[1]
+            known = {row[:T].tobytes(): (row, y) for row, y in zip(*c.rows(1024))}
+            rows = [known.get(row.tobytes(), (row, np.full(T, -1))) for row in x]
+            return answer(*map(np.stack, zip(*rows)), them.vocab_size)[:, :T]
 
         if answer:
             c.model = Fake(model.config, logits).eval().requires_grad_(False)
@@ -138,8 +135,8 @@ def test_who_knows_the_rules_of_brackets_closes_right_and_who_errs_does_not(spec
     assert learned["loss (nats per counted token)"] == pytest.approx(learned["smallest possible"])
     assert learned["learned (share of what can be)"] == pytest.approx(1, abs=1e-4)
     assert found["closing bracket of a right type"] == 1
-    shares = found["share of a right type by brackets that are open (1, 2-3, 4-7, ...)"]
-    assert set(shares["model"].values()) == {1}
+    shares = found["share of a right type by brackets that are open (1, 2-3, 4-7, ...), model"]
+    assert set(shares.values()) == {1}
     if c.name == "dyck":  # only one type may close: the other is never right
         other = opened(spec, lambda *asked: -knows(*asked))
         assert script.probe_brackets(other)["closing bracket of a right type"] == 0
@@ -179,7 +176,7 @@ def test_what_can_be_known_of_a_rule_of_its_own_is_what_the_row_has_told(opened)
 def test_who_always_answers_right_has_learned_it_and_who_guesses_has_not(spec, opened):
     c = opened(spec, right)
     assert script.probe_learned(c)["learned (share of what can be)"] == pytest.approx(1)
-    shares = script.probe_answers(c)["share right by token of the answer"]["model"]
+    shares = script.probe_answers(c)["share right by token of the answer, model"]
     assert set(shares.values()) == {1}
     found = script.probe_learned(opened(spec, lambda x, y, n: np.zeros((*x.shape, n))))
     assert found["learned (share of what can be)"] < 0.1
@@ -190,8 +187,8 @@ def test_answers_are_counted_by_the_place_in_the_answer(opened):
     def second_wrong(x, y, vocab_size):
         return right(x, np.where(np.arange(x.shape[1]) == 5, (y + 1) % vocab_size, y), vocab_size)
     c = opened("sorting:numbers=4", second_wrong)
-    shares = script.probe_answers(c)["share right by token of the answer"]
-    assert shares == {"model": {1: 1, 2: 0, 3: 1, 4: 1}}
+    shares = script.probe_answers(c)["share right by token of the answer, model"]
+    assert shares == {1: 1, 2: 0, 3: 1, 4: 1}
     assert script.probe_learned(c)["accuracy"] == 0.75
 
 
@@ -212,7 +209,7 @@ def looks_at(place):
         found = np.zeros((len(x), 1, 1, x.shape[1], x.shape[1]))
         for i, row in enumerate(x.tolist()):
             for t in range(len(row)):
-                found[i, 0, 0, t, place(row, t)] = 1
+                found[i, 0, 0, t, place(row, t) % len(row)] = 1
         return found
     return attention
 
@@ -234,26 +231,25 @@ def value_of_asked(row, t):
     return row.index(key) + 1 if row[t] >= 133 and key in row else t
 
 
-@pytest.mark.parametrize("spec,name,place,never", [
-    ("set:length=8", "previous token", lambda row, t: max(0, t - 1), lambda row, t: t),
-    ("set:length=8", "induction", lambda row, t: max(0, t - len(row) // 2 + 1), lambda row, t: 0),
-    ("dyck:k=2,length=16", "matching bracket",
-     lambda row, t: opened_by_next(row, t - 1) if t else 0, lambda row, t: t),
-    ("dyck:k=2,length=16", "bracket that closes next", opened_by_next, lambda row, t: len(row) - 1),
-    ("haystack:pairs=5", "value of the asked key", value_of_asked, lambda row, t: t)])
-def test_a_head_that_looks_where_a_probe_looks_gets_one(spec, name, place, never, opened):
+@pytest.mark.parametrize("spec,name,place", [
+    ("set:length=8", "previous token", lambda row, t: t - 1),
+    ("set:length=8", "induction", lambda row, t: t - len(row) // 2 + 1),
+    ("dyck:k=2,length=16", "matching bracket", lambda row, t: opened_by_next(row, t - 1)),
+    ("dyck:k=2,length=16", "bracket that closes next", opened_by_next),
+    ("haystack:pairs=5", "value of the asked key", value_of_asked)])
+def test_a_head_that_looks_where_a_probe_looks_gets_one(spec, name, place, opened):
     c = opened(spec)
-    for where, score in ((place, 1), (never, 0)):
+    for where, score in ((place, 1), (lambda row, t: place(row, t) + 1, 0)):
         c.attention = looks_at(where)
         found = script.probe_heads(c)
         assert found[name] == found[f"{name}, strongest head"] == pytest.approx(score)
-        assert found[script.BLUR] == 0
+        assert found["entropy (1: all alike)"] == 0
     alike = np.tril(np.ones(2 * [c.data.block_size]))
     alike /= alike.sum(1, keepdims=True)
     c.attention = lambda x: np.stack([alike[None, None, :x.shape[1], :x.shape[1]]] * len(x))
     found = script.probe_heads(c)
     assert found[name] == pytest.approx(found[f"{name}, if it looked at all alike"])
-    assert found[script.BLUR] == pytest.approx(1)
+    assert found["entropy (1: all alike)"] == pytest.approx(1)
 
 
 def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
@@ -268,9 +264,11 @@ def test_a_state_planted_in_the_residual_stream_is_read_from_there_on(opened):
         c.model.wpe.weight.zero_()
         c.model.wte.weight.copy_(torch.eye(11, 16))  # a token is a direction
     c.model.h = torch.nn.ModuleList([torch.nn.Identity(), Planted()])
-    shares = script.probe_linear(c)["seen before, share right by layers passed"]
-    assert shares["model"][0] == shares["model"][1] < 0.8 and shares["model"][2] == 1
-    assert len(shares["untrained"]) == 3 and max(shares["untrained"].values()) < 0.9
+    found = script.probe_linear(c)
+    shares, untrained = (found[f"seen before, share right by layers passed, {name}"]
+                         for name in ("model", "untrained"))
+    assert shares[0] == shares[1] < 0.8 and shares[2] == 1
+    assert len(untrained) == 3 and max(untrained.values()) < 0.9
 
 
 # The command
@@ -331,14 +329,16 @@ def test_what_cannot_be_asked_is_refused_in_one_line(kind, arguments, reason, ch
 
 
 def test_who_says_not_what_it_was_trained_on_needs_data(tmp_path, prose, printed, refused):
-    torch.manual_seed(0)
-    path = tmp_path / "a.pt"
-    save(path, GPT(GPTConfig(264, 32, 1, 1, 8)))  # a padded vocabulary
+    path, padded = tmp_path / "a.pt", GPT(GPTConfig(264, 32, 1, 1, 8))
+    with torch.no_grad():
+        padded.wte.weight[:257] = 0  # the eight that only pad the vocabulary are likely
+    save(path, padded)
     assert "--data" in refused(script, path)
     assert "bits per byte" in printed(path, "--data", prose, "--probe", "loss")
+    assert "The ▶ " in printed(path, "--data", prose, "--prompt", "The"), "pads have no words"
     save(path, GPT(GPTConfig(50257, 32, 1, 1, 8)))  # GPT-2's size alone does not say that it is
     assert "--tokenizer" in refused(script, path, "--data", prose)
-    save(path, GPT(GPTConfig(264, 32, 1, 1, 8)), source=[3])
+    save(path, padded, source=[3])
     assert "a.pt" in refused(script, path)
 
 
@@ -384,36 +384,19 @@ def test_answers_of_a_task_are_said_to_be_right_or_wrong(checkpoints, printed, m
 def test_samples_go_on_from_held_out_text_and_prompts_from_words(checkpoints, printed, prose):
     ask = [checkpoints["text"], "--tokens", 6]
     text, them = printed(*ask, "--sample", 2), make_data(str(prose), 0, 64)
-    assert all(f"{them.write(them.val[row][0][:32])} ▶ " in text for row in range(2))
+    assert all(f"{them.write(them.val[row][0])} ▶ " in text for row in range(2))
     begin = torch.tensor([list(b"The quick")])
-    out = load(checkpoints["text"])[0].eval().generate(begin, 6, temperature=0)[0, 9:].tolist()
+    torch.manual_seed(0)
+    out = load(checkpoints["text"])[0].eval().generate(begin, 6, 0.8)[0, 9:].tolist()
     expected = f"The quick ▶ {bytes(out).decode('utf-8', 'replace')}\n"
     ask += ["--prompt", "The quick"]
-    assert printed(*ask, "--temperature", 0).endswith(expected)
-    assert printed(*ask, "--temperature", 5) == printed(*ask, "--temperature", 5)
+    assert printed(*ask).endswith(expected) and printed(*ask) == printed(*ask)
 
 
-def test_a_token_without_a_word_is_left_out(tmp_path, prose, printed):
-    model = GPT(GPTConfig(264, 16, 1, 1, 8))
-    with torch.no_grad():
-        model.wte.weight[:257] = 0  # the eight that only pad the vocabulary are likely
-    save(tmp_path / "a.pt", model, source={"spec": str(prose), "tokenizer": "bytes"})
-    assert "The ▶ " in printed(tmp_path / "a.pt", "--prompt", "The", "--temperature", 0.1)
-
-
-def test_a_figure_is_of_its_names_format_and_takes_any_label(tmp_path):
+def test_a_figure_is_of_its_names_format(tmp_path):
     pytest.importorskip("matplotlib")
     figure = script.pyplot().figure()
-    figure.suptitle("a file's name may be \udcff, which is no Unicode")
     script.keep_figure(figure, tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(UserError, match="png, .pdf"):
         script.keep_figure(figure, tmp_path / "a.txt")
-
-
-def test_a_notebooks_backend_is_not_asked_for():
-    pytest.importorskip("matplotlib")
-    run = subprocess.run([sys.executable, "-c", "import eval; eval.pyplot().figure()"],
-                         cwd=os.path.dirname(script.__file__), capture_output=True, text=True,
-                         env=os.environ | {"MPLBACKEND": "module://nowhere"})
-    assert run.returncode == 0, run.stderr
