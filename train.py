@@ -53,7 +53,7 @@ LAPTOP = dict(
 
 
 def run(s):
-    """Everything that the settings say -> the content of result.json. Raises UserError, Stopped."""
+    """Everything that the settings say -> the content of result.json. Raises UserError."""
     out, parts = Path(s.out), parse_parts(s.transfer)
     join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
@@ -138,7 +138,7 @@ def start_from_checkpoints(model, s):
 
 def train(model, data, stage, file, fingerprint, warmed):
     """Trains a model for one stage, from its checkpoint `file` on, if there is one -> its progress,
-    see `resume`. Raises UserError, and Stopped after a signal."""
+    see `resume`. Raises UserError, and SystemExit after a signal."""
     end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
     say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
         f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
@@ -213,7 +213,8 @@ def train(model, data, stage, file, fingerprint, warmed):
                  stage=stage.name, source=source, fingerprint=fingerprint, warmed=warmed,
                  **progress)
         if n_signals:
-            raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
+            say(f"stopped at {stage.name} step {step:,} of {stage.steps:,}; saved, for --resume")
+            sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it
     return progress
 
 
@@ -352,10 +353,6 @@ def clock(seconds):
 # ---- Here a student may stop. Processes and signals ----------------------------------------------
 
 SIGNALS = []  # those that came: a step is finished and saved, then the run stops
-
-
-class Stopped(Exception):
-    """The run was stopped, and can go on from where it was."""
 
 
 def rank():
@@ -732,9 +729,6 @@ def main():
         if rank() == 0:
             with reading(Path(settings.out, "result.json")):
                 summarise(found, settings)
-    except Stopped as stopped:
-        say(f"{stopped}; saved. To go on: the same command with --resume")
-        sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it
     finally:
         if dist.is_initialized():
             gc.collect()  # of DDP, which would keep the group's threads to the end, and abort
