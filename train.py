@@ -152,9 +152,9 @@ def train(model, data, stage, file, fingerprint, warmed):
     source = {"spec": data.spec, "seed": stage.seed, "eval_rows": stage.eval_rows,
               "tokenizer": data.tokenizer and data.tokenizer.name}
     log = Log(file.with_name("log.jsonl"), stage, progress)
-    held_out = held_out_rows(data, stage.eval_rows)
+    held_out = held_out_rows(data, stage.eval_rows), stage.device, autocast(stage), data.tokenizer
     if not progress["before"]:
-        progress["before"] = progress["result"] = evaluation(model, held_out, data, stage)
+        progress["before"] = progress["result"] = evaluate(model, *held_out)
         log.add_evaluation(0, progress["before"])
     if is_over(progress, stage):
         return progress
@@ -201,9 +201,9 @@ def train(model, data, stage, file, fingerprint, warmed):
                      "seconds": time.monotonic() - began}
         last = step == stage.steps
         if last or step == 1 or step % stage.log_every == 0:
-            log.add_step(step, finite(total(float(loss))[0]), lr)
+            log.add_step(step, total(float(loss))[0], lr)
         if last or step % stage.eval_every == 0:
-            result = progress["result"] = evaluation(model, held_out, data, stage)
+            result = progress["result"] = evaluate(model, *held_out)
             log.add_evaluation(step, result)
             good = result["accuracy"] >= stage.stop_at
             progress["passed"] = progress["passed"] + 1 if good else 0
@@ -251,21 +251,6 @@ def is_over(progress, stage):
     return progress["step"] >= stage.steps or progress["passed"] == 2
 
 
-def evaluation(model, rows, data, stage):
-    """Loss, accuracy and more, see eval.py. Raises UserError if the loss is not finite."""
-    result = evaluate(model, rows, stage.device, autocast(stage), data.tokenizer)
-    finite(result["loss"])
-    return result
-
-
-def finite(loss):
-    """The loss that it is given. Raises UserError if it is not finite."""
-    if not math.isfinite(loss):
-        raise UserError("the loss is not finite: a lower learning rate may help; --resume goes on "
-                        "from the last checkpoint")
-    return loss
-
-
 def lr_at(stage, step):
     """The learning rate of a step, from 0 on: a ramp up to lr, then a schedule down to min_lr."""
     if step < stage.lr_ramp:
@@ -310,7 +295,8 @@ def attention_entropy(maps, y):
 
 
 class Log:
-    """log.jsonl, and the same printed. Lines of a stage after its checkpoint are dropped."""
+    """log.jsonl, and the same printed. Lines of a stage after its checkpoint are dropped. To add
+    what is not finite raises UserError."""
 
     def __init__(self, path, stage, progress):
         self.path, self.stage = path, stage
@@ -338,6 +324,8 @@ class Log:
                  val_loss=loss, val_accuracy=accuracy)
 
     def add(self, step, line, **values):
+        if not all(map(math.isfinite, values.values())):
+            raise UserError("the loss is not finite: a lower learning rate may help, or --resume")
         say(f"[{self.stage.name}] {line}")
         entry = {"stage": self.stage.name, "step": step, "tokens": step * self.stage.step_tokens}
         if rank() == 0:

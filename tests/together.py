@@ -24,7 +24,7 @@ import train  # before torch, see there
 from analyze import (EXPERIMENTS, TASK_COLUMNS, folder_of, make_warmup, missing,
                      part_of_experiment, with_checkpoints)
 from data import UserError
-from eval import first_rows, held_out_rows
+from eval import evaluate, first_rows, held_out_rows
 from model import save
 
 import torch
@@ -66,7 +66,7 @@ class Member:
 
     def evaluation(self, model, data):
         rows = held_out_rows(data, self.s.eval_rows)
-        return train.evaluation(model.to(self.s.device), rows, data, self.s)
+        return evaluate(model.to(self.s.device), rows, self.s.device)
 
     def finish(self, step, weights):
         """Writes what train.py would have in the run's folder. weights: all in one row."""
