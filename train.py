@@ -25,6 +25,7 @@ import sys
 import time
 import zlib
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import (Parser, UserError, default_tokenizer, json_lines, kind_of, lock, make_data,
@@ -61,7 +62,7 @@ def run(s):
     fingerprint = check_data(data, warm_data, s)
     stage = stage_of(s, "train", data)
     model = new_model(data, s.size, s.tied, s.dropout, s.seed)
-    warmed = start_from_checkpoints(model, s)
+    warmup, warmed = start_from_checkpoints(model, s)
     if warm_data:
         warm_stage = stage_of(s, "warmup", warm_data)
         # Another seed, beyond all that flags can say: what starts afresh is not what began here.
@@ -71,7 +72,7 @@ def run(s):
         transfer(warm_model, model, parts, s.embeddings, s.positions)
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
-        finished = open_run(out, s, fingerprint, warmed["spec"]) if rank() == 0 else None
+        finished = open_run(out, s, fingerprint, warmup) if rank() == 0 else None
         if total(finished is not None)[0]:  # process 0 alone has looked, and tells the others
             say(f"{out}: finished in an earlier run")
             return finished
@@ -81,15 +82,15 @@ def run(s):
         say(f"{out}: {n:,} parameters{tokens}; {s.device}, {s.dtype}, processes: {world_size()}")
         if warm_data:
             # 1. Warm up.
-            warmed |= train(warm_model, warm_data, warm_stage, out / "warmup.pt", fingerprint,
-                            warmed)
+            warmed = train(warm_model, warm_data, warm_stage, out / "warmup.pt", fingerprint,
+                           warmed)
             # 2. Move what was learned.
             move(warm_model, model, parts, s)
             del warm_model  # its memory is wanted now
         # 3. Continue.
         trained = train(model, data, stage, out / "ckpt.pt", fingerprint, warmed)
         # 4. Say what came of it.
-        return write_result(out, s, fingerprint, warmed, trained)
+        return write_result(out, s, fingerprint, warmup, warmed, trained)
 
 
 def open_data(s):
@@ -117,10 +118,9 @@ def move(source, model, parts, s):
 
 
 def start_from_checkpoints(model, s):
-    """Moves what --init, --attn_from and --mlp_from name into the model -> how it was warmed up:
-    spec, tokens, seconds, first and last evaluation, which every checkpoint keeps."""
-    warmed = {"tokens": 0, "seconds": 0.0, "before": {}, "result": {}}
-    specs = []
+    """Moves what --init, --attn_from and --mlp_from name into the model -> on what it was warmed
+    up, and a Progress, with the tokens that the checkpoints had seen."""
+    specs, warmed = [], Progress()
     for path, parts in ((s.init, s.transfer), (s.mlp_from, "mlp"), (s.attn_from, "attn")):
         if path:
             source, state = load(path)
@@ -128,17 +128,33 @@ def start_from_checkpoints(model, s):
             # After a second stage our file has its warm-up in "warmed"; other people's have none.
             with reading(path):
                 warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
-                warmed["tokens"] += warm.get("tokens", 0)
+                warmed.tokens += int(warm.get("tokens", 0))
                 specs.append(str(state.get("source", {}).get("spec", Path(path).stem)))
-    return warmed | {"spec": " + ".join(specs) or s.warmup}
+    return " + ".join(specs) or s.warmup, warmed
 
 
 # ---- A stage of training -------------------------------------------------------------------------
 
 
+@dataclass
+class Progress:
+    """How far a stage is: each checkpoint keeps it. An evaluation is what eval.py's `evaluate`
+    returns."""
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: dict = field(default_factory=dict)  # the first evaluation
+    result: dict = field(default_factory=dict)  # the last one
+    passed: int = 0  # how many in a row reached --stop_at
+
+    def is_over(self, stage):
+        """After all steps, or when --stop_at was reached twice in a row."""
+        return self.step >= stage.steps or self.passed == 2
+
+
 def train(model, data, stage, file, fingerprint, warmed):
-    """Trains a model for one stage, from its checkpoint `file` on, if there is one -> its progress,
-    see `resume`. Raises UserError, and SystemExit after a signal."""
+    """Trains a model for one stage, from its checkpoint `file` on, if there is one -> its Progress.
+    Raises UserError, and SystemExit after a signal. warmed: the Progress of what came before."""
     end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
     say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
         f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
@@ -148,22 +164,22 @@ def train(model, data, stage, file, fingerprint, warmed):
     optimizer = make_optimizer(model, stage)
     scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
     progress = resume(file, model, optimizer, scaler, stage, fingerprint)
-    began = time.monotonic() - progress["seconds"]
+    began = time.monotonic() - progress.seconds
     source = {"spec": data.spec, "seed": stage.seed, "eval_rows": stage.eval_rows,
               "tokenizer": data.tokenizer and data.tokenizer.name}
     log = Log(file.with_name("log.jsonl"), stage, progress)
     held_out = held_out_rows(data, stage.eval_rows), stage.device, autocast(stage), data.tokenizer
-    if not progress["before"]:
-        progress["before"] = progress["result"] = evaluate(model, *held_out)
-        log.add_evaluation(0, progress["before"])
-    if is_over(progress, stage):
+    if not progress.before:
+        progress.before = progress.result = evaluate(model, *held_out)
+        log.add_evaluation(0, progress.before)
+    if progress.is_over(stage):
         return progress
     net = wrapped(model, stage)
-    rows = rows_from(data, stage, progress["step"])
+    rows = rows_from(data, stage, progress.step)
 
     model.train()
-    while not is_over(progress, stage):
-        step = progress["step"]
+    while not progress.is_over(stage):
+        step = progress.step
         lr = lr_at(stage, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -197,21 +213,21 @@ def train(model, data, stage, file, fingerprint, warmed):
         optimizer.zero_grad(set_to_none=True)
 
         step += 1
-        progress |= {"step": step, "tokens": step * stage.step_tokens,
-                     "seconds": time.monotonic() - began}
+        progress.step, progress.tokens = step, step * stage.step_tokens
+        progress.seconds = time.monotonic() - began
         last = step == stage.steps
         if last or step == 1 or step % stage.log_every == 0:
             log.add_step(step, total(float(loss))[0], lr)
         if last or step % stage.eval_every == 0:
-            result = progress["result"] = evaluate(model, *held_out)
-            log.add_evaluation(step, result)
-            good = result["accuracy"] >= stage.stop_at
-            progress["passed"] = progress["passed"] + 1 if good else 0
-        saving = n_signals or is_over(progress, stage) or step % stage.save_every == 0
+            progress.result = evaluate(model, *held_out)
+            log.add_evaluation(step, progress.result)
+            good = progress.result["accuracy"] >= stage.stop_at
+            progress.passed = progress.passed + 1 if good else 0
+        saving = n_signals or progress.is_over(stage) or step % stage.save_every == 0
         if saving and rank() == 0:
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 stage=stage.name, source=source, fingerprint=fingerprint, warmed=warmed,
-                 **progress)
+                 stage=stage.name, source=source, fingerprint=fingerprint, warmed=vars(warmed),
+                 **vars(progress))
         if n_signals:
             say(f"stopped at {stage.name} step {step:,} of {stage.steps:,}; saved, for --resume")
             sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it
@@ -219,19 +235,17 @@ def train(model, data, stage, file, fingerprint, warmed):
 
 
 def resume(file, model, optimizer, scaler, stage, fingerprint):
-    """Takes up a checkpoint, if there is one -> the stage's progress, which every checkpoint keeps:
-    before and result are its first and last evaluation; passed counts those that reached --stop_at
-    in a row. Raises UserError."""
-    progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": {}, "result": {}, "passed": 0}
+    """Takes up a checkpoint, if there is one -> the stage's Progress. Raises UserError."""
     if not file.exists():
-        return progress
+        return Progress()
     saved_model, state = load(file)
     with reading(file):
         if saved_model.config != model.config or state["fingerprint"] != fingerprint:
             raise ValueError("it is of another model, or of other data")
-        progress = {key: type(start)(state[key]) for key, start in progress.items()}
-        say(f"[{stage.name}] taken up at step {progress['step']:,}, held-out loss "
-            f"{progress['result']['loss']:.3f}, after {clock(progress['seconds'])}")
+        progress = Progress(**{key: kind(state[key])
+                               for key, kind in Progress.__annotations__.items()})
+        say(f"[{stage.name}] taken up at step {progress.step:,}, held-out loss "
+            f"{progress.result['loss']:.3f}, after {clock(progress.seconds)}")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         saved = state["optimizer"]["state"]  # empty before the first step
         for i, moments in saved.items():
@@ -244,11 +258,6 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
         scaler.load_state_dict(state["scaler"])
     model.load_state_dict(saved_model.state_dict())
     return progress
-
-
-def is_over(progress, stage):
-    """After all steps, or when --stop_at was reached twice in a row."""
-    return progress["step"] >= stage.steps or progress["passed"] == 2
 
 
 def lr_at(stage, step):
@@ -300,8 +309,8 @@ class Log:
 
     def __init__(self, path, stage, progress):
         self.path, self.stage = path, stage
-        self.time, self.step = time.monotonic(), progress["step"]  # of the last line
-        last = progress["step"] if progress["before"] else -1  # step 0 is the evaluation before it
+        self.time, self.step = time.monotonic(), progress.step  # of the last line
+        last = progress.step if progress.before else -1  # step 0 is the evaluation before it
         if rank() == 0:
             with reading(path), written_whole(path) as file:
                 for entry in json_lines(path):
@@ -452,17 +461,17 @@ def open_run(out, s, fingerprint, warmup):
     return None
 
 
-def write_result(out, s, fingerprint, warmed, trained):
+def write_result(out, s, fingerprint, warmup, warmed, trained):
     """Writes result.json, and returns what it holds."""
-    before, after = warmed["before"], warmed["result"]
+    before, after = warmed.before, warmed.result
     found = {
         "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
-        "warmup": warmed["spec"], "fingerprint": fingerprint,
+        "warmup": warmup, "fingerprint": fingerprint,
         "warmup_first_loss": before.get("loss"),
         "warmup_loss": after.get("loss"), "warmup_accuracy": after.get("accuracy"),
-        **{f"val_{key}": value for key, value in trained["result"].items() if key != "tokens"},
-        "tokens": {"procedural": warmed["tokens"], "semantic": trained["tokens"]},
-        "seconds": warmed["seconds"] + trained["seconds"]}
+        **{f"val_{key}": value for key, value in trained.result.items() if key != "tokens"},
+        "tokens": {"procedural": warmed.tokens, "semantic": trained.tokens},
+        "seconds": warmed.seconds + trained.seconds}
     if rank() == 0:
         write_json(out / "result.json", found)
     return found
