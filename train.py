@@ -74,7 +74,7 @@ def run(s):
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
         finished = open_run(out, s, fingerprint, warmup) if rank() == 0 else None
         if total(finished is not None)[0]:  # process 0 alone has looked, and tells the others
-            say(f"{out}: finished in an earlier run")
+            say(f"{out}: finished in an earlier run, see its result.json")
             return finished
         listen()
         n = sum(p.numel() for p in model.parameters())
@@ -90,7 +90,9 @@ def run(s):
         # 3. Continue.
         trained = train(model, data, stage, out / "ckpt.pt", fingerprint, warmed)
         # 4. Say what came of it.
-        return write_result(out, s, fingerprint, warmup, warmed, trained)
+        found = write_result(out, s, fingerprint, warmup, warmed, trained)
+        summarise(found, s)
+        return found
 
 
 def open_data(s):
@@ -477,6 +479,22 @@ def write_result(out, s, fingerprint, warmup, warmed, trained):
     return found
 
 
+def summarise(found, s):
+    """Says what came of a run."""
+    warmup, tokens, bits = found["warmup"], found["tokens"], found["val_bits_per_byte"]
+    if found["warmup_loss"] is not None:
+        warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> {found['warmup_loss']:.2f}"
+                   f" nats per counted token, {found['warmup_accuracy']:.0%} right")
+    result = f"{found['val_accuracy']:.2%} of answer tokens right"
+    if bits is not None:
+        result = f"{bits:.4f} bits per byte"
+    say(f"\nwarm-up    {warmup}\n"
+        f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
+        f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
+        f"files      {s.out} ({clock(found['seconds'])})\n"
+        f"next       python analyze.py curves {shlex.quote(s.out)} OTHER, of another --warmup")
+
+
 # --------------------------------------------------------------------------------------------------
 # Settings
 #
@@ -697,35 +715,9 @@ def stage_of(s, name, data):
     return stage
 
 
-def summarise(found, s):
-    """Says what came of a run, and what to do next."""
-    warmup, tokens, bits = found["warmup"], found["tokens"], found["val_bits_per_byte"]
-    if found["warmup_loss"] is not None:
-        warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> {found['warmup_loss']:.2f}"
-                   f" nats per counted token, {found['warmup_accuracy']:.0%} right")
-    result = f"{found['val_accuracy']:.2%} of answer tokens right"
-    if bits is not None:
-        result = f"{bits:.4f} bits per byte"
-    other = "with --warmup dyck"
-    if s.init or s.attn_from or s.mlp_from:
-        other = "from another checkpoint, or from none"
-    elif tokens["procedural"]:
-        other = "with --warmup none and no other flag of it"
-    say(f"\nwarm-up    {warmup}\n"
-        f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
-        f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
-        f"files      {s.out} ({clock(found['seconds'])})\n"
-        f"next       the same command {other}, unless that run is there;\n"
-        f"           then python analyze.py curves {shlex.quote(s.out)} and its folder")
-
-
 def main():
-    settings = parse(sys.argv[1:])
     try:
-        found = run(settings)
-        if rank() == 0:
-            with reading(Path(settings.out, "result.json")):
-                summarise(found, settings)
+        run(parse(sys.argv[1:]))
     finally:
         if dist.is_initialized():
             gc.collect()  # of DDP, which would keep the group's threads to the end, and abort
