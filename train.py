@@ -669,18 +669,16 @@ def spelled_out(warmup, warmups):
 
 def check(s, given, kind, checkpoint):
     """Refuses what would silently be another experiment than was meant. Raises UserError."""
-    warmup, rule = s["warmup"], s["warmup"] not in ("none", "text")
-    nothing_moves = warmup == "none" and not checkpoint
-    idle = {"tokenizer": kind != "text", "preset": kind == "task" and s["preset"] != "laptop",
+    warmup, is_rule = s["warmup"], s["warmup"] not in ("none", "text")
+    idle = {"preset": kind == "task" and s["preset"] != "laptop",
             "steps": "tokens" in given, "warmup_steps": "warmup_tokens" in given,
-            "transfer": warmup == "none" and not s["init"], "embeddings": nothing_moves,
-            "positions": nothing_moves}
+            "transfer": warmup == "none" and not s["init"]}
     idle = [name for name in given
             if idle.get(name) or name.startswith("warmup_") and warmup == "none"]
     for wrong, line in (
             (idle, f"--{', --'.join(idle)} would do nothing here"),
-            (kind == "rule", f"--data {s['data']} is a rule: --warmup takes rules"),
-            (rule and kind_of(warmup) != "rule", f"--warmup {warmup} is no rule"),
+            (kind == "rule" or is_rule and kind_of(warmup) != "rule",
+             "--data takes a task or text, --warmup a rule"),
             (warmup == "text" and kind != "text", "--warmup text needs --data that is text"),
             (warmup != "none" and checkpoint, "--warmup excludes --init, --attn_from, --mlp_from"),
             (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),

@@ -369,13 +369,13 @@ def test_moments_of_any_dtype_and_layout_go_on(key, change, same_bits, refused, 
 
 
 @pytest.mark.parametrize("bad,said", [
-    ("--data=set", "is a rule"), ("--warmup=haystack", "no rule"), ("--warmup=text", "is text"),
+    ("--data=set", "takes a task"), ("--warmup=haystack", "a rule"), ("--warmup=text", "is text"),
     ("--log_every=--", "empty"), ("--init=CUT --warmup=set", "excludes"),
     ("--sharpen=1 --recompute", "excludes"), ("--transfer=all", "needs --init"),
     ("--warmup=none --transfer=attn", "--transfer would do nothing"),
     ("--init=CUT --warmup_lr=1", "--warmup_lr would do nothing"),
     ("--attn_from=CUT --transfer=attn", "--transfer would do nothing"),
-    ("--tokenizer=bytes", "--tokenizer would do nothing"), ("--tokens=1M", "--steps would"),
+    ("--tokenizer=bytes", "no tokenizer bytes"), ("--tokens=1M", "--steps would"),
     ("--block_size=4", "haystack"), ("--preset=c4", "--preset would"), ("--size=1_3_8", "3 heads"),
     # What does not fit is seen before the warm-up.
     ("--init=CUT --size=1_2_16", "1_2_8"), ("--embeddings=keep", "256"),
