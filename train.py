@@ -45,10 +45,10 @@ from torch.utils.data import DataLoader
 # file): less than three minutes on two CPU cores, in which no more than eight types of brackets can
 # be learned. Of what was tried, these end at the lowest loss.
 LAPTOP = dict(
-    data="code", size="tiny", dtype="float32", eval_rows=320, warmups={"dyck": ("k=8", {})},
+    data="code", size="tiny", dtype="float32", eval_rows=320,
     steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine", lr_ramp=100,
     warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
-    warmup_lr_ramp=200, warmup_min_lr=0.0)
+    warmup_lr_ramp=200, warmup_min_lr=0.0, warmups={"dyck": dict(warmup="dyck:k=8")})
 
 # ---- A run: two stages, and what moves between them ----------------------------------------------
 
@@ -500,15 +500,17 @@ def summarise(found, s):
 #
 # What is used is what a flag says; else the shape of the checkpoint that a run starts from; else a
 # row: that of its preset or of its task, or LAPTOP, for text without a preset; else as in FLAGS.
+# A row's `warmups` say what the name of a rule alone, as in --warmup dyck, stands for; a name that
+# is not there has its parameters in data.py.
 
-# A rule's name alone, as in --warmup dyck, stands for these parameters and settings (paper,
-# "Procedural data"), with models of GPT-2's size. Elsewhere it has data.py's own, or as rows say.
+# With models of GPT-2's size, as published (paper, "Procedural data").
 LONG_ROWS = dict(warmup_steps=500, warmup_batch_size=32)
-WARMUPS = dict.fromkeys(("identity", "reverse", "sort", "set", "union", "delete", "stack"),
-                        ("length=64", {}))
-WARMUPS |= {"dyck": ("k=64,length=2048", LONG_ROWS), "eca": ("length=2048", LONG_ROWS),
-            "dyck_shuffle": ("k=64,length=2048", LONG_ROWS),
-            "text": ("", dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32))}
+WARMUPS = {name: dict(warmup=f"{name}:length=64")
+           for name in ("identity", "reverse", "sort", "set", "union", "delete", "stack")}
+WARMUPS |= {"dyck": dict(LONG_ROWS, warmup="dyck:k=64,length=2048"),
+            "dyck_shuffle": dict(LONG_ROWS, warmup="dyck_shuffle:k=64,length=2048"),
+            "eca": dict(LONG_ROWS, warmup="eca:length=2048"),
+            "text": dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32)}
 
 # Text, with GPT-2's size (paper, "Semantic pretraining"); no positions move.
 C4 = dict(data="c4", size="gpt2", positions="random", eval_rows=640, warmups=WARMUPS,
@@ -543,7 +545,7 @@ TASK_SETTINGS = {
 # Ours, with --preset laptop: a quarter of a task's rows at twice the rate, until it is learned;
 # brackets as long as 15 pairs are.
 LAPTOP_TASK = dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
-                   warmup_steps=4000, warmups={"dyck": ("length=36", {})})
+                   warmup_steps=4000, warmups={"dyck": dict(warmup="dyck:length=36")})
 
 # Flags: name: (type or choices, default, what it is). Both stages have those of STAGE: --steps is
 # the training's, --warmup_steps the warm-up's.
@@ -634,8 +636,7 @@ def parse(argv):
     else:
         s |= PRESETS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
     warmups = s.pop("warmups", {})
-    _, own = warmups.get(warmup.removeprefix("shuffled:"), ("", {}))  # a control has its rule's
-    s |= own
+    s |= warmups.get(warmup.removeprefix("shuffled:"), {})  # a control has its rule's
     warmup = spelled_out(warmup, warmups)
     if warmup == "text":
         s["embeddings"] = "keep"
@@ -658,12 +659,11 @@ def parse(argv):
 
 
 def spelled_out(warmup, warmups):
-    """A spec in which each bare name has the parameters that it stands for: see WARMUPS."""
+    """A spec in which each name alone is what it stands for: see WARMUPS."""
     members = []
     for member in warmup.replace(" ", "").split("+"):
         name = member.removeprefix("shuffled:").rpartition("*")[2]
-        parameters, _ = warmups.get(name, ("", {}))
-        members.append(f"{member}:{parameters}" if parameters else member)
+        members.append(member.removesuffix(name) + warmups.get(name, {}).get("warmup", name))
     return "+".join(members)
 
 
