@@ -10,7 +10,6 @@ Read from `run`, which has two stages, through `train`, which is one, to the end
 all settings, `stage` the same as a stage sees them: `stage.lr` of the warm-up is `s.warmup_lr`.
 """
 import contextlib
-import datetime
 import gc
 import importlib.util
 import json
@@ -26,6 +25,7 @@ import time
 import zlib
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from data import (Parser, UserError, default_tokenizer, json_lines, kind_of, lock, make_data,
@@ -247,7 +247,7 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
         progress = Progress(**{key: kind(state[key])
                                for key, kind in Progress.__annotations__.items()})
         say(f"[{stage.name}] taken up at step {progress.step:,}, held-out loss "
-            f"{progress.result['loss']:.3f}, after {clock(progress.seconds)}")
+            f"{progress.result['loss']:.3f}, after {timedelta(seconds=int(progress.seconds))}")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         saved = state["optimizer"]["state"]  # empty before the first step
         for i, moments in saved.items():
@@ -322,7 +322,7 @@ class Log:
     def add_step(self, step, loss, lr):
         seconds = max(time.monotonic() - self.time, 1e-3)  # a clock may be coarse
         speed = (step - self.step) * self.stage.step_tokens / seconds
-        left = clock((self.stage.steps - step) * self.stage.step_tokens / speed)
+        left = timedelta(seconds=(self.stage.steps - step) * self.stage.step_tokens // speed)
         line = f"step {step:,}/{self.stage.steps:,} | loss {loss:.3f}"
         if step > 1:  # the first is slow, and says nothing of the others
             line += f" | {speed:,.0f} tokens/s | {left} left"
@@ -342,11 +342,6 @@ class Log:
         if rank() == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(entry | values) + "\n")
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
 
 
 # ---- Here a student may stop. Processes and signals ----------------------------------------------
@@ -373,7 +368,7 @@ def join_processes(s):
                 torch.cuda.set_device(s.device)
             backend = "cpu:gloo,cuda:nccl" if "cuda" in s.device else "gloo"
             # One may have a corpus to tokenise first.
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
+            dist.init_process_group(backend, timeout=timedelta(hours=6))
     except (ValueError, KeyError) as error:
         raise UserError(f"several processes have to be started by torchrun: {error}") from None
 
@@ -491,7 +486,7 @@ def summarise(found, s):
     say(f"\nwarm-up    {warmup}\n"
         f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
         f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
-        f"files      {s.out} ({clock(found['seconds'])})\n"
+        f"files      {s.out} ({timedelta(seconds=int(found['seconds']))})\n"
         f"next       python analyze.py curves {shlex.quote(s.out)} OTHER, of another --warmup")
 
 
