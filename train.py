@@ -90,9 +90,7 @@ def run(s):
         # 3. Continue.
         trained = train(model, data, stage, out / "ckpt.pt", fingerprint, warmed)
         # 4. Say what came of it.
-        found = write_result(out, s, fingerprint, warmup, warmed, trained)
-        summarise(found, s)
-        return found
+        return write_result(out, s, fingerprint, warmup, warmed, trained)
 
 
 def open_data(s):
@@ -459,35 +457,30 @@ def open_run(out, s, fingerprint, warmup):
 
 
 def write_result(out, s, fingerprint, warmup, warmed, trained):
-    """Writes result.json, and returns what it holds."""
-    before, after = warmed.before, warmed.result
+    """Writes result.json, says what came of the run, and returns what the file holds."""
+    before, after, result = warmed.before, warmed.result, trained.result
     found = {
         "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
         "warmup": warmup, "fingerprint": fingerprint,
         "warmup_first_loss": before.get("loss"),
         "warmup_loss": after.get("loss"), "warmup_accuracy": after.get("accuracy"),
-        **{f"val_{key}": value for key, value in trained.result.items() if key != "tokens"},
+        **{f"val_{key}": value for key, value in result.items() if key != "tokens"},
         "tokens": {"procedural": warmed.tokens, "semantic": trained.tokens},
         "seconds": warmed.seconds + trained.seconds}
     if rank() == 0:
         write_json(out / "result.json", found)
-    return found
-
-
-def summarise(found, s):
-    """Says what came of a run."""
-    warmup, tokens, bits = found["warmup"], found["tokens"], found["val_bits_per_byte"]
-    if found["warmup_loss"] is not None:
-        warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> {found['warmup_loss']:.2f}"
-                   f" nats per counted token, {found['warmup_accuracy']:.0%} right")
-    result = f"{found['val_accuracy']:.2%} of answer tokens right"
-    if bits is not None:
-        result = f"{bits:.4f} bits per byte"
+    if after:
+        warmup += (f": held-out loss {before['loss']:.2f} -> {after['loss']:.2f} nats per counted "
+                   f"token, {after['accuracy']:.0%} right")
+    how_good = f"{result['accuracy']:.2%} of answer tokens right"
+    if result["bits_per_byte"]:
+        how_good = f"{result['bits_per_byte']:.4f} bits per byte"
     say(f"\nwarm-up    {warmup}\n"
-        f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
-        f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
+        f"tokens     {warmed.tokens:,} of warm-up, {trained.tokens:,} of {s.data}\n"
+        f"result     held-out loss {result['loss']:.4f} nats per counted token, {how_good}\n"
         f"files      {s.out} ({timedelta(seconds=int(found['seconds']))})\n"
         f"next       python analyze.py curves {shlex.quote(s.out)} OTHER, of another --warmup")
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
