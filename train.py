@@ -172,8 +172,6 @@ def train(model, data, stage, file, fingerprint, warmed):
     if not progress.before:
         progress.before = progress.result = evaluate(model, *held_out)
         log.add_evaluation(0, progress.before)
-    if progress.is_over(stage):
-        return progress
     net = wrapped(model, stage)
     rows = rows_from(data, stage, progress.step)
 
@@ -242,18 +240,17 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
     with reading(file):
         if saved_model.config != model.config or state["fingerprint"] != fingerprint:
             raise ValueError("it is of another model, or of other data")
-        progress = Progress(**{key: kind(state[key])
-                               for key, kind in Progress.__annotations__.items()})
+        kept = {key: kind(state[key]) for key, kind in Progress.__annotations__.items()}
+        progress = Progress(**kept)
         say(f"[{stage.name}] taken up at step {progress.step:,}, held-out loss "
             f"{progress.result['loss']:.3f}, after {timedelta(seconds=int(progress.seconds))}")
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         saved = state["optimizer"]["state"]  # empty before the first step
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, moments in saved.items():
             moments["step"] = torch.tensor(float(moments["step"]))
             for name in ("exp_avg", "exp_avg_sq"):
                 # Strides that a file may have would crash the fused step.
-                shape = parameters[i].shape
-                moments[name] = torch.empty(shape).copy_(moments[name].reshape(shape))
+                moments[name] = moments[name].reshape(parameters[i].shape).contiguous()
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
         scaler.load_state_dict(state["scaler"])
     model.load_state_dict(saved_model.state_dict())
@@ -364,9 +361,8 @@ def join_processes(s):
             if "cuda" in s.device:
                 s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
                 torch.cuda.set_device(s.device)
-            backend = "cpu:gloo,cuda:nccl" if "cuda" in s.device else "gloo"
-            # One may have a corpus to tokenise first.
-            dist.init_process_group(backend, timeout=timedelta(hours=6))
+            # gloo and, on GPUs, NCCL. One process may have a corpus to tokenise first.
+            dist.init_process_group(timeout=timedelta(hours=6))
     except (ValueError, KeyError) as error:
         raise UserError(f"several processes have to be started by torchrun: {error}") from None
 
