@@ -66,10 +66,10 @@ def run(s):
     if warm_data:
         warm_stage = stage_of(s, "warmup", warm_data)
         # Another seed, beyond all that flags can say: what starts afresh is not what began here.
-        warm_model = new_model(warm_data, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
+        warm = new_model(warm_data, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
         # A trial with weights that know nothing yet, overwritten below: what does not fit is
         # refused now, not after hours of warm-up.
-        transfer(warm_model, model, parts, s.embeddings, s.positions)
+        transfer(warm, model, parts, s.embeddings, s.positions)
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
         finished = open_run(out, s, fingerprint, warmup) if rank() == 0 else None
@@ -82,11 +82,10 @@ def run(s):
         say(f"{out}: {n:,} parameters{tokens}; {s.device}, {s.dtype}, processes: {world_size()}")
         if warm_data:
             # 1. Warm up.
-            warmed = train(warm_model, warm_data, warm_stage, out / "warmup.pt", fingerprint,
-                           warmed)
+            warmed = train(warm, warm_data, warm_stage, out / "warmup.pt", fingerprint, warmed)
             # 2. Move what was learned.
-            move(warm_model, model, parts, s)
-            del warm_model  # its memory is wanted now
+            move(warm, model, parts, s)
+            del warm  # its memory is wanted now
         # 3. Continue.
         trained = train(model, data, stage, out / "ckpt.pt", fingerprint, warmed)
         # 4. Say what came of it.
@@ -138,27 +137,21 @@ def start_from_checkpoints(model, s):
 
 @dataclass
 class Progress:
-    """How far a stage is: each checkpoint keeps it. An evaluation is what eval.py's `evaluate`
-    returns."""
+    """How far a stage is, as each checkpoint keeps it."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    before: dict = field(default_factory=dict)  # the first evaluation
+    before: dict = field(default_factory=dict)  # the first evaluation, see `evaluate`
     result: dict = field(default_factory=dict)  # the last one
-    passed: int = 0  # how many in a row reached --stop_at
-
-    def is_over(self, stage):
-        """After all steps, or when --stop_at was reached twice in a row."""
-        return self.step >= stage.steps or self.passed == 2
+    passed: int = 0  # how many in a row reached --stop_at; two end the stage
 
 
 def train(model, data, stage, file, fingerprint, warmed):
     """Trains a model for one stage, from its checkpoint `file` on, if there is one -> its Progress.
     Raises UserError, and SystemExit after a signal. warmed: the Progress of what came before."""
-    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
     say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
         f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
-        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
+        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule} to {lr_at(stage, stage.steps):g}")
     model.recompute = stage.recompute
     model.to(stage.device)
     optimizer = make_optimizer(model, stage)
@@ -176,13 +169,13 @@ def train(model, data, stage, file, fingerprint, warmed):
     rows = rows_from(data, stage, progress.step)
 
     model.train()
-    while not progress.is_over(stage):
+    while progress.step < stage.steps and progress.passed < 2:
         step = progress.step
         lr = lr_at(stage, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
-            torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
+        # Masks of dropout depend on the step, so that a resumed run has the same.
+        torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
 
         x, y = next(rows)
         # One process may have got a signal: all hear of it with this sum, and stop together.
@@ -221,7 +214,7 @@ def train(model, data, stage, file, fingerprint, warmed):
             log.add_evaluation(step, progress.result)
             good = progress.result["accuracy"] >= stage.stop_at
             progress.passed = progress.passed + 1 if good else 0
-        saving = n_signals or progress.is_over(stage) or step % stage.save_every == 0
+        saving = last or progress.passed == 2 or n_signals or step % stage.save_every == 0
         if saving and rank() == 0:
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                  stage=stage.name, source=source, fingerprint=fingerprint, warmed=vars(warmed),
@@ -242,8 +235,7 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
             raise ValueError("it is of another model, or of other data")
         kept = {key: kind(state[key]) for key, kind in Progress.__annotations__.items()}
         progress = Progress(**kept)
-        say(f"[{stage.name}] taken up at step {progress.step:,}, held-out loss "
-            f"{progress.result['loss']:.3f}, after {timedelta(seconds=int(progress.seconds))}")
+        say(f"[{stage.name}] taken up at step {progress.step:,}")
         saved = state["optimizer"]["state"]  # empty before the first step
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, moments in saved.items():
@@ -441,8 +433,7 @@ def open_run(out, s, fingerprint, warmup):
         for key in sorted(fixed):
             theirs, ours = there["settings"].get(key), getattr(s, key)
             if theirs != ours:
-                raise UserError(f"{out} holds a run with other settings ({key} {theirs}, here "
-                                f"{ours}): choose another --out")
+                raise UserError(f"{out} holds another run ({key} {theirs}, here {ours})")
         if there["fingerprint"] != fingerprint:
             raise UserError(f"{s.data} is not what it was when the run in {out} began")
     if (out / "result.json").exists():
@@ -479,9 +470,8 @@ def write_result(out, s, fingerprint, warmup, warmed, trained):
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings
-#
+# ---- Settings ------------------------------------------------------------------------------------
+
 # What is used is what a flag says; else the shape of the checkpoint that a run starts from; else a
 # row: that of its preset or of its task, or LAPTOP, for text without a preset; else as in FLAGS.
 # A row's `warmups` say what the name of a rule alone, as in --warmup dyck, stands for; a name that
@@ -552,7 +542,7 @@ FLAGS = {
     "transfer": (str, "full", "what moves: full; attn,mlp,norm or some; all: the whole --init"),
     "embeddings": (("random", "mean", "keep"), "random", "at first; mean, keep: the warm-up's"),
     "positions": (("fit", "moved", "random"), "fit", "fit: moved where the warm-up has as many"),
-    "preset": (tuple(PRESETS), None, "settings of a published run, or laptop, or gpu"),
+    "preset": (tuple(PRESETS), None, "settings: a published run's, gpu, or laptop (shown here)"),
     "data": (str, None, "a task, a corpus or a path (data.py list)"),
     "tokenizer": (str, None, "of text: bytes, or one that tiktoken knows, such as gpt2"),
     "size": (str, None, "tiny, gpt2, gpt2-medium, -large, -xl, 1.3b, or layers_heads_width"),
@@ -583,8 +573,7 @@ OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_
 
 def parse(argv):
     """The command line -> all settings, a Namespace. Raises UserError."""
-    parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults: of text without a preset.",
-                    argument_default=SUPPRESS)
+    parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
         takes = {"type": kind, "metavar": "TEXT" if kind is str else "NUMBER"}
         if isinstance(kind, tuple):
