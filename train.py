@@ -72,10 +72,8 @@ def run(s):
         transfer(warm, model, parts, s.embeddings, s.positions)
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
-        finished = open_run(out, s, fingerprint, warmup) if rank() == 0 else None
-        if total(finished is not None)[0]:  # process 0 alone has looked, and tells the others
-            say(f"{out}: finished in an earlier run, see its result.json")
-            return finished
+        if rank() == 0:
+            open_run(out, s, fingerprint, warmup)
         listen()
         n = sum(p.numel() for p in model.parameters())
         tokens = f"; tokens of {data.tokenizer.name}" if data.tokenizer else ""
@@ -409,7 +407,7 @@ def check_data(data, warm_data, s):
 
 
 def open_run(out, s, fingerprint, warmup):
-    """Makes a run's folder, or checks that it holds this run -> its result if that is there."""
+    """Makes a run's folder, or checks that it holds this run. Raises UserError."""
     path = out / "config.json"
     if not path.exists():
         if any(out.glob("[!.]*")):
@@ -422,7 +420,7 @@ def open_run(out, s, fingerprint, warmup):
                               "python": platform.python_version(), "torch": torch.__version__,
                               "numpy": numpy.__version__, "commit": commit and commit[0],
                               "device_name": chip, "processes": world_size()}})
-        return None
+        return
     fixed = vars(s).keys() - OPERATIONAL
     if s.dropout or s.warmup_dropout:
         fixed.add("grad_accum")  # which changes what is dropped
@@ -434,11 +432,8 @@ def open_run(out, s, fingerprint, warmup):
                 raise UserError(f"{out} holds another run ({key} {theirs}, here {ours})")
         if there["fingerprint"] != fingerprint:
             raise UserError(f"{s.data} is not what it was when the run in {out} began")
-    if (out / "result.json").exists():
-        return read_json(out / "result.json")
-    if not s.resume:
+    if not s.resume and not (out / "result.json").exists():
         raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
-    return None
 
 
 def write_result(out, s, fingerprint, warmup, warmed, trained):
