@@ -48,7 +48,8 @@ LAPTOP = dict(
     data="code", size="tiny", dtype="float32", eval_rows=320,
     steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine", lr_ramp=100,
     warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
-    warmup_lr_ramp=200, warmup_min_lr=0.0, warmups={"dyck": dict(warmup="dyck:k=8")})
+    warmup_lr_ramp=200, warmup_min_lr=0.0,
+    warmups={"dyck": dict(warmup="dyck:k=8"), "text": dict(embeddings="keep")})
 
 # ---- A run: two stages, and what moves between them ----------------------------------------------
 
@@ -477,7 +478,7 @@ WARMUPS = {name: dict(warmup=f"{name}:length=64")
 WARMUPS |= {"dyck": dict(LONG_ROWS, warmup="dyck:k=64,length=2048"),
             "dyck_shuffle": dict(LONG_ROWS, warmup="dyck_shuffle:k=64,length=2048"),
             "eca": dict(LONG_ROWS, warmup="eca:length=2048"),
-            "text": dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32)}
+            "text": dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32, embeddings="keep")}
 
 # Text, with GPT-2's size (paper, "Semantic pretraining"); no positions move.
 C4 = dict(data="c4", size="gpt2", positions="random", eval_rows=640, warmups=WARMUPS,
@@ -546,9 +547,9 @@ FLAGS = {
     "seed": (number(0, 2 ** 32), 0, "of weights, rows and their order"),
     "device": (str, None, "cuda, mps or cpu"),
     "dtype": (("float32", "bfloat16", "float16"), "float32", "of matrix products"),
-    "compile": (bool, None, "torch.compile (default: on CUDA with triton)"),
+    "compile": (bool, False, "torch.compile; on CUDA with triton, True"),
     "recompute": (bool, False, "less memory for a third more work"),
-    "workers": (number(0, 257), None, "processes that make rows ahead"),
+    "workers": (number(0, 257), 0, "processes that make rows ahead; with a GPU, some"),
     "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
     "eval_rows": (number(1, 1e9), None, "held-out rows of an evaluation"),
     "save_every": (number(1, 1e9), None, "steps between checkpoints; a tenth of the stage"),
@@ -592,10 +593,10 @@ def parse(argv):
     name = re.sub(r"[^\w.=+-]+", "_", name, flags=re.ASCII)
     s["out"] = f"out/{name[:100]}-s{given.get('seed', 0)}"
     s["device"] = find_device(given.get("device"))
-    compiler = importlib.util.find_spec("triton")  # which is not everywhere, as on Windows
-    s["compile"] = bool("cuda" in s["device"] and compiler and not given.get("sharpen"))
-    if "cuda" in s["device"]:  # old GPUs have no bfloat16
-        s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    if "cuda" in s["device"]:  # triton is not everywhere, as on Windows; old GPUs have no bfloat16
+        s |= dict(compile=bool(importlib.util.find_spec("triton")) and not given.get("sharpen"),
+                  dtype="bfloat16" if torch.cuda.is_bf16_supported(False) else "float16",
+                  workers=min(8, max(1, os.cpu_count() // 2)))
     if kind == "task":
         s |= TASK_SETTINGS.get(data.partition(":")[0], TASK)
         s |= LAPTOP_TASK if preset else {}
@@ -604,8 +605,6 @@ def parse(argv):
     warmups = s.pop("warmups", {})
     s |= warmups.get(warmup.removeprefix("shuffled:"), {})  # a control has its rule's
     warmup = spelled_out(warmup, warmups)
-    if warmup == "text":
-        s["embeddings"] = "keep"
     if warmup == "none":
         s["warmup_steps"] = 0
     if checkpoint:
@@ -672,8 +671,6 @@ def stage_of(s, name, data):
         stage.grad_accum = math.ceil(tokens * data.vocab_size / 2 ** 30)
         if stage.device == "cpu" and data.kind != "text":  # measured: rows of like length together
             stage.grad_accum = max(1, min(8, int(tokens / 2000)))
-    if stage.workers is None:  # on a CPU, they would take the cores from the model
-        stage.workers = min(8, max(1, os.cpu_count() // 2)) if "cuda" in stage.device else 0
     stage.stop_at = math.inf if prefix else s.stop_at or math.inf
     stage.sharpen = 0.0 if prefix else s.sharpen
     return stage
