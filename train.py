@@ -60,7 +60,9 @@ def run(s):
     join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
     data, warm_data = open_data(s)
-    fingerprint = check_data(data, warm_data, s)
+    fingerprint = [each.fingerprint() for each in (data, warm_data) if each]
+    if total(*fingerprint) != [mine * world_size() for mine in fingerprint]:
+        raise UserError("processes see different data: each machine needs the same corpora")
     stage = stage_of(s, "train", data)
     model = new_model(data, s.size, s.tied, s.dropout, s.seed)
     warmup, warmed = start_from_checkpoints(model, s)
@@ -390,21 +392,7 @@ def wrapped(model, stage):
     return net
 
 
-# ---- What a run may begin with, and its folder ---------------------------------------------------
-
-
-def check_data(data, warm_data, s):
-    """Refuses data that cannot be trained on -> their fingerprint. Raises UserError."""
-    both = [data, warm_data] if warm_data else [data]
-    for each, batch_size in zip(both, (s.batch_size, s.warmup_batch_size)):
-        if (each.train.__getitems__(range(64))[1] == -1).all():
-            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}")
-        if batch_size < world_size():
-            raise UserError(f"a batch of {batch_size} is too small for {world_size()} processes")
-    fingerprint = [each.fingerprint() for each in both]
-    if total(*fingerprint) != [mine * world_size() for mine in fingerprint]:
-        raise UserError("processes see different data: each machine needs the same corpora")
-    return fingerprint
+# ---- A run's folder ------------------------------------------------------------------------------
 
 
 def open_run(out, s, fingerprint, warmup):
@@ -654,11 +642,16 @@ def check(s, given, kind, checkpoint):
 
 
 def stage_of(s, name, data):
-    """The settings as one stage has them. Its tokens become steps, in `s`, too: these define it."""
+    """The settings as one stage has them. Its tokens become steps, in `s`, too: these define it.
+    Raises UserError where the stage could not train."""
     prefix = "warmup_" if name == "warmup" else ""
     stage = Namespace(**vars(s) | {key: getattr(s, prefix + key) for key in STAGE})
     stage.name, stage.block_size = name, data.block_size
     stage.step_tokens = stage.batch_size * data.block_size
+    if stage.batch_size < world_size():
+        raise UserError(f"a batch of {stage.batch_size} is too small for {world_size()} processes")
+    if (data.train.__getitems__(range(64))[1] == -1).all():
+        raise UserError(f"{data.spec}: no token counts in rows of {data.block_size}")
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.step_tokens))
         vars(s).update({f"{prefix}steps": stage.steps, f"{prefix}tokens": None})

@@ -43,7 +43,7 @@ class Member:
         self.out, self.warm, self.began = Path(out), warm, time.monotonic()
         self.task, rule = train.open_data(s)
         self.data = rule if warm else self.task
-        self.fingerprint = train.check_data(self.task, rule, s)
+        self.fingerprint = [each.fingerprint() for each in (self.task, rule) if each]
         self.model = train.new_model(self.task, s.size, s.tied, s.dropout, seed)
         self.warmup, self.warmed = train.start_from_checkpoints(self.model, s)
         self.out.mkdir(exist_ok=True)
