@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -441,14 +440,13 @@ def write_result(out, s, fingerprint, warmup, warmed, trained):
     if after:
         warmup += (f": held-out loss {before['loss']:.2f} -> {after['loss']:.2f} nats per counted "
                    f"token, {after['accuracy']:.0%} right")
-    how_good = f"{result['accuracy']:.2%} of answer tokens right"
-    if result["bits_per_byte"]:
-        how_good = f"{result['bits_per_byte']:.4f} bits per byte"
+    bits = result["bits_per_byte"]
+    how_good = f"{bits:.4f} bits per byte" if bits else f"{result['accuracy']:.2%} right"
     say(f"\nwarm-up    {warmup}\n"
         f"tokens     {warmed.tokens:,} of warm-up, {trained.tokens:,} of {s.data}\n"
         f"result     held-out loss {result['loss']:.4f} nats per counted token, {how_good}\n"
         f"files      {s.out} ({timedelta(seconds=int(found['seconds']))})\n"
-        f"next       python analyze.py curves {shlex.quote(s.out)} OTHER, of another --warmup")
+        f"next       python analyze.py curves \"{s.out}\" OTHER, of another --warmup")
     return found
 
 

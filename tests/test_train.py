@@ -429,7 +429,7 @@ def test_a_run_says_what_it_does_with_a_budget_in_tokens_and_a_coarse_clock(monk
     for line, said in zip(lines[-5:], (
             f"{result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} nats",
             "864 of warm-up, 1,008 of haystack:pairs=3", f"{result['val_loss']:.4f} nats",
-            "my run", "curves 'my run'")):
+            "my run", 'curves "my run"')):
         assert said in line
 
 
