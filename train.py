@@ -151,7 +151,7 @@ def train(model, data, stage, file, fingerprint, warmed):
     Raises UserError, and SystemExit after a signal. warmed: the Progress of what came before."""
     say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
         f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
-        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule} to {lr_at(stage, stage.steps):g}")
+        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}; ends at {lr_at(stage, stage.steps):g}")
     model.recompute = stage.recompute
     model.to(stage.device)
     optimizer = make_optimizer(model, stage)
@@ -181,11 +181,8 @@ def train(model, data, stage, file, fingerprint, warmed):
         # One process may have got a signal: all hear of it with this sum, and stop together.
         n_counted, n_signals = total(int((y != -1).sum()), len(SIGNALS))
         loss = 0.0
-        micros = micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu")
-        for i, (x, y) in enumerate(micros):
+        for x, y in micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu"):
             x, y = x.to(stage.device, non_blocking=True), y.to(stage.device, non_blocking=True)
-            if world_size() > 1:  # processes share their gradients once a step
-                net.require_backward_grad_sync = i == len(micros) - 1
             watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
             with autocast(stage), watched as maps:
                 # A sum over tokens that count, by their number in the step, in all processes.

@@ -425,7 +425,7 @@ def test_a_run_says_what_it_does_with_a_budget_in_tokens_and_a_coarse_clock(monk
     train.main()
     lines, result = capfd.readouterr().out.splitlines(), read_json("my run/result.json")
     assert result["seconds"] == 0 and min(log("my run", "tokens_per_second")) > 0
-    assert "[train] learning rate 0.01: a ramp of 4 steps, then cosine to 0" in lines
+    assert "[train] learning rate 0.01: a ramp of 4 steps, then cosine; ends at 0" in lines
     for line, said in zip(lines[-5:], (
             f"{result['warmup_first_loss']:.2f} -> {result['warmup_loss']:.2f} nats",
             "864 of warm-up, 1,008 of haystack:pairs=3", f"{result['val_loss']:.4f} nats",
