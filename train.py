@@ -45,9 +45,8 @@ from torch.utils.data import DataLoader
 # be learned. Of what was tried, these end at the lowest loss.
 LAPTOP = dict(
     data="code", size="tiny", dtype="float32", eval_rows=320,
-    steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine", lr_ramp=100,
-    warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
-    warmup_lr_ramp=200, warmup_min_lr=0.0,
+    steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_ramp=100,
+    warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_ramp=200, warmup_min_lr=0.0,
     warmups={"dyck": dict(warmup="dyck:k=8"), "text": dict(embeddings="keep")})
 
 # ---- A run: two stages, and what moves between them ----------------------------------------------
@@ -105,8 +104,7 @@ def open_data(s):
 
 def new_model(data, size, tied, dropout, seed):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(data.vocab_size, data.block_size, *parse_size(size), dropout=dropout,
-                         tied=tied))
+    return GPT(GPTConfig(data.vocab_size, data.block_size, *parse_size(size), dropout, tied))
 
 
 def move(source, model, parts, s):
@@ -161,7 +159,7 @@ def train(model, data, stage, file, fingerprint, warmed):
     source = {"spec": data.spec, "seed": stage.seed, "eval_rows": stage.eval_rows,
               "tokenizer": data.tokenizer and data.tokenizer.name}
     log = Log(file.with_name("log.jsonl"), stage, progress)
-    held_out = held_out_rows(data, stage.eval_rows), stage.device, autocast(stage), data.tokenizer
+    held_out = held_out_rows(data, stage.eval_rows), stage.device, stage.autocast, data.tokenizer
     if not progress.before:
         progress.before = progress.result = evaluate(model, *held_out)
         log.add_evaluation(0, progress.before)
@@ -184,7 +182,7 @@ def train(model, data, stage, file, fingerprint, warmed):
         for x, y in micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu"):
             x, y = x.to(stage.device, non_blocking=True), y.to(stage.device, non_blocking=True)
             watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
-            with autocast(stage), watched as maps:
+            with stage.autocast, watched as maps:
                 # A sum over tokens that count, by their number in the step, in all processes.
                 micro_loss = net(x, y) / max(n_counted, 1)
             loss += micro_loss.detach()
@@ -274,11 +272,6 @@ def rows_from(data, stage, first):
                            pin_memory="cuda" in stage.device))
 
 
-def autocast(stage):
-    return torch.autocast(stage.device.partition(":")[0], getattr(torch, stage.dtype),
-                          enabled=stage.dtype != "float32")
-
-
 def attention_entropy(maps, y):
     """Mean over layers, heads and places up to the last that counts: (rows,). maps: (rows, heads,
     T, T) of each layer."""
@@ -290,8 +283,7 @@ def attention_entropy(maps, y):
 
 
 class Log:
-    """log.jsonl, and the same printed. Lines of a stage after its checkpoint are dropped. To add
-    what is not finite raises UserError."""
+    """log.jsonl, and the same printed. Drops what came after the checkpoint. Raises UserError."""
 
     def __init__(self, path, stage, progress):
         self.path, self.stage = path, stage
@@ -659,6 +651,8 @@ def stage_of(s, name, data):
         stage.grad_accum = math.ceil(tokens * data.vocab_size / 2 ** 30)
         if stage.device == "cpu" and data.kind != "text":  # measured: rows of like length together
             stage.grad_accum = max(1, min(8, int(tokens / 2000)))
+    stage.autocast = torch.autocast(stage.device.partition(":")[0], getattr(torch, stage.dtype),
+                                    enabled=stage.dtype != "float32")
     stage.stop_at = math.inf if prefix else s.stop_at or math.inf
     stage.sharpen = 0.0 if prefix else s.sharpen
     return stage
