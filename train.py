@@ -621,7 +621,6 @@ def check(s, given, kind, checkpoint):
              "--data takes a task or text, --warmup a rule"),
             (warmup == "text" and kind != "text", "--warmup text needs --data that is text"),
             (warmup != "none" and checkpoint, "--warmup excludes --init, --attn_from, --mlp_from"),
-            (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
              "--sharpen excludes --compile and --recompute")):
         if wrong:

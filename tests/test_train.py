@@ -371,7 +371,7 @@ def test_moments_of_any_dtype_and_layout_go_on(key, change, same_bits, refused, 
 @pytest.mark.parametrize("bad,said", [
     ("--data=set", "takes a task"), ("--warmup=haystack", "a rule"), ("--warmup=text", "is text"),
     ("--log_every=--", "empty"), ("--init=CUT --warmup=set", "excludes"),
-    ("--sharpen=1 --recompute", "excludes"), ("--transfer=all", "needs --init"),
+    ("--sharpen=1 --recompute", "excludes"),
     ("--warmup=none --transfer=attn", "--transfer would do nothing"),
     ("--init=CUT --warmup_lr=1", "--warmup_lr would do nothing"),
     ("--attn_from=CUT --transfer=attn", "--transfer would do nothing"),
