@@ -370,11 +370,7 @@ def ignore_ctrl_c(worker):
 
 def wrapped(model, stage):
     """The model as it is trained: compiled, and shared with other processes."""
-    net = model
-    if stage.compile:
-        # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
-        small = "cuda" in stage.device and sum(p.numel() for p in model.parameters()) < 10_000_000
-        net = torch.compile(model, mode="reduce-overhead" if small else None)
+    net = torch.compile(model) if stage.compile else model
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     return net

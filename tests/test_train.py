@@ -176,7 +176,7 @@ def test_half_precision_learns_clips_as_float32_does_and_resumes(dtype, monkeypa
 @pytest.mark.parametrize("flag", ["--compile", "--recompute", "--workers=1"])
 def test_what_saves_time_or_memory_changes_no_bit(flag, usual, monkeypatch):
     compiled = torch.compile  # its C++ would take a minute
-    monkeypatch.setattr(torch, "compile", lambda model, mode: compiled(model, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="eager"))
     go("run", flag)
     assert outcome("run")[1] == usual[1]
 
