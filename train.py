@@ -10,7 +10,6 @@ Read from `run`, which has two stages, through `train`, which is one, to the end
 all settings, `stage` the same as a stage sees them: `stage.lr` of the warm-up is `s.warmup_lr`.
 """
 import contextlib
-import datetime
 import gc
 import importlib.util
 import json
@@ -18,13 +17,14 @@ import math
 import os
 import platform
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 import zlib
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from data import (Parser, UserError, default_tokenizer, json_lines, kind_of, lock, make_data,
@@ -40,56 +40,53 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-# The settings of the first two commands (ours; published ones, and the flags, are at the end of the
-# file): less than three minutes on two CPU cores, in which no more than eight types of brackets can
-# be learned. Of what was tried, these end at the lowest loss.
+# The settings of the first two commands (ours; all others are at the end of the file): the lowest
+# loss of what was tried in three minutes on two CPU cores, enough for eight types of brackets.
 LAPTOP = dict(
-    data="code", size="tiny", dtype="float32", eval_rows=320, warmups={"dyck": ("k=8", {})},
-    steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_schedule="cosine", lr_ramp=100,
-    warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_schedule="cosine",
-    warmup_lr_ramp=200, warmup_min_lr=0.0)
+    data="code", size="tiny", dtype="float32", eval_rows=320,
+    steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_ramp=100,
+    warmup_steps=2000, warmup_batch_size=8, warmup_lr=3e-3, warmup_lr_ramp=200, warmup_min_lr=0.0,
+    warmups={"dyck": dict(warmup="dyck:k=8"), "text": dict(embeddings="keep")})
 
 # ---- A run: two stages, and what moves between them ----------------------------------------------
 
 
 def run(s):
-    """Everything that the settings say -> the content of result.json. Raises UserError, Stopped."""
+    """Everything that the settings say -> the content of result.json. Raises UserError."""
     out, parts = Path(s.out), parse_parts(s.transfer)
     join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
     data, warm_data = open_data(s)
-    fingerprint = check_data(data, warm_data, s)
+    fingerprint = [each.fingerprint() for each in (data, warm_data) if each]
+    if total(*fingerprint) != [mine * world_size() for mine in fingerprint]:
+        raise UserError("processes see different data: each machine needs the same corpora")
     stage = stage_of(s, "train", data)
     model = new_model(data, s.size, s.tied, s.dropout, s.seed)
-    warmed = start_from_checkpoints(model, s)
+    warmup, warmed = start_from_checkpoints(model, s)
     if warm_data:
         warm_stage = stage_of(s, "warmup", warm_data)
         # Another seed, beyond all that flags can say: what starts afresh is not what began here.
-        warm_model = new_model(warm_data, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
-        # A trial with weights that know nothing yet, overwritten below: what does not fit is
-        # refused now, not after hours of warm-up.
-        transfer(warm_model, model, parts, s.embeddings, s.positions)
+        warm = new_model(warm_data, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
+        # A trial, overwritten below: what does not fit is refused now, not after hours of warm-up.
+        transfer(warm, model, parts, s.embeddings, s.positions)
 
     with lock(out / ".lock") if rank() == 0 else contextlib.nullcontext():
-        finished = open_run(out, s, fingerprint, warmed["spec"]) if rank() == 0 else None
-        if total(finished is not None)[0]:  # process 0 alone has looked, and tells the others
-            say(f"{out}: finished in an earlier run")
-            return finished
+        if rank() == 0:
+            open_run(out, s, fingerprint, warmup)
         listen()
         n = sum(p.numel() for p in model.parameters())
         tokens = f"; tokens of {data.tokenizer.name}" if data.tokenizer else ""
         say(f"{out}: {n:,} parameters{tokens}; {s.device}, {s.dtype}, processes: {world_size()}")
         if warm_data:
             # 1. Warm up.
-            warmed |= train(warm_model, warm_data, warm_stage, out / "warmup.pt", fingerprint,
-                            warmed)
+            warmed = train(warm, warm_data, warm_stage, out / "warmup.pt", fingerprint, warmed)
             # 2. Move what was learned.
-            move(warm_model, model, parts, s)
-            del warm_model  # its memory is wanted now
+            move(warm, model, parts, s)
+            del warm  # its memory is wanted now
         # 3. Continue.
         trained = train(model, data, stage, out / "ckpt.pt", fingerprint, warmed)
         # 4. Say what came of it.
-        return write_result(out, s, fingerprint, warmed, trained)
+        return write_result(out, s, fingerprint, warmup, warmed, trained)
 
 
 def open_data(s):
@@ -105,8 +102,7 @@ def open_data(s):
 
 def new_model(data, size, tied, dropout, seed):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(data.vocab_size, data.block_size, *parse_size(size), dropout=dropout,
-                         tied=tied))
+    return GPT(GPTConfig(data.vocab_size, data.block_size, *parse_size(size), dropout, tied))
 
 
 def move(source, model, parts, s):
@@ -117,10 +113,9 @@ def move(source, model, parts, s):
 
 
 def start_from_checkpoints(model, s):
-    """Moves what --init, --attn_from and --mlp_from name into the model -> how it was warmed up:
-    spec, tokens, seconds, first and last evaluation, which every checkpoint keeps."""
-    warmed = {"tokens": 0, "seconds": 0.0, "before": {}, "result": {}}
-    specs = []
+    """Moves what --init, --attn_from and --mlp_from name into the model -> on what it was warmed
+    up, and a Progress, with the tokens that the checkpoints had seen."""
+    specs, warmed = [], Progress()
     for path, parts in ((s.init, s.transfer), (s.mlp_from, "mlp"), (s.attn_from, "attn")):
         if path:
             source, state = load(path)
@@ -128,59 +123,64 @@ def start_from_checkpoints(model, s):
             # After a second stage our file has its warm-up in "warmed"; other people's have none.
             with reading(path):
                 warm = state if state.get("stage") == "warmup" else state.get("warmed", {})
-                warmed["tokens"] += warm.get("tokens", 0)
+                warmed.tokens += int(warm.get("tokens", 0))
                 specs.append(str(state.get("source", {}).get("spec", Path(path).stem)))
-    return warmed | {"spec": " + ".join(specs) or s.warmup}
+    return " + ".join(specs) or s.warmup, warmed
 
 
 # ---- A stage of training -------------------------------------------------------------------------
 
 
+@dataclass
+class Progress:
+    """How far a stage is, as each checkpoint keeps it."""
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    before: dict = field(default_factory=dict)  # the first evaluation, see `evaluate`
+    result: dict = field(default_factory=dict)  # the last one
+    passed: int = 0  # how many in a row reached --stop_at; two end the stage
+
+
 def train(model, data, stage, file, fingerprint, warmed):
-    """Trains a model for one stage, from its checkpoint `file` on, if there is one -> its progress,
-    see `resume`. Raises UserError, and Stopped after a signal."""
-    end = "" if stage.lr_schedule == "constant" else f" to {stage.min_lr:g}"
+    """Trains a model for one stage, from its checkpoint `file` on, if there is one -> its Progress.
+    Raises UserError, and SystemExit after a signal. warmed: the Progress of what came before."""
     say(f"[{stage.name}] {data.spec}: {stage.steps:,} steps of {stage.batch_size} x "
         f"{stage.block_size} tokens\n[{stage.name}] learning rate {stage.lr:g}: a ramp of "
-        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}{end}")
+        f"{stage.lr_ramp:,} steps, then {stage.lr_schedule}; ends at {lr_at(stage, stage.steps):g}")
     model.recompute = stage.recompute
     model.to(stage.device)
     optimizer = make_optimizer(model, stage)
     scaler = torch.amp.GradScaler(stage.device.partition(":")[0], enabled=stage.dtype == "float16")
     progress = resume(file, model, optimizer, scaler, stage, fingerprint)
-    began = time.monotonic() - progress["seconds"]
+    began = time.monotonic() - progress.seconds
     source = {"spec": data.spec, "seed": stage.seed, "eval_rows": stage.eval_rows,
               "tokenizer": data.tokenizer and data.tokenizer.name}
     log = Log(file.with_name("log.jsonl"), stage, progress)
-    held_out = held_out_rows(data, stage.eval_rows)
-    if not progress["before"]:
-        progress["before"] = progress["result"] = evaluation(model, held_out, data, stage)
-        log.add_evaluation(0, progress["before"])
-    if is_over(progress, stage):
-        return progress
+    held_out = held_out_rows(data, stage.eval_rows), stage.device, stage.autocast, data.tokenizer
+    if not progress.before:
+        progress.before = progress.result = evaluate(model, *held_out)
+        log.add_evaluation(0, progress.before)
     net = wrapped(model, stage)
-    rows = rows_from(data, stage, progress["step"])
+    rows = rows_from(data, stage, progress.step)
 
     model.train()
-    while not is_over(progress, stage):
-        step = progress["step"]
+    while progress.step < stage.steps and progress.passed < 2:
+        step = progress.step
         lr = lr_at(stage, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
-            torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
+        # Masks of dropout depend on the step, so that a resumed run has the same.
+        torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
 
         x, y = next(rows)
         # One process may have got a signal: all hear of it with this sum, and stop together.
         n_counted, n_signals = total(int((y != -1).sum()), len(SIGNALS))
         loss = 0.0
-        micros = micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu")
-        for i, (x, y) in enumerate(micros):
+        for x, y in micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu"):
             x, y = x.to(stage.device, non_blocking=True), y.to(stage.device, non_blocking=True)
-            if world_size() > 1:  # processes share their gradients once a step
-                net.require_backward_grad_sync = i == len(micros) - 1
             watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
-            with autocast(stage), watched as maps:
+            with stage.autocast, watched as maps:
                 # A sum over tokens that count, by their number in the step, in all processes.
                 micro_loss = net(x, y) / max(n_counted, 1)
             loss += micro_loss.detach()
@@ -197,72 +197,49 @@ def train(model, data, stage, file, fingerprint, warmed):
         optimizer.zero_grad(set_to_none=True)
 
         step += 1
-        progress |= {"step": step, "tokens": step * stage.step_tokens,
-                     "seconds": time.monotonic() - began}
+        progress.step, progress.tokens = step, step * stage.step_tokens
+        progress.seconds = time.monotonic() - began
         last = step == stage.steps
         if last or step == 1 or step % stage.log_every == 0:
-            log.add_step(step, finite(total(float(loss))[0]), lr)
+            log.add_step(step, total(float(loss))[0], lr)
         if last or step % stage.eval_every == 0:
-            result = progress["result"] = evaluation(model, held_out, data, stage)
-            log.add_evaluation(step, result)
-            good = result["accuracy"] >= stage.stop_at
-            progress["passed"] = progress["passed"] + 1 if good else 0
-        saving = n_signals or is_over(progress, stage) or step % stage.save_every == 0
+            progress.result = evaluate(model, *held_out)
+            log.add_evaluation(step, progress.result)
+            good = progress.result["accuracy"] >= stage.stop_at
+            progress.passed = progress.passed + 1 if good else 0
+        saving = last or progress.passed == 2 or n_signals or step % stage.save_every == 0
         if saving and rank() == 0:
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                 stage=stage.name, source=source, fingerprint=fingerprint, warmed=warmed,
-                 **progress)
+                 stage=stage.name, source=source, fingerprint=fingerprint, warmed=vars(warmed),
+                 **vars(progress))
         if n_signals:
-            raise Stopped(f"stopped at {stage.name} step {step:,} of {stage.steps:,}")
+            say(f"stopped at {stage.name} step {step:,} of {stage.steps:,}; saved, for --resume")
+            sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it
     return progress
 
 
 def resume(file, model, optimizer, scaler, stage, fingerprint):
-    """Takes up a checkpoint, if there is one -> the stage's progress, which every checkpoint keeps:
-    before and result are its first and last evaluation; passed counts those that reached --stop_at
-    in a row. Raises UserError."""
-    progress = {"step": 0, "tokens": 0, "seconds": 0.0, "before": {}, "result": {}, "passed": 0}
+    """Takes up a checkpoint, if there is one -> the stage's Progress. Raises UserError."""
     if not file.exists():
-        return progress
+        return Progress()
     saved_model, state = load(file)
     with reading(file):
         if saved_model.config != model.config or state["fingerprint"] != fingerprint:
             raise ValueError("it is of another model, or of other data")
-        progress = {key: type(start)(state[key]) for key, start in progress.items()}
-        say(f"[{stage.name}] taken up at step {progress['step']:,}, held-out loss "
-            f"{progress['result']['loss']:.3f}, after {clock(progress['seconds'])}")
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kept = {key: kind(state[key]) for key, kind in Progress.__annotations__.items()}
+        progress = Progress(**kept)
+        say(f"[{stage.name}] taken up at step {progress.step:,}")
         saved = state["optimizer"]["state"]  # empty before the first step
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, moments in saved.items():
             moments["step"] = torch.tensor(float(moments["step"]))
             for name in ("exp_avg", "exp_avg_sq"):
                 # Strides that a file may have would crash the fused step.
-                shape = parameters[i].shape
-                moments[name] = torch.empty(shape).copy_(moments[name].reshape(shape))
+                moments[name] = moments[name].reshape(parameters[i].shape).contiguous()
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
         scaler.load_state_dict(state["scaler"])
     model.load_state_dict(saved_model.state_dict())
     return progress
-
-
-def is_over(progress, stage):
-    """After all steps, or when --stop_at was reached twice in a row."""
-    return progress["step"] >= stage.steps or progress["passed"] == 2
-
-
-def evaluation(model, rows, data, stage):
-    """Loss, accuracy and more, see eval.py. Raises UserError if the loss is not finite."""
-    result = evaluate(model, rows, stage.device, autocast(stage), data.tokenizer)
-    finite(result["loss"])
-    return result
-
-
-def finite(loss):
-    """The loss that it is given. Raises UserError if it is not finite."""
-    if not math.isfinite(loss):
-        raise UserError("the loss is not finite: a lower learning rate may help; --resume goes on "
-                        "from the last checkpoint")
-    return loss
 
 
 def lr_at(stage, step):
@@ -293,11 +270,6 @@ def rows_from(data, stage, first):
                            pin_memory="cuda" in stage.device))
 
 
-def autocast(stage):
-    return torch.autocast(stage.device.partition(":")[0], getattr(torch, stage.dtype),
-                          enabled=stage.dtype != "float32")
-
-
 def attention_entropy(maps, y):
     """Mean over layers, heads and places up to the last that counts: (rows,). maps: (rows, heads,
     T, T) of each layer."""
@@ -309,12 +281,12 @@ def attention_entropy(maps, y):
 
 
 class Log:
-    """log.jsonl, and the same printed. Lines of a stage after its checkpoint are dropped."""
+    """log.jsonl, and the same printed. Drops what came after the checkpoint. Raises UserError."""
 
     def __init__(self, path, stage, progress):
         self.path, self.stage = path, stage
-        self.time, self.step = time.monotonic(), progress["step"]  # of the last line
-        last = progress["step"] if progress["before"] else -1  # step 0 is the evaluation before it
+        self.time, self.step = time.monotonic(), progress.step  # of the last line
+        last = progress.step if progress.before else -1  # step 0 is the evaluation before it
         if rank() == 0:
             with reading(path), written_whole(path) as file:
                 for entry in json_lines(path):
@@ -324,7 +296,7 @@ class Log:
     def add_step(self, step, loss, lr):
         seconds = max(time.monotonic() - self.time, 1e-3)  # a clock may be coarse
         speed = (step - self.step) * self.stage.step_tokens / seconds
-        left = clock((self.stage.steps - step) * self.stage.step_tokens / speed)
+        left = timedelta(seconds=(self.stage.steps - step) * self.stage.step_tokens // speed)
         line = f"step {step:,}/{self.stage.steps:,} | loss {loss:.3f}"
         if step > 1:  # the first is slow, and says nothing of the others
             line += f" | {speed:,.0f} tokens/s | {left} left"
@@ -337,6 +309,8 @@ class Log:
                  val_loss=loss, val_accuracy=accuracy)
 
     def add(self, step, line, **values):
+        if not all(map(math.isfinite, values.values())):
+            raise UserError("the loss is not finite: a lower learning rate may help, or --resume")
         say(f"[{self.stage.name}] {line}")
         entry = {"stage": self.stage.name, "step": step, "tokens": step * self.stage.step_tokens}
         if rank() == 0:
@@ -344,18 +318,9 @@ class Log:
                 file.write(json.dumps(entry | values) + "\n")
 
 
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
-
-
 # ---- Here a student may stop. Processes and signals ----------------------------------------------
 
 SIGNALS = []  # those that came: a step is finished and saved, then the run stops
-
-
-class Stopped(Exception):
-    """The run was stopped, and can go on from where it was."""
 
 
 def rank():
@@ -368,18 +333,15 @@ def world_size():
 
 def join_processes(s):
     """Joins the run's other processes, if torchrun started several. Raises UserError."""
-    try:
+    with reading("what torchrun says of a run's processes"):
         if not 0 <= rank() < world_size():
             raise ValueError(f"there is no process {rank()} of {world_size()}")
         if world_size() > 1:
             if "cuda" in s.device:
                 s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
                 torch.cuda.set_device(s.device)
-            backend = "cpu:gloo,cuda:nccl" if "cuda" in s.device else "gloo"
-            # One may have a corpus to tokenise first.
-            dist.init_process_group(backend, timeout=datetime.timedelta(hours=6))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"several processes have to be started by torchrun: {error}") from None
+            # gloo and, on GPUs, NCCL. One process may have a corpus to tokenise first.
+            dist.init_process_group(timeout=timedelta(hours=6))
 
 
 def total(*values):
@@ -406,35 +368,17 @@ def ignore_ctrl_c(worker):
 
 def wrapped(model, stage):
     """The model as it is trained: compiled, and shared with other processes."""
-    net = model
-    if stage.compile:
-        # A small model on a GPU waits for the launches of its kernels, which CUDA graphs save.
-        small = "cuda" in stage.device and sum(p.numel() for p in model.parameters()) < 10_000_000
-        net = torch.compile(model, mode="reduce-overhead" if small else None)
+    net = torch.compile(model) if stage.compile else model
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     return net
 
 
-# ---- What a run may begin with, and its folder ---------------------------------------------------
-
-
-def check_data(data, warm_data, s):
-    """Refuses data that cannot be trained on -> their fingerprint. Raises UserError."""
-    both = [data, warm_data] if warm_data else [data]
-    for each, batch_size in zip(both, (s.batch_size, s.warmup_batch_size)):
-        if (each.train.__getitems__(range(64))[1] == -1).all():
-            raise UserError(f"{each.spec}: no token counts in rows of {each.block_size}")
-        if batch_size < world_size():
-            raise UserError(f"a batch of {batch_size} is too small for {world_size()} processes")
-    fingerprint = [each.fingerprint() for each in both]
-    if total(*fingerprint) != [mine * world_size() for mine in fingerprint]:
-        raise UserError("processes see different data: each machine needs the same corpora")
-    return fingerprint
+# ---- A run's folder ------------------------------------------------------------------------------
 
 
 def open_run(out, s, fingerprint, warmup):
-    """Makes a run's folder, or checks that it holds this run -> its result if that is there."""
+    """Makes a run's folder, or checks that it holds this run. Raises UserError."""
     path = out / "config.json"
     if not path.exists():
         if any(out.glob("[!.]*")):
@@ -447,7 +391,7 @@ def open_run(out, s, fingerprint, warmup):
                               "python": platform.python_version(), "torch": torch.__version__,
                               "numpy": numpy.__version__, "commit": commit and commit[0],
                               "device_name": chip, "processes": world_size()}})
-        return None
+        return
     fixed = vars(s).keys() - OPERATIONAL
     if s.dropout or s.warmup_dropout:
         fixed.add("grad_accum")  # which changes what is dropped
@@ -456,47 +400,54 @@ def open_run(out, s, fingerprint, warmup):
         for key in sorted(fixed):
             theirs, ours = there["settings"].get(key), getattr(s, key)
             if theirs != ours:
-                raise UserError(f"{out} holds a run with other settings ({key} {theirs}, here "
-                                f"{ours}): choose another --out")
+                raise UserError(f"{out} holds another run ({key} {theirs}, here {ours})")
         if there["fingerprint"] != fingerprint:
             raise UserError(f"{s.data} is not what it was when the run in {out} began")
-    if (out / "result.json").exists():
-        return read_json(out / "result.json")
-    if not s.resume:
+    if not s.resume and not (out / "result.json").exists():
         raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
-    return None
 
 
-def write_result(out, s, fingerprint, warmed, trained):
-    """Writes result.json, and returns what it holds."""
-    before, after = warmed["before"], warmed["result"]
+def write_result(out, s, fingerprint, warmup, warmed, trained):
+    """Writes result.json, says what came of the run, and returns what the file holds."""
+    before, after, result = warmed.before, warmed.result, trained.result
     found = {
         "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
-        "warmup": warmed["spec"], "fingerprint": fingerprint,
+        "warmup": warmup, "fingerprint": fingerprint,
         "warmup_first_loss": before.get("loss"),
         "warmup_loss": after.get("loss"), "warmup_accuracy": after.get("accuracy"),
-        **{f"val_{key}": value for key, value in trained["result"].items() if key != "tokens"},
-        "tokens": {"procedural": warmed["tokens"], "semantic": trained["tokens"]},
-        "seconds": warmed["seconds"] + trained["seconds"]}
+        **{f"val_{key}": value for key, value in result.items() if key != "tokens"},
+        "tokens": {"procedural": warmed.tokens, "semantic": trained.tokens},
+        "seconds": warmed.seconds + trained.seconds}
     if rank() == 0:
         write_json(out / "result.json", found)
+    if after:
+        warmup += (f": held-out loss {before['loss']:.2f} -> {after['loss']:.2f} nats per counted "
+                   f"token, {after['accuracy']:.0%} right")
+    bits = result["bits_per_byte"]
+    how_good = f"{bits:.4f} bits per byte" if bits else f"{result['accuracy']:.2%} right"
+    say(f"\nwarm-up    {warmup}\n"
+        f"tokens     {warmed.tokens:,} of warm-up, {trained.tokens:,} of {s.data}\n"
+        f"result     held-out loss {result['loss']:.4f} nats per counted token, {how_good}\n"
+        f"files      {s.out} ({timedelta(seconds=int(found['seconds']))})\n"
+        f"next       python analyze.py curves \"{s.out}\" OTHER, of another --warmup")
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# Settings
-#
+# ---- Settings ------------------------------------------------------------------------------------
+
 # What is used is what a flag says; else the shape of the checkpoint that a run starts from; else a
 # row: that of its preset or of its task, or LAPTOP, for text without a preset; else as in FLAGS.
+# A row's `warmups` say what the name of a rule alone, as in --warmup dyck, stands for; a name that
+# is not there has its parameters in data.py.
 
-# A rule's name alone, as in --warmup dyck, stands for these parameters and settings (paper,
-# "Procedural data"), with models of GPT-2's size. Elsewhere it has data.py's own, or as rows say.
+# With models of GPT-2's size, as published (paper, "Procedural data").
 LONG_ROWS = dict(warmup_steps=500, warmup_batch_size=32)
-WARMUPS = dict.fromkeys(("identity", "reverse", "sort", "set", "union", "delete", "stack"),
-                        ("length=64", {}))
-WARMUPS |= {"dyck": ("k=64,length=2048", LONG_ROWS), "eca": ("length=2048", LONG_ROWS),
-            "dyck_shuffle": ("k=64,length=2048", LONG_ROWS),
-            "text": ("", dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32))}
+WARMUPS = {name: dict(warmup=f"{name}:length=64")
+           for name in ("identity", "reverse", "sort", "set", "union", "delete", "stack")}
+WARMUPS |= {"dyck": dict(LONG_ROWS, warmup="dyck:k=64,length=2048"),
+            "dyck_shuffle": dict(LONG_ROWS, warmup="dyck_shuffle:k=64,length=2048"),
+            "eca": dict(LONG_ROWS, warmup="eca:length=2048"),
+            "text": dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32, embeddings="keep")}
 
 # Text, with GPT-2's size (paper, "Semantic pretraining"); no positions move.
 C4 = dict(data="c4", size="gpt2", positions="random", eval_rows=640, warmups=WARMUPS,
@@ -505,11 +456,9 @@ C4 = dict(data="c4", size="gpt2", positions="random", eval_rows=640, warmups=WAR
           warmup_lr_schedule="constant", warmup_dropout=0.1)
 PARROT = C4 | dict(data="codeparrot", steps=20_000, batch_size=48, block_size=1024, lr=5e-5,
                    min_lr=0.0, weight_decay=0.01)
-PRESETS = {
-    "laptop": LAPTOP, "c4": C4, "codeparrot": PARROT,
-    "deepmind_math": PARROT | dict(data="deepmind_math", steps=50_000, batch_size=64,
-                                   block_size=512),
-    "wikitext103": C4 | dict(data="wikitext103", block_size=1024)}  # ours, after C4's
+MATH = PARROT | dict(data="deepmind_math", steps=50_000, batch_size=64, block_size=512)
+PRESETS = {"laptop": LAPTOP, "c4": C4, "codeparrot": PARROT, "deepmind_math": MATH,
+           "wikitext103": C4 | dict(data="wikitext103", block_size=1024)}  # ours, after C4's
 for name in ("c4", "codeparrot", "deepmind_math", "wikitext103"):
     PRESETS[f"{name}-350m"] = PRESETS[name] | dict(size="24_16_1024")
     PRESETS[f"{name}-1.3b"] = PRESETS[name] | dict(size="1.3b", recompute=True)
@@ -531,7 +480,7 @@ TASK_SETTINGS = {
 # Ours, with --preset laptop: a quarter of a task's rows at twice the rate, until it is learned;
 # brackets as long as 15 pairs are.
 LAPTOP_TASK = dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
-                   warmup_steps=4000, warmups={"dyck": ("length=36", {})})
+                   warmup_steps=4000, warmups={"dyck": dict(warmup="dyck:length=36")})
 
 # Flags: name: (type or choices, default, what it is). Both stages have those of STAGE: --steps is
 # the training's, --warmup_steps the warm-up's.
@@ -554,7 +503,7 @@ FLAGS = {
     "transfer": (str, "full", "what moves: full; attn,mlp,norm or some; all: the whole --init"),
     "embeddings": (("random", "mean", "keep"), "random", "at first; mean, keep: the warm-up's"),
     "positions": (("fit", "moved", "random"), "fit", "fit: moved where the warm-up has as many"),
-    "preset": (tuple(PRESETS), None, "settings of a published run, or laptop, or gpu"),
+    "preset": (tuple(PRESETS), None, "settings: a published run's, gpu, or laptop (shown here)"),
     "data": (str, None, "a task, a corpus or a path (data.py list)"),
     "tokenizer": (str, None, "of text: bytes, or one that tiktoken knows, such as gpt2"),
     "size": (str, None, "tiny, gpt2, gpt2-medium, -large, -xl, 1.3b, or layers_heads_width"),
@@ -565,9 +514,9 @@ FLAGS = {
     "seed": (number(0, 2 ** 32), 0, "of weights, rows and their order"),
     "device": (str, None, "cuda, mps or cpu"),
     "dtype": (("float32", "bfloat16", "float16"), "float32", "of matrix products"),
-    "compile": (bool, None, "torch.compile (default: on CUDA with triton)"),
+    "compile": (bool, False, "torch.compile; on CUDA with triton, True"),
     "recompute": (bool, False, "less memory for a third more work"),
-    "workers": (number(0, 257), None, "processes that make rows ahead"),
+    "workers": (number(0, 257), 0, "processes that make rows ahead; with a GPU, some"),
     "eval_every": (number(1, 1e9), None, "steps between evaluations; a fifth of the stage"),
     "eval_rows": (number(1, 1e9), None, "held-out rows of an evaluation"),
     "save_every": (number(1, 1e9), None, "steps between checkpoints; a tenth of the stage"),
@@ -585,8 +534,7 @@ OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_
 
 def parse(argv):
     """The command line -> all settings, a Namespace. Raises UserError."""
-    parser = Parser(description=f"{__doc__.splitlines()[0]} Defaults: of text without a preset.",
-                    argument_default=SUPPRESS)
+    parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
         takes = {"type": kind, "metavar": "TEXT" if kind is str else "NUMBER"}
         if isinstance(kind, tuple):
@@ -612,21 +560,18 @@ def parse(argv):
     name = re.sub(r"[^\w.=+-]+", "_", name, flags=re.ASCII)
     s["out"] = f"out/{name[:100]}-s{given.get('seed', 0)}"
     s["device"] = find_device(given.get("device"))
-    compiler = importlib.util.find_spec("triton")  # which is not everywhere, as on Windows
-    s["compile"] = bool("cuda" in s["device"] and compiler and not given.get("sharpen"))
-    if "cuda" in s["device"]:  # old GPUs have no bfloat16
-        s["dtype"] = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    if "cuda" in s["device"]:  # triton is not everywhere, as on Windows; old GPUs have no bfloat16
+        s |= dict(compile=bool(importlib.util.find_spec("triton")) and not given.get("sharpen"),
+                  dtype="bfloat16" if torch.cuda.is_bf16_supported(False) else "float16",
+                  workers=min(8, max(1, os.cpu_count() // 2)))
     if kind == "task":
         s |= TASK_SETTINGS.get(data.partition(":")[0], TASK)
         s |= LAPTOP_TASK if preset else {}
     else:
         s |= PRESETS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
     warmups = s.pop("warmups", {})
-    _, own = warmups.get(warmup.removeprefix("shuffled:"), ("", {}))  # a control has its rule's
-    s |= own
+    s |= warmups.get(warmup.removeprefix("shuffled:"), {})  # a control has its rule's
     warmup = spelled_out(warmup, warmups)
-    if warmup == "text":
-        s["embeddings"] = "keep"
     if warmup == "none":
         s["warmup_steps"] = 0
     if checkpoint:
@@ -646,32 +591,28 @@ def parse(argv):
 
 
 def spelled_out(warmup, warmups):
-    """A spec in which each bare name has the parameters that it stands for: see WARMUPS."""
+    """A spec in which each name alone is what it stands for: see WARMUPS."""
     members = []
     for member in warmup.replace(" ", "").split("+"):
         name = member.removeprefix("shuffled:").rpartition("*")[2]
-        parameters, _ = warmups.get(name, ("", {}))
-        members.append(f"{member}:{parameters}" if parameters else member)
+        members.append(member.removesuffix(name) + warmups.get(name, {}).get("warmup", name))
     return "+".join(members)
 
 
 def check(s, given, kind, checkpoint):
     """Refuses what would silently be another experiment than was meant. Raises UserError."""
-    warmup, rule = s["warmup"], s["warmup"] not in ("none", "text")
-    nothing_moves = warmup == "none" and not checkpoint
-    idle = {"tokenizer": kind != "text", "preset": kind == "task" and s["preset"] != "laptop",
+    warmup, is_rule = s["warmup"], s["warmup"] not in ("none", "text")
+    idle = {"preset": kind == "task" and s["preset"] != "laptop",
             "steps": "tokens" in given, "warmup_steps": "warmup_tokens" in given,
-            "transfer": warmup == "none" and not s["init"], "embeddings": nothing_moves,
-            "positions": nothing_moves}
+            "transfer": warmup == "none" and not s["init"]}
     idle = [name for name in given
             if idle.get(name) or name.startswith("warmup_") and warmup == "none"]
     for wrong, line in (
             (idle, f"--{', --'.join(idle)} would do nothing here"),
-            (kind == "rule", f"--data {s['data']} is a rule: --warmup takes rules"),
-            (rule and kind_of(warmup) != "rule", f"--warmup {warmup} is no rule"),
+            (kind == "rule" or is_rule and kind_of(warmup) != "rule",
+             "--data takes a task or text, --warmup a rule"),
             (warmup == "text" and kind != "text", "--warmup text needs --data that is text"),
             (warmup != "none" and checkpoint, "--warmup excludes --init, --attn_from, --mlp_from"),
-            (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
              "--sharpen excludes --compile and --recompute")):
         if wrong:
@@ -679,16 +620,19 @@ def check(s, given, kind, checkpoint):
 
 
 def stage_of(s, name, data):
-    """The settings as one stage has them. Its tokens become steps, in `s`, too: these define it."""
+    """The settings as one stage has them; tokens become steps, in `s`, too. Raises UserError."""
     prefix = "warmup_" if name == "warmup" else ""
     stage = Namespace(**vars(s) | {key: getattr(s, prefix + key) for key in STAGE})
     stage.name, stage.block_size = name, data.block_size
     stage.step_tokens = stage.batch_size * data.block_size
+    if stage.batch_size < world_size():
+        raise UserError(f"a batch of {stage.batch_size} is too small for {world_size()} processes")
+    if (data.train.__getitems__(range(64))[1] == -1).all():
+        raise UserError(f"{data.spec}: no token counts in rows of {data.block_size}")
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.step_tokens))
         vars(s).update({f"{prefix}steps": stage.steps, f"{prefix}tokens": None})
-    if stage.min_lr is None:
-        stage.min_lr = stage.lr / 10
+    stage.min_lr = stage.lr / 10 if stage.min_lr is None else stage.min_lr
     stage.eval_every = s.eval_every or stage.steps // 5 or 1
     stage.save_every = s.save_every or stage.steps // 10 or 1
     if not stage.grad_accum:  # so many that a micro-batch's logits stay below 4 GB
@@ -696,45 +640,16 @@ def stage_of(s, name, data):
         stage.grad_accum = math.ceil(tokens * data.vocab_size / 2 ** 30)
         if stage.device == "cpu" and data.kind != "text":  # measured: rows of like length together
             stage.grad_accum = max(1, min(8, int(tokens / 2000)))
-    if stage.workers is None:  # on a CPU, they would take the cores from the model
-        stage.workers = min(8, max(1, os.cpu_count() // 2)) if "cuda" in stage.device else 0
+    stage.autocast = torch.autocast(stage.device.partition(":")[0], getattr(torch, stage.dtype),
+                                    enabled=stage.dtype != "float32")
     stage.stop_at = math.inf if prefix else s.stop_at or math.inf
     stage.sharpen = 0.0 if prefix else s.sharpen
     return stage
 
 
-def summarise(found, s):
-    """Says what came of a run, and what to do next."""
-    warmup, tokens, bits = found["warmup"], found["tokens"], found["val_bits_per_byte"]
-    if found["warmup_loss"] is not None:
-        warmup += (f": held-out loss {found['warmup_first_loss']:.2f} -> {found['warmup_loss']:.2f}"
-                   f" nats per counted token, {found['warmup_accuracy']:.0%} right")
-    result = f"{found['val_accuracy']:.2%} of answer tokens right"
-    if bits is not None:
-        result = f"{bits:.4f} bits per byte"
-    other = "with --warmup dyck"
-    if s.init or s.attn_from or s.mlp_from:
-        other = "from another checkpoint, or from none"
-    elif tokens["procedural"]:
-        other = "with --warmup none and no other flag of it"
-    say(f"\nwarm-up    {warmup}\n"
-        f"tokens     {tokens['procedural']:,} of warm-up, {tokens['semantic']:,} of {s.data}\n"
-        f"result     held-out loss {found['val_loss']:.4f} nats per counted token, {result}\n"
-        f"files      {s.out} ({clock(found['seconds'])})\n"
-        f"next       the same command {other}, unless that run is there;\n"
-        f"           then python analyze.py curves {shlex.quote(s.out)} and its folder")
-
-
 def main():
-    settings = parse(sys.argv[1:])
     try:
-        found = run(settings)
-        if rank() == 0:
-            with reading(Path(settings.out, "result.json")):
-                summarise(found, settings)
-    except Stopped as stopped:
-        say(f"{stopped}; saved. To go on: the same command with --resume")
-        sys.exit(128 + (SIGNALS or [signal.SIGTERM])[0])  # another process may have got it
+        run(parse(sys.argv[1:]))
     finally:
         if dist.is_initialized():
             gc.collect()  # of DDP, which would keep the group's threads to the end, and abort

@@ -71,7 +71,7 @@ def nanowarm(flags, batches, name="train"):
         counted, loss = int((y != -1).sum()), 0.0
         for x, y in micro_batches(x, y, stage.grad_accum, trim=cpu):
             x, y = (each.to(settings.device, non_blocking=True) for each in (x, y))
-            with train.autocast(stage):
+            with stage.autocast:
                 micro_loss = net(x, y) / counted
             micro_loss.backward()
             loss += micro_loss.detach()

@@ -24,7 +24,7 @@ import train  # before torch, see there
 from analyze import (EXPERIMENTS, TASK_COLUMNS, folder_of, make_warmup, missing, settings_in,
                      with_checkpoints)
 from data import UserError
-from eval import first_rows, held_out_rows
+from eval import evaluate, first_rows, held_out_rows
 from model import save
 
 import torch
@@ -43,11 +43,11 @@ class Member:
         self.out, self.warm, self.began = Path(out), warm, time.monotonic()
         self.task, rule = train.open_data(s)
         self.data = rule if warm else self.task
-        self.fingerprint = train.check_data(self.task, rule, s)
+        self.fingerprint = [each.fingerprint() for each in (self.task, rule) if each]
         self.model = train.new_model(self.task, s.size, s.tied, s.dropout, seed)
-        self.warmed = train.start_from_checkpoints(self.model, s)
+        self.warmup, self.warmed = train.start_from_checkpoints(self.model, s)
         self.out.mkdir(exist_ok=True)
-        train.open_run(self.out, s, self.fingerprint, self.warmed["spec"])
+        train.open_run(self.out, s, self.fingerprint, self.warmup)
         if warm:
             self.target = self.model
             self.model = train.new_model(rule, s.size, True, 0.0, seed + 2 ** 32)
@@ -66,27 +66,26 @@ class Member:
 
     def evaluation(self, model, data):
         rows = held_out_rows(data, self.s.eval_rows)
-        return train.evaluation(model.to(self.s.device), rows, data, self.s)
+        return evaluate(model.to(self.s.device), rows, self.s.device)
 
     def finish(self, step, weights):
         """Writes what train.py would have in the run's folder. weights: all in one row."""
         s, warmed, self.ended = self.s, self.warmed, True
         vector_to_parameters(weights, self.model.parameters())
-        done = {"step": step, "tokens": step * self.stage.step_tokens, "before": self.before,
-                "seconds": time.monotonic() - self.began,
-                "result": self.evaluation(self.model, self.data)}
+        done = train.Progress(step, step * self.stage.step_tokens, time.monotonic() - self.began,
+                              self.before, self.evaluation(self.model, self.data))
         source = {"spec": self.data.spec, "tokenizer": None, "seed": s.seed,
                   "eval_rows": s.eval_rows}
         save(self.out / ("warmup.pt" if self.warm else "ckpt.pt"), self.model.cpu(), source=source,
-             stage=self.stage.name, **done)
+             stage=self.stage.name, **vars(done))
         if self.warm:
             train.move(self.model, self.target, train.parse_parts(s.transfer), s)
-            warmed, first = done | {"spec": s.warmup}, self.evaluation(self.target, self.task)
-            done = {"result": first, "tokens": 0, "seconds": 0.0}
+            warmed, first = done, self.evaluation(self.target, self.task)
+            done = train.Progress(result=first)
             self.note(0, first["loss"], first["accuracy"])
         lines = [json.dumps(entry) + "\n" for entry in self.log]
         (self.out / "log.jsonl").write_text("".join(lines))
-        train.write_result(self.out, s, self.fingerprint, warmed, done)
+        train.write_result(self.out, s, self.fingerprint, self.warmup, warmed, done)
 
 
 class Steps(Dataset):
