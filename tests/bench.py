@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from data import RULES, TASKS
-from eval import held_out_rows
+from eval import evaluate, held_out_rows
 from model import as_hugging_face, find_device, load
 
 import numpy as np
@@ -67,8 +67,8 @@ def trainer(flags):
     loop.model_accepts_loss_kwargs = False  # else it sends a number to the GPU, and waits
     loop.train()
     loop.save_model("trainer")
-    model = load("trainer")[0].to(s.device)
-    result = train.evaluation(model, held_out_rows(data, s.eval_rows), data, stage)
+    model, _ = load("trainer", s.device)
+    result = evaluate(model, held_out_rows(data, s.eval_rows), s.device, train.autocast(stage))
     return STEPS * stage.step_tokens / (times[1] - times[0]), result["loss"]
 
 

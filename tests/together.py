@@ -11,12 +11,14 @@ and --sharpen are left out.
 import argparse
 import contextlib
 import copy
+import json
 import os
 import shlex
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,7 +26,7 @@ import train  # before torch, see there
 from analyze import (EXPERIMENTS, TASK_COLUMNS, folder_of, make_warmup, missing,
                      part_of_experiment, with_checkpoints)
 from data import UserError
-from eval import held_out_rows
+from eval import evaluate, held_out_rows
 from model import save
 
 import torch
@@ -36,46 +38,41 @@ from torch.utils.data import Dataset
 
 
 class Member:
-    """The first stage of a run (a warm-up, where it has one), as train.py has it at step 0."""
+    """The first stage of a run (a warm-up, where it makes one), as train.py has it at step 0."""
 
     def __init__(self, flags, seed, out):
         words = [*shlex.split(flags), "--seed", str(seed), "--out", str(out), "--resume"]
-        s = self.s = train.parse(words)
-        self.data, rule = train.open_data(s)
-        self.fingerprint = train.check_data(self.data, rule, s)
-        self.model = train.new_model(self.data, s.size, s.tied, s.dropout, seed)
-        self.warmed = train.start_from_checkpoints(self.model, s)
-        self.stage = train.stage_of(s, "train", self.data)
-        self.file = Path(out, "ckpt.pt")
-        if rule:
-            self.data, self.file = rule, Path(out, "warmup.pt")
-            self.model = train.new_model(rule, s.size, True, s.warmup_dropout, seed + 2 ** 32)
-            self.stage = train.stage_of(s, "warmup", rule)
-        assert not self.stage.dropout and not self.stage.sharpen and s.dtype == "float32"
-        Path(out).mkdir(exist_ok=True)
-        train.open_run(Path(out), s, self.fingerprint, self.warmed["spec"])
-        self.held_out, self.began = held_out_rows(self.data, s.eval_rows), time.monotonic()
-        self.progress = {"step": 0, "before": {}, "passed": 0}
-        self.log = train.Log(self.file.with_name("log.jsonl"), self.stage, self.progress)
+        self.s = train.parse(words)
+        # A run up to where it would train, which ends it; what it asked to train is the member.
+        with patch("train.train", side_effect=InterruptedError) as asked:
+            with contextlib.suppress(InterruptedError):
+                train.run(self.s)
+        self.model, self.data, self.stage, self.file, self.fingerprint, self.warmed = (
+            asked.call_args.args)
+        stage, self.log, self.passed, self.over = self.stage, [], 0, False
+        assert not stage.dropout and not stage.sharpen and stage.dtype == "float32"
+        self.held_out, self.began = held_out_rows(self.data, stage.eval_rows), time.monotonic()
 
     def evaluate(self, step, weights):
         """Evaluates its weights, all in one row (P,), and saves them where the stage is over."""
-        stage, progress = self.stage, self.progress
+        stage, at = self.stage, {"step": step, "tokens": step * self.stage.step_tokens}
         vector_to_parameters(weights.clone(), self.model.parameters())
-        result = train.evaluation(self.model, self.held_out, self.data, stage)
-        self.log.add_evaluation(step, result)
+        result = evaluate(self.model.to(stage.device), self.held_out, stage.device)
+        if step == 0:
+            self.before = result
+        self.log.append({"stage": stage.name, **at, "val_loss": result["loss"],
+                         "val_accuracy": result["accuracy"]})
         good = step and result["accuracy"] >= stage.stop_at
-        progress |= {"step": step, "tokens": step * stage.step_tokens, "result": result,
-                     "seconds": time.monotonic() - self.began,
-                     "before": progress["before"] or result,
-                     "passed": progress["passed"] + 1 if good else 0}
-        if self.is_over():
+        self.passed = self.passed + 1 if good else 0
+        self.over = step == stage.steps or self.passed == 2
+        if self.over:
             source = {"spec": self.data.spec, "seed": stage.seed, "eval_rows": stage.eval_rows}
             save(self.file, self.model, optimizer={"state": {}}, scaler={}, stage=stage.name,
-                 source=source, fingerprint=self.fingerprint, warmed=self.warmed, **progress)
-
-    def is_over(self):
-        return train.is_over(self.progress, self.stage)
+                 source=source, fingerprint=self.fingerprint, warmed=self.warmed, **at,
+                 seconds=time.monotonic() - self.began, before=self.before, result=result,
+                 passed=self.passed)
+            lines = [json.dumps(entry) + "\n" for entry in self.log]
+            self.file.with_name("log.jsonl").write_text("".join(lines))
 
 
 class Stacked(Dataset):
@@ -137,7 +134,6 @@ def train_together(members):
         loss_of, update = torch.compile(loss_of), torch.compile(adamw)
 
     for i, member in enumerate(members):
-        member.model.to(stage.device)
         member.evaluate(0, flat[i])
     for step in range(stage.steps):
         x, y = (each.to(stage.device, non_blocking=True)[which] for each in next(rows))
@@ -148,7 +144,7 @@ def train_together(members):
         if step + 1 == stage.steps or (step + 1) % stage.eval_every == 0:
             for i, member in enumerate(members):
                 member.evaluate(step + 1, flat[i])
-            live = [i for i, member in enumerate(members) if not member.is_over()]
+            live = [i for i, member in enumerate(members) if not member.over]
             if not live:
                 break
             members = [members[i] for i in live]  # the others are not computed any longer
