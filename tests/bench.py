@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 STEPS, TURNS = 10, 5  # so many steps before the clock starts, and after; turns of each side
-SHORT = f"--log_every {STEPS} --eval_every 1000 --save_every 1000 --eval_rows 64 --out run"
+SHORT = f"--log_every {STEPS} --eval_every 1000 --save_every 1000 --eval_rows 64"
 
 
 def ours(flags):
     """A run of train.py -> (tokens a second, as its log has them, held-out loss)."""
-    result = train.run(train.parse(f"{flags} {SHORT}".split()))
-    *_, last = [entry for entry in map(json.loads, open("run/log.jsonl")) if "lr" in entry]
+    out = tempfile.mkdtemp(dir=".")
+    result = train.run(train.parse(f"{flags} {SHORT} --out {out}".split()))
+    *_, last = [entry for entry in map(json.loads, open(f"{out}/log.jsonl")) if "lr" in entry]
     return last["tokens_per_second"], result["val_loss"]
 
 
@@ -72,18 +73,11 @@ def trainer(flags):
     return STEPS * stage.step_tokens / (times[1] - times[0]), result["loss"]
 
 
-def quietly(measure, flags):
-    """What a side measures, in a new folder, without what it prints."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        with contextlib.redirect_stdout(None):
-            return measure(flags)
-
-
 def beside_trainer():
     for data in ("haystack", "code --preset laptop"):
         flags = (f"--data {data} --warmup none --steps {2 * STEPS} --lr_schedule constant "
                  "--lr_ramp 0")
-        turns = [(quietly(ours, flags), quietly(trainer, flags)) for _ in range(TURNS)]
+        turns = [(ours(flags), trainer(flags)) for _ in range(TURNS)]
         ratios = [our[0] / their[0] for our, their in turns]
         apart = max(abs(our[1] - their[1]) for our, their in turns)
         print(f"a step of {data}: {np.median(ratios):.2f} times as fast as the Trainer's "
@@ -105,7 +99,7 @@ def data_of_each_kind():
             rows = range(step * stage.batch_size, (step + 1) * stage.batch_size)
             (rule or data).train.__getitems__(rows)
         made = STEPS * stage.step_tokens / (time.process_time() - began)
-        taken, _ = quietly(ours, flags)
+        taken, _ = ours(flags)
         print(f"{spec:20}{made / 1e6:15.2f}{taken / 1e6:15.2f}", flush=True)
 
 
@@ -113,5 +107,7 @@ PARTS = {"trainer": beside_trainer, "data": data_of_each_kind}
 
 if __name__ == "__main__":
     print(f"{find_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for part in sys.argv[1:] or PARTS:
-        PARTS[part]()
+    train.say = lambda line: None  # what it says of each run is left out
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for part in sys.argv[1:] or PARTS:
+            PARTS[part]()

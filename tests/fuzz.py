@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import copy
 import gzip
-import inspect
 import json
 import multiprocessing
 import os
@@ -70,13 +69,12 @@ ODD = """data.py show WORD -n WORD|data.py show WORD --seed WORD|data.py show te
 data.py prepare WORD|data.py prepare c4 --source text --tokens WORD
 data.py WORD|data.py list|model.py WORD|model.py export WORD new|eval.py WORD|eval.py WORD WORD
 eval.py run --data WORD|eval.py run --probe WORD|eval.py run/warmup.pt --tokens 1 --sample WORD
-eval.py run --tokens 1 --prompt WORD --temperature WORD
+eval.py run --tokens 1 --prompt WORD --temperature WORD|train.py --nonsense|train.py --resume=WORD
 analyze.py WORD|analyze.py curves WORD --picture WORD|analyze.py curves WORD --results WORD
 analyze.py table --show --results WORD --seeds WORD|analyze.py table --show --only WORD
 analyze.py pack WORD --results WORD|analyze.py report --results WORD
 analyze.py claims --results WORD --seeds WORD"""
-PARAMETERS = sorted({name for rule in data.RULES_AND_TASKS.values()
-                     for name in inspect.signature(rule.make).parameters})
+PARAMETERS = [*data.RANGES, "length", "k", "depth", "digits", "numbers", ""]
 
 
 class Hostile:
@@ -152,21 +150,19 @@ def bad_file(r):
 
 def bad_flags(r):
     argv = r.choice((RUN, TEXT, f"{TEXT} --data tokens", INIT)).split()
-    flags = {"nonsense": str} | {name: kind for name, (kind, *_) in train.FLAGS.items()}
-    for name in r.sample(sorted(flags.keys() - {"compile", "tokenizer"}), r.randint(1, 3)):
+    for name in r.sample(sorted(train.FLAGS.keys() - {"compile", "tokenizer"}), r.randint(1, 3)):
+        kind, *_ = train.FLAGS[name]
         argv.append(f"--{name}")
-        if flags[name] is not bool or r.random() < 0.1:
-            choices = flags[name] if isinstance(flags[name], tuple) else WORDS
-            argv.append(r.choice(choices if r.random() < 0.9 else WORDS))
+        if kind is not bool:
+            argv.append(r.choice([*kind, r.choice(WORDS)] if isinstance(kind, tuple) else WORDS))
     return "flags", argv, {}
 
 
 def bad_spec(r):
-    mixtures = "0.7*set+0.3*union", "shuffled:dyck", "set:length=4+set"
-    spec = r.choice(("", "", "", "-1*", "1e9*", "+", "shuffled:"))
-    spec += r.choice((*data.RULES_AND_TASKS, *mixtures))
+    spec = r.choice(("", "", "", "-1*", "1e9*", "+", "shuffled:", "0.7*set+0.3*", "set:length=4+"))
+    spec += r.choice(list(data.RULES_AND_TASKS))
     for _ in range(r.randint(0, 3)):
-        spec += r.choice((":", ",")) + r.choice((*PARAMETERS, "")) + "=" + r.choice(WORDS[:30])
+        spec += f"{r.choice(':,')}{r.choice(PARAMETERS)}={r.choice(WORDS[:30])}"
     line = r.choice(("data.py show", f"{RUN} --warmup", f"{RUN} --data"))
     return "spec", [*line.split(), spec], {}
 
@@ -213,8 +209,8 @@ def attempt(r):
     elif status == 0 or refused:
         return ""
     place = [line.strip() for line in lines if line.startswith("  File")][-1:]
-    said = f"{what}: {' '.join(argv)[-150:]!a} {environment or ''}"
-    return f"{said}\n    status {status}, {len(lines)} lines: {lines[-1][:200]!a} {place}"
+    return (f"{what}: {' '.join(argv)[-150:]!a} {environment}\n    status {status}, {len(lines)} "
+            f"lines: {lines[-1][:200]!a} {place}")
 
 
 def main():
