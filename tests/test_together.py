@@ -16,9 +16,9 @@ WARM = f"{FLAGS} --warmup_steps 6 --warmup_batch_size 8 --steps 0 --warmup"
 SORTING = f"{FLAGS} --data sorting:numbers=4,below=3 --warmup none --steps 24"
 RUNS = {
     "warm-ups": [f"{WARM} dyck:k=3,length=12", f"{WARM} shuffled:dyck:k=3,length=12"],
-    "rates": [f"{FLAGS} --steps 12 {more}" for more in (
-        "--warmup none --lr 3e-2", "--warmup none --lr_ramp 3",
-        "--init warm/warmup.pt --embeddings mean")],
+    "rates": [f"{FLAGS} --steps 12 --warmup none --lr 3e-2",
+              f"{FLAGS} --steps 12 --warmup none --lr_ramp 3",
+              f"{FLAGS} --steps 12 --init warm/warmup.pt --embeddings mean"],
     "whole answers, found": [f"{SORTING} --lr 1e-2 --stop_at 0.3", SORTING]}
 
 

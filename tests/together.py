@@ -49,7 +49,7 @@ class Member:
                 train.run(self.s)
         self.model, self.data, self.stage, self.file, self.fingerprint, self.warmed = (
             asked.call_args.args)
-        stage, self.log, self.passed, self.over = self.stage, [], 0, False
+        stage, self.log, self.before, self.passed = self.stage, [], None, 0
         assert not stage.dropout and not stage.sharpen and stage.dtype == "float32"
         self.held_out, self.began = held_out_rows(self.data, stage.eval_rows), time.monotonic()
 
@@ -58,8 +58,7 @@ class Member:
         stage, at = self.stage, {"step": step, "tokens": step * self.stage.step_tokens}
         vector_to_parameters(weights.clone(), self.model.parameters())
         result = evaluate(self.model.to(stage.device), self.held_out, stage.device)
-        if step == 0:
-            self.before = result
+        self.before = self.before or result
         self.log.append({"stage": stage.name, **at, "val_loss": result["loss"],
                          "val_accuracy": result["accuracy"]})
         good = step and result["accuracy"] >= stage.stop_at
@@ -133,23 +132,21 @@ def train_together(members):
     if stage.compile:
         loss_of, update = torch.compile(loss_of), torch.compile(adamw)
 
-    for i, member in enumerate(members):
-        member.evaluate(0, flat[i])
-    for step in range(stage.steps):
+    for step in range(stage.steps + 1):
+        if step == stage.steps or step % stage.eval_every == 0:
+            for member, weights in zip(members, flat):
+                member.evaluate(step, weights)
+            live = [i for i, member in enumerate(members) if not member.over]
+            if not live:
+                return
+            members = [members[i] for i in live]  # the others are not computed any longer
+            flat, mean, square, which = flat[live], mean[live], square[live], which[live]
+            rates = rates[:, live]
         x, y = (each.to(stage.device, non_blocking=True)[which] for each in next(rows))
         flat.requires_grad_()
         grad, = torch.autograd.grad(loss_of(flat, x, y).sum(), flat)
         flat = flat.detach()
         update(flat, grad, mean, square, rates[step], decay, steps[step])
-        if step + 1 == stage.steps or (step + 1) % stage.eval_every == 0:
-            for i, member in enumerate(members):
-                member.evaluate(step + 1, flat[i])
-            live = [i for i, member in enumerate(members) if not member.over]
-            if not live:
-                break
-            members = [members[i] for i in live]  # the others are not computed any longer
-            flat, mean, square, which = flat[live], mean[live], square[live], which[live]
-            rates = rates[:, live]
 
 
 def run_together(members):
