@@ -3,8 +3,7 @@
     python tests/fuzz.py --tries 600 --seed 0
 
 No test: it takes minutes, and needs os.fork. A try should end with status 0, or with status 2 and
-one line on stderr. Each that does not is printed, and then the exit status is 1. Every path among
-its words is inside its own folder: it may be run as root.
+one line on stderr; each that does not is printed. All its paths are in a folder of its own.
 """
 import argparse
 import contextlib
@@ -197,20 +196,21 @@ def status_of(argv, environment):
     return process.exitcode
 
 
-def attempt(r):
-    """One try, in the current folder. Returns what went wrong, or ""."""
-    kinds = [bad_flags, bad_spec, odd_words, odd_environment, *[bad_file] * 4]
-    what, argv, environment = r.choice(kinds)(r)
+def attempt(number, r):
+    """One try, in the current folder. Says what went wrong, and returns whether anything did."""
+    kind = r.choice((bad_flags, bad_spec, odd_words, odd_environment, *[bad_file] * 4))
+    what, argv, environment = kind(r)
     status = status_of(argv, environment)
     lines = Path("errors").read_text(errors="replace").splitlines() or [""]
     refused = status == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     if os.path.exists("canary"):
         lines.append("the code of a pickle was run")
     elif status == 0 or refused:
-        return ""
+        return False
     place = [line.strip() for line in lines if line.startswith("  File")][-1:]
-    return (f"{what}: {' '.join(argv)[-150:]!a} {environment}\n    status {status}, {len(lines)} "
-            f"lines: {lines[-1][:200]!a} {place}")
+    print(f"{number}: {what}: {' '.join(argv)[-150:]!a} {environment}\n    status {status}, "
+          f"{len(lines)} lines: {lines[-1][:200]!a} {place}", flush=True)
+    return True
 
 
 def main():
@@ -225,14 +225,11 @@ def main():
         with contextlib.chdir("whole"):
             harmless_files()
         for i in range(args.tries):
-            shutil.copytree("whole", f"{i}")
-            with contextlib.chdir(f"{i}"):
+            shutil.copytree("whole", "try")
+            with contextlib.chdir("try"):
                 os.mkfifo("fifo")
-                fault = attempt(random.Random(f"{args.seed} {i}"))
-            if fault:
-                wrong += 1
-                print(f"{i}: {fault}", flush=True)
-            shutil.rmtree(f"{i}")
+                wrong += attempt(i, random.Random(f"{args.seed} {i}"))
+            shutil.rmtree("try")
     print(f"{args.tries} tried, {wrong} wrong")
     sys.exit(wrong > 0)
 
