@@ -177,7 +177,10 @@ def train(model, data, stage, file, fingerprint, warmed):
         # One process may have got a signal: all hear of it with this sum, and stop together.
         n_counted, n_signals = total(int((y != -1).sum()), len(SIGNALS))
         loss = 0.0
-        for x, y in micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu"):
+        micros = micro_batches(x, y, stage.grad_accum, trim=stage.device == "cpu")
+        for i, (x, y) in enumerate(micros):
+            if world_size() > 1:  # processes share their gradients once a step
+                net.require_backward_grad_sync = i == len(micros) - 1
             x, y = x.to(stage.device, non_blocking=True), y.to(stage.device, non_blocking=True)
             watched = attention_maps(model) if stage.sharpen else contextlib.nullcontext()
             with stage.autocast, watched as maps:

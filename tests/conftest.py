@@ -1,16 +1,13 @@
 """What all tests share: the scripts on the path, a cache of their own, and ways to call them."""
 import gzip
 import http.server
-import io
-import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-import tarfile
 import threading
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -38,10 +35,8 @@ def prose(tmp_path_factory):
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """A server on 127.0.0.1 with the files of a folder, known by their last names.
-
-    faults: of a file's name, what its next requests get: "refuse" (HTTP 503), "cut" (half of what
-    is announced), "empty" or "corrupt"."""
+    """A server on 127.0.0.1 with the files of a folder, known by their last names. faults: of such
+    a name, what its next requests get: "refuse", "cut" (half comes), "empty" or "corrupt"."""
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -57,16 +52,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(self.path)
         path = self.server.folder / Path(self.path).name
         fault = (self.server.faults.get(path.name) or [None]).pop(0)
-        if fault == "refuse" or not path.is_file():
-            return self.send_error(503 if fault else 404)
-        body = path.read_bytes()
-        half = body[:len(body) // 2]
-        wrong = body[:-8] + bytes(8)  # gzip's checksum
-        sent = {"cut": half, "empty": b"", "corrupt": wrong}.get(fault, body)
+        if fault == "refuse":
+            return self.send_error(503)
+        body = {"empty": b""}.get(fault, path.read_bytes())
         self.send_response(200)
-        self.send_header("Content-Length", str(len(body if fault == "cut" else sent)))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(sent)
+        if fault == "cut":
+            body = body[:len(body) // 2]
+        if fault == "corrupt":
+            body = body[:-8] + bytes(8)  # gzip's checksum
+        self.wfile.write(body)
 
 
 @pytest.fixture(scope="session")
@@ -74,34 +70,36 @@ def published(tmp_path_factory):
     """Small files with the names and formats of C4, CodeParrot, WikiText-103 and DeepMind-Math."""
     folder, r = tmp_path_factory.mktemp("published"), random.Random(0)
     words = "the a river Code learns of in and 12 7 was by never f(y) naïve 中文 runs".split()
-    names = [f"c4-train.{i:05}-of-01024" for i in range(4)] + ["c4-validation.00000-of-00008"]
-    for name in (*names, *(f"file-{i:012}" for i in (1, 2, 54))):
-        field = "content" if name.startswith("file") else "text"
-        texts = (" ".join(r.choices(words, k=r.randint(20, 200))) for _ in range(300))
-        lines = "".join(json.dumps({field: text, "url": "x"}) + "\n" for text in texts)
-        (folder / f"{name}.json.gz").write_bytes(gzip.compress(lines.encode()))
-    with zipfile.ZipFile(folder / "wikitext-103-raw-v1.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for split in ("train", "valid"):
-            text = " ".join(r.choices(words, k=30_000))
-            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", f" \n = Title = \n \n {text}")
-    levels = ("train-easy", "train-hard", "interpolate", "extrapolate")
-    with tarfile.open(folder / "mathematics_dataset-v1.0.tar.gz", "w:gz") as archive:
-        for level, module in itertools.product(levels, ("gcd", "linear_1d", "add_or_sub")):
+    c4 = [f"c4-train.{i:05}-of-01024" for i in range(4)] + ["c4-validation.00000-of-00008"]
+    for name in (*c4, *(f"file-{i:012}" for i in (1, 2, 54))):
+        field = "text" if name in c4 else "content"
+        with gzip.open(folder / f"{name}.json.gz", "wt", encoding="utf-8") as file:
+            for _ in range(300):
+                text = " ".join(r.choices(words, k=r.randint(20, 200)))
+                file.write(json.dumps({field: text, "url": "x"}) + "\n")
+    wiki, problems = (tmp_path_factory.mktemp("unpacked") / name
+                      for name in ("wikitext-103-raw", "mathematics_dataset-v1.0"))
+    wiki.mkdir()
+    for split in ("train", "valid"):
+        text = " ".join(r.choices(words, k=30_000))
+        (wiki / f"wiki.{split}.raw").write_text(f" \n = Title = \n \n {text}", "utf-8")
+    for level in ("train-easy", "train-hard", "interpolate", "extrapolate"):
+        (problems / level).mkdir(parents=True)
+        for module in ("gcd", "linear_1d", "add_or_sub"):
             sums = [(r.randint(0, 99), r.randint(0, 99)) for _ in range(600)]
             text = "".join(f"What is {a} + {b}? ({module})\n{a + b}\n" for a, b in sums)
-            info = tarfile.TarInfo(f"mathematics_dataset-v1.0/{level}/{module}.txt")
-            info.size = len(text)
-            archive.addfile(info, io.BytesIO(text.encode()))
+            (problems / level / f"{module}.txt").write_text(text)
+    shutil.make_archive(folder / "wikitext-103-raw-v1", "zip", wiki.parent, wiki.name)
+    shutil.make_archive(folder / problems.name, "gztar", problems.parent, problems.name)
     return folder
 
 
 @pytest.fixture
 def script():
     """Runs a script as a person would, in a process of its own: script("data.py", "list")."""
-    def call(name, *args, cwd=None, env=None, launcher=(sys.executable,), timeout=240):
-        command = [*launcher, str(ROOT / name), *map(str, args)]
-        return subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, text=True,
-                              capture_output=True, timeout=timeout)
+    def call(name, *args, env={}, launcher=(sys.executable,)):
+        return subprocess.run([*launcher, ROOT / name, *args], env=os.environ | env, text=True,
+                              capture_output=True, timeout=240)
     return call
 
 

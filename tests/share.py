@@ -1,19 +1,19 @@
-"""Does a number foretell, before a task is trained, from which warm-ups the model will not learn it?
+"""Does a number foretell, before a task is trained, from which warm-ups it will not be learned?
 
     python tests/share.py FOLDER    the runs of `analyze.py starts`, with their warm-ups
 
-No test: an analysis of the runs that move MLPs (ours; named before they were made). Prints, for each
-start, how the share goes with the steps that a run takes. The shares that came out are in
-assets/results.jsonl.gz, and what they say is in assets/report.md.
+No test: an analysis of the runs that move MLPs (ours; named before they were made). Prints, for
+each start, how the share goes with the steps that a run takes. The shares that came out are in
+assets/results.jsonl.gz, what they say is in assets/report.md.
 """
 import contextlib
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import analyze
 import train
@@ -39,8 +39,8 @@ def share_that_differs(setting, seed, results):
 
 
 def rank_correlation(x, y):
-    """Spearman's rank correlation, and its two-sided p by 100,000 random orders."""
-    # Ranks, but for their scale: of how many it is the larger, less of how many the smaller.
+    """Spearman's rank correlation, and its two-sided p by 100,000 random orders. Its ranks: of how
+    many each is the larger, less of how many the smaller."""
     x, y = (np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y))
     orders = np.random.default_rng(0).permuted(np.tile(y, (100_000, 1)), axis=1)
     p = float((np.abs(orders @ x) >= abs(x @ y) - 1e-9).mean())
@@ -51,14 +51,12 @@ def main():
     results = Path(sys.argv[1]).resolve()
     found = analyze.read_results(results)
     for setting in analyze.settings_in("starts"):
-        start = analyze.as_dict(setting.train)
-        if setting.column != "recall of 15" or start.get("--transfer") not in ("full", "attn,mlp"):
-            continue
-        runs = {seed: found[setting.folder(seed)] for seed in range(10)}
-        steps = [analyze.value_of(run, analyze.STEPS) for run in runs.values()]
-        shares = [share_that_differs(setting, seed, results) for seed in runs]
-        rho, p = rank_correlation(shares, steps)
-        print(f"{setting.name}: {np.round(shares, 3)}; rank correlation {rho:.2f}, p {p:.4f}")
+        if setting.column == "recall of 15" and re.search("attn,mlp|full", setting.name):
+            runs = [found[setting.folder(seed)] for seed in range(10)]
+            steps = [analyze.value_of(run, analyze.STEPS) for run in runs]
+            shares = [share_that_differs(setting, seed, results) for seed in range(10)]
+            rho, p = rank_correlation(shares, steps)
+            print(f"{setting.name}: {np.round(shares, 3)}; rank correlation {rho:.2f}, p {p:.4f}")
 
 
 if __name__ == "__main__":

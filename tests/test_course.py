@@ -34,7 +34,8 @@ def as_python(line, text):
     command = line.removeprefix("!python ").replace("--data docs", f"--data {text}")
     if command.startswith("train.py"):
         command += " --batch_size 8 --eval_rows 16"
-        command += "" if "--steps 0" in command else " --steps 2"
+        if "--steps 0" not in command:
+            command += " --steps 2"
         if re.search("--warmup (?!none)", command):
             command += " --warmup_steps 2 --warmup_batch_size 8"
     return f"python(f{command!r})"
@@ -45,8 +46,8 @@ def test_the_cells_run(tmp_path, prose):
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "results", "tests"))
     cells = [cell for cell in BOOKS[0] + BOOKS[1] if cell["cell_type"] == "code"]
     lines = "\n".join("".join(cell["source"]) for cell in cells).splitlines()
-    script = [PRELUDE, *(as_python(line, prose) for line in lines)]
-    (folder / "cells.py").write_text("\n".join(script), "utf-8")
+    script = PRELUDE + "\n".join(as_python(line, prose) for line in lines)
+    (folder / "cells.py").write_text(script, "utf-8")
     subprocess.run([sys.executable, "-u", "cells.py"], cwd=folder, check=True)
 
 
