@@ -65,7 +65,7 @@ READERS = {  # a file: the command lines that read it; of two equal flags the la
 for name in ("meta.json", "train.bin", "val.bin"):
     READERS[f"tokens/{name}"] = [f"{TEXT} --data tokens", "data.py show tokens"]
 ODD = """data.py show WORD -n WORD|data.py show WORD --seed WORD|data.py show text -n 1
-data.py prepare WORD|data.py prepare c4 --source file:///WORD --tokens 9
+data.py prepare WORD
 data.py WORD|data.py list|model.py WORD|model.py export WORD new|eval.py WORD|eval.py WORD WORD
 eval.py run --data WORD|eval.py run --probe WORD|eval.py run/warmup.pt --tokens 1 --sample WORD
 eval.py run --tokens 1 --prompt WORD|train.py --nonsense|train.py --resume=WORD

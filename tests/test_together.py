@@ -52,10 +52,11 @@ def test_runs_made_together_are_those_that_train_makes(name, tmp_path, monkeypat
 def test_what_an_experiment_lacks_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(analyze.COLUMNS, "recall of 15", f"{FLAGS} --steps 4")
-    monkeypatch.setattr(analyze, "BEFORE_TASK", f"{FLAGS} --warmup_steps 4")
+    monkeypatch.setattr(analyze, "warmup_flags", lambda warmup, *_: (
+        f"{FLAGS} --warmup_steps 4 --warmup {warmup}:length=12 --steps 0"))
     only = "recall of 15 | shuffled"
     monkeypatch.setattr(sys, "argv", ["together.py", "--only", only, "--seeds", "1"])
     together.main()  # and has changed the working folder
     for name in ("weights", "controls"):
-        assert not analyze.missing(analyze.part_of_experiment(name, only), 1, Path())
+        assert not analyze.missing(analyze.settings_in(name, only), 1, Path())
     assert len([*Path().glob("*/learned.json")]) == 3 and not [*Path().glob("*.changed.pt")]
