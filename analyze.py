@@ -370,14 +370,14 @@ def run_all(settings, seeds, results, jobs):
 def read_run(path):
     """A run's folder -> {"result": result.json, or config.json while there is none, "log": its
     evaluations, "learned": of a warm-up, "environment": what it ran on, if that is known}"""
+    config, result, learned = (path / f"{name}.json" for name in ("config", "result", "learned"))
+    begun = read_json(config) if config.exists() or not result.exists() else {}
     with reading(path):
-        config = read_json(path / "config.json")
-        result, learned = path / "result.json", path / "learned.json"
         log = [entry for entry in json_lines(path / "log.jsonl")
                if entry["stage"] == "train" and "val_loss" in entry]
-        return {"result": read_json(result) if result.exists() else config, "log": log,
-                "learned": read_json(learned) if learned.exists() else {},
-                "environment": config.get("environment")}
+    return {"result": read_json(result) if result.exists() else begun, "log": log,
+            "learned": read_json(learned) if learned.exists() else {},
+            "environment": begun.get("environment")}
 
 
 def read_results(where):
