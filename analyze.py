@@ -404,7 +404,6 @@ def pack(found, to):
 
 # ---- What a run is worth, and whether two settings differ ----------------------------------------
 
-
 FOUND = 0.9     # of held-out answers right: recall is learned
 MARGIN = 0.005  # bits per byte, half of the published effect: less is no difference worth having
 STEPS, ACCURACY, BITS = f"steps to {FOUND:.0%}", "accuracy at the end", "bits per byte"

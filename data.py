@@ -768,10 +768,6 @@ def kind_of(spec):
     return "task" if members[0][1] in TASKS else "rule"
 
 
-def default_tokenizer(spec):
-    return CORPORA.get(spec, "bytes")
-
-
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     """The data that a spec names: a rule or mixture, a task, a corpus or a path. Raises UserError.
     block_size: tokens of a row (default: as long as they come; of text 256). tokenizer: of text.
@@ -782,8 +778,9 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
             raise UserError(f"{spec} is no text, and has no tokenizer {tokenizer}")
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
-    name, folder = tokenizer or default_tokenizer(spec), Path(spec)
-    if name != default_tokenizer(spec) and (spec in PUBLISHED or name == "characters"):
+    usual, folder = CORPORA.get(spec, "bytes"), Path(spec)
+    name = tokenizer or usual
+    if name != usual and (spec in PUBLISHED or name == "characters"):
         raise UserError(f"{spec} is not to be had with --tokenizer {name}")
     if spec in PUBLISHED:
         folder = cache_folder() / f"{spec}-{name}"
@@ -805,6 +802,7 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
 
 
 # ---- What all scripts share: errors, files, the command line -------------------------------------
+
 
 class UserError(argparse.ArgumentTypeError):  # so that argparse says of which flag
     """Something the user can put right: one line on stderr and exit status 2, see run_main."""

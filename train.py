@@ -27,9 +27,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from data import (Parser, UserError, default_tokenizer, json_lines, kind_of, lock, make_data,
-                  micro_batches, number, read_json, reading, run_main, say, write_json,
-                  written_whole)
+from data import (CORPORA, Parser, UserError, json_lines, kind_of, lock, make_data, micro_batches,
+                  number, read_json, reading, run_main, say, write_json, written_whole)
 from eval import evaluate, held_out_rows
 from model import (GPT, GPTConfig, attention_maps, find_device, load, parse_parts, parse_size, save,
                    transfer)
@@ -437,7 +436,7 @@ def write_result(out, s, fingerprint, warmup, warmed, trained):
 
 
 # ---- Settings ------------------------------------------------------------------------------------
-
+#
 # What is used is what a flag says; else the shape of the checkpoint that a run starts from; else a
 # row: that of its preset or of its task, or LAPTOP, for text without a preset; else as in FLAGS.
 # A row's `warmups` say what the name of a rule alone, as in --warmup dyck, stands for; a name that
@@ -571,7 +570,7 @@ def parse(argv):
         s |= TASK_SETTINGS.get(data.partition(":")[0], TASK)
         s |= LAPTOP_TASK if preset else {}
     else:
-        s |= PRESETS[preset or "laptop"] | {"tokenizer": default_tokenizer(data)}
+        s |= PRESETS[preset or "laptop"] | {"tokenizer": CORPORA.get(data, "bytes")}
     warmups = s.pop("warmups", {})
     s |= warmups.get(warmup.removeprefix("shuffled:"), {})  # a control has its rule's
     warmup = spelled_out(warmup, warmups)
