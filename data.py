@@ -51,7 +51,7 @@ from torch.utils.data import Dataset
 # `vocab`, the symbols are 1..vocab-1 (paper, "Procedural data").
 
 SEPARATOR = None  # `Rows` gives it its number
-RANDOM = -1  # what "rule=random" says of eca
+RANDOM = -1  # eca's rule where the spec says rule=random
 
 
 def symbols(r, length, vocab):
@@ -208,7 +208,7 @@ def sorting(r, numbers=20, below=100):
 
 @dataclass
 class Rule:
-    """A rule or a task. Its parameters are those of `make` after r; here they are p."""
+    """A rule or a task. p, below, are the parameters of `make` but r, see `parameters`."""
     make: Callable
     tokens: Callable = lambda p: 2 * p["length"][1] + 1  # of a row at most; length: (low, high)
     vocab: Callable = lambda p: p["vocab"]  # how many symbols there are
@@ -239,10 +239,10 @@ RULES_AND_TASKS = RULES | TASKS
 
 # ---- Specs: "dyck:k=64", "0.7*set:length=2-20+0.3*union", "shuffled:dyck" ------------------------
 
-# What a parameter accepts, from and below; one that is not here from 1. A haystack's keys and
-# queries are two tokens a pair of 128 to 255.
+# Parameter: (least, below); of others (1, 10 ** 9). A pair of a haystack takes two of the tokens
+# from 128 to 255, its key and the question for it.
 RANGES = {"vocab": (3, 10 ** 9), "p": (0, 1), "rule": (0, 256), "width": (3, 10 ** 9),
-          "pairs": (1, 65), "below": (2, 65536)}
+          "pairs": (1, 65), "below": (2, 65536), "digits": (1, 1001)}
 
 
 def parse_spec(spec):
@@ -255,7 +255,7 @@ def parse_spec(spec):
         if name not in (RULES if shuffled or len(texts) > 1 else RULES_AND_TASKS):
             raise UserError(f"unknown data {spec!r}: there are {', '.join(RULES)}, which can be "
                             f"mixed and shuffled; {', '.join([*TASKS, *CORPORA])}; and paths")
-        weight = number(1e-9, kind=float)(weight) if star else 1.0
+        weight = number(1e-9, 1e9, float)(weight) if star else 1.0
         members.append((weight, name, parameters(name, given)))
     return shuffled, members
 
@@ -316,7 +316,7 @@ class Rows(Dataset):
         _, name, p = self.members[place]
         if "length" in p:
             p = p | {"length": r.randint(*p["length"])}
-        for _ in range(1000):  # of a task, until the example's hash says that it is of this split
+        for _ in range(1000):  # a task draws until the example's hash says that it is of this split
             prompt, answer = RULES_AND_TASKS[name].make(r, **p)
             if name in RULES or is_held_out(prompt) == (self.split == "val"):
                 break
@@ -435,8 +435,8 @@ def users_files(root):
     train, val, others, left_out = [], [], [], []
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         place = path.relative_to(root).as_posix().lower()
-        is_read = path.is_dir() and os.access(path, os.R_OK) and not path.is_symlink()
-        if is_read or re.search(r"(^|/)\..", place):
+        is_folder = path.is_dir() and os.access(path, os.R_OK) and not path.is_symlink()
+        if is_folder or re.search(r"(^|/)\..", place):
             continue  # what is hidden is no text
         words = set(re.split("[^a-z]+", place))
         is_val = words & {"val", "valid", "validation", "dev", "test"}
@@ -616,7 +616,7 @@ def fetch(url):
         except Exception as error:  # whatever a network says
             reason = reason_of(error)
     raise UserError(f"cannot fetch {url}: {reason}; the same command goes on from here, and "
-                    "--source says where else the same files are")
+                    "--source says where else they are (https://... or file:///...)")
 
 
 def prepare(name, tokens, source=None):
@@ -636,6 +636,8 @@ def prepare(name, tokens, source=None):
                         with written_whole(shard) as part, reading(url):
                             pieces = published_pieces(fetch(url), file, split, share)
                             write_tokens(part, [pieces], tokenizer)
+                            if part.tell() == 0:
+                                raise ValueError("it holds no text")
                     with open(shard, "rb") as part:
                         shutil.copyfileobj(part, whole)
                     n = whole.tell() // 2
@@ -659,7 +661,7 @@ class Windows(Dataset):
                 raise ValueError(f"it is too short for a row of {block_size} + 1 tokens")
 
     @property
-    @functools.lru_cache(maxsize=2)
+    @functools.lru_cache(maxsize=4)
     def tokens(self):  # a worker that is spawned would get a copy of an attribute
         return np.memmap(self.path, np.uint16, "r")
 
@@ -813,10 +815,10 @@ def reading(path):
     """Whatever goes wrong in this block, which reads a file and uses what is in it, becomes a
     UserError: the file is damaged, or is not what it should be."""
     try:
-        if Path(path).is_fifo():
-            raise ValueError("it is a pipe, for which we might wait for ever")
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+            raise ValueError("it is not a file")  # a pipe would make us wait for ever
         yield
-    except (UserError, BrokenPipeError):  # of what prints as it reads, into a pipe
+    except (UserError, BrokenPipeError):  # the second where we print into a closed pipe
         raise
     except Exception as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
@@ -842,11 +844,12 @@ def written_whole(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises one while it handles the other
+    except (OSError, RuntimeError) as error:  # torch.save hides the first behind the second
         reason = reason_of(error.__context__ or error)
         raise UserError(f"cannot write {path}: {reason}; what was there is unharmed") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -929,12 +932,12 @@ def run_main(main):
         sys.stdout = None
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         line = str(error)
-        if isinstance(error, MemoryError) or re.search("allocate|out of memory", line):
+        if not isinstance(error, (UserError, OSError)):  # torch says RuntimeError
+            if not re.search("allocate|out of memory|^$", line):
+                raise
             line = "not enough memory: smaller batches or models, or --grad_accum, need less"
-        elif not isinstance(error, (UserError, OSError)):
-            raise
         print("error:", *line.split(), file=sys.stderr)
         sys.exit(2)
 

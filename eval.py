@@ -53,6 +53,8 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
 def held_out_rows(data, n):
     """The first n held-out rows, in parts (x, y) of 32,000 tokens or 1 GB of logits at most."""
     x, y = first_rows(data, n)
+    if (y == -1).all():
+        raise UserError(f"{data.spec}: no token counts in {n} held-out rows")
     logits = x.numel() * max(data.vocab_size, 2 ** 13)  # of 4 bytes; 2 ** 28 / 2 ** 13 = 32,768
     return micro_batches(x, y, math.ceil(logits / 2 ** 28))
 

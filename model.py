@@ -199,7 +199,7 @@ def parse_size(size):
     """"gpt2" or "2_4_16" -> (n_layer, n_head, n_embd). Raises UserError."""
     if size in SIZES:
         return SIZES[size]
-    if not re.fullmatch(r"[1-9]\d*_[1-9]\d*_[1-9]\d*", size, re.ASCII):
+    if not re.fullmatch(r"([1-9]\d{0,5}_){2}[1-9]\d{0,5}", size, re.ASCII):
         raise UserError(f"unknown size {size!r}: {', '.join(SIZES)}, or layers_heads_width: 2_4_16")
     return tuple(map(int, size.split("_")))
 
@@ -261,8 +261,9 @@ def load(path, device="cpu"):
             name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
             if re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
                 continue
-            if not (tensor.is_floating_point() and tensor.is_contiguous()):
-                raise ValueError(f"{name} is no plain tensor")  # bytes that claim to be gigabytes
+            # Strides of 0 and "meta" make gigabytes of a few bytes.
+            if tensor.is_meta or not (tensor.is_floating_point() and tensor.is_contiguous()):
+                raise ValueError(f"{name} is no plain tensor")
             weights[name] = tensor.float()
         for name, weight in list(weights.items()):
             if part_of(name) in ("attn", "mlp", "norm"):  # nanoGPT's bias=False has no biases
@@ -276,13 +277,11 @@ def load(path, device="cpu"):
         model.load_state_dict(weights, assign=True)
         if config.tied:
             model.lm_head.weight = model.wte.weight
-        return model.to(device), state
+    return model.to(device), state
 
 
 def read_file(path):
     """A file with nothing but tensors, numbers and strings -> (config, weights, the rest)."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is not a file")  # a pipe would make us wait for ever
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:

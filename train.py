@@ -39,8 +39,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-# The settings of the first two commands (ours; all others are at the end of the file): the lowest
-# loss of what was tried in three minutes on two CPU cores, enough for eight types of brackets.
+# The settings of the first two commands (ours; all others are at the end of the file): of what was
+# tried, the lowest loss in three minutes on two CPU cores, in which no more than eight types of
+# brackets are learned.
 LAPTOP = dict(
     data="code", size="tiny", dtype="float32", eval_rows=320,
     steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_ramp=100,
@@ -51,7 +52,8 @@ LAPTOP = dict(
 
 
 def run(s):
-    """Everything that the settings say -> the content of result.json. Raises UserError."""
+    """Everything that the settings say -> the content of result.json. Raises UserError, and
+    SystemExit after a signal."""
     out, parts = Path(s.out), parse_parts(s.transfer)
     join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
@@ -64,7 +66,7 @@ def run(s):
     warmup, warmed = start_from_checkpoints(model, s)
     if warm_data:
         warm_stage = stage_of(s, "warmup", warm_data)
-        # Another seed, beyond all that flags can say: what starts afresh is not what began here.
+        # A seed beyond those of flags: the parts that start afresh do not begin as this did.
         warm = new_model(warm_data, s.size, True, s.warmup_dropout, s.seed + 2 ** 32)
         # A trial, overwritten below: what does not fit is refused now, not after hours of warm-up.
         transfer(warm, model, parts, s.embeddings, s.positions)
@@ -94,8 +96,7 @@ def open_data(s):
     if s.warmup == "none":
         return data, None
     if s.warmup == "text":
-        block_size = s.warmup_block_size or s.block_size
-        return data, make_data(s.data, s.seed, block_size, s.tokenizer, split="warmup")
+        return data, make_data(s.data, s.seed, s.block_size, s.tokenizer, split="warmup")
     return data, make_data(s.warmup, s.seed, s.warmup_block_size)
 
 
@@ -268,7 +269,7 @@ def rows_from(data, stage, first):
              for step in range(first, stage.steps))
     # A batch is a range of row numbers, of which the Dataset makes x and y at once.
     return iter(DataLoader(data.train, batch_sampler=steps, collate_fn=tuple,
-                           num_workers=stage.workers, worker_init_fn=ignore_ctrl_c,
+                           num_workers=stage.workers, worker_init_fn=ignore_signals,
                            pin_memory="cuda" in stage.device))
 
 
@@ -342,8 +343,9 @@ def join_processes(s):
             if "cuda" in s.device:
                 s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
                 torch.cuda.set_device(s.device)
-            # gloo and, on GPUs, NCCL. One process may have a corpus to tokenise first.
-            dist.init_process_group(timeout=timedelta(hours=6))
+            backend = "cpu:gloo,cuda:nccl" if "cuda" in s.device else "gloo"
+            # One process may have a corpus to tokenise first.
+            dist.init_process_group(backend, timeout=timedelta(hours=6))
 
 
 def total(*values):
@@ -363,9 +365,10 @@ def listen():
             signal.signal(code, lambda received, frame: SIGNALS.append(received))
 
 
-def ignore_ctrl_c(worker):
-    """Ctrl-C reaches a run's workers, too, which its last step still needs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """They reach a run's workers, too, which its last step still needs."""
+    for code in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(code, signal.SIG_IGN)
 
 
 def wrapped(model, stage):
@@ -387,7 +390,7 @@ def open_run(out, s, fingerprint, warmup):
             raise UserError(f"{out} is there and is not a run: choose another --out")
         git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
         commit = re.search("^[0-9a-f]{40}$", subprocess.getoutput(git))  # there may be no git
-        chip = torch.cuda.get_device_name() if "cuda" in s.device else platform.machine()
+        chip = torch.cuda.get_device_name(s.device) if "cuda" in s.device else platform.machine()
         write_json(path, {"settings": vars(s), "warmup": warmup, "fingerprint": fingerprint,
                           "environment": {
                               "python": platform.python_version(), "torch": torch.__version__,
@@ -405,7 +408,10 @@ def open_run(out, s, fingerprint, warmup):
                 raise UserError(f"{out} holds another run ({key} {theirs}, here {ours})")
         if there["fingerprint"] != fingerprint:
             raise UserError(f"{s.data} is not what it was when the run in {out} began")
-    if not s.resume and not (out / "result.json").exists():
+    finished = (out / "result.json").exists()
+    if finished and s.steps and not (out / "ckpt.pt").exists():
+        raise UserError(f"{out} holds this run, finished, but for ckpt.pt")
+    if not finished and not s.resume:
         raise UserError(f"{out} holds this run, unfinished: --resume goes on with it")
 
 
@@ -606,7 +612,8 @@ def check(s, given, kind, checkpoint):
     warmup, is_rule = s["warmup"], s["warmup"] not in ("none", "text")
     idle = {"preset": kind == "task" and s["preset"] != "laptop",
             "steps": "tokens" in given, "warmup_steps": "warmup_tokens" in given,
-            "transfer": warmup == "none" and not s["init"]}
+            "transfer": warmup == "none" and not s["init"],
+            "warmup_block_size": warmup == "text"}  # its windows are those of the text
     idle = [name for name in given
             if idle.get(name) or name.startswith("warmup_") and warmup == "none"]
     for wrong, line in (
@@ -615,6 +622,7 @@ def check(s, given, kind, checkpoint):
              "--data takes a task or text, --warmup a rule"),
             (warmup == "text" and kind != "text", "--warmup text needs --data that is text"),
             (warmup != "none" and checkpoint, "--warmup excludes --init, --attn_from, --mlp_from"),
+            (s["transfer"] == "all" and not s["init"], "--transfer all needs --init"),
             (s["sharpen"] and (s["compile"] or s["recompute"]),
              "--sharpen excludes --compile and --recompute")):
         if wrong:
