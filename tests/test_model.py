@@ -147,14 +147,6 @@ def test_transfer_moves_what_it_is_told_to(parts, embeddings, positions, context
         assert torch.equal(p, expected), name
 
 
-@pytest.mark.parametrize("source,how,reason", [
-    (dict(n_layer=3), {}, "3_4_32.*2_4_32"), (dict(block_size=16), {"positions": "moved"}, "16"),
-    (dict(vocab_size=49), {"embeddings": "keep"}, "49")])
-def test_what_does_not_fit_is_not_moved(source, how, reason):
-    with pytest.raises(UserError, match=reason):
-        transfer(small(1, **source), small(2), ["attn"], **how)
-
-
 def test_sizes_and_parts_have_names_or_are_written_out():
     with torch.device("meta"):
         gpt2 = GPT(GPTConfig(50257, 1024, *parse_size("gpt2")))
