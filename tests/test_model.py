@@ -210,9 +210,8 @@ class Trap:
 
 
 @pytest.mark.parametrize("place,changes,reason", [
-    ("config", dict(n_layer=10 ** 9), "layers"), ("config", dict(n_layer=1), "h.1"),
-    ("config", dict(n_embd=1 << 15), "wte.weight"), ("config", dict(n_embd="wide"), "TypeError"),
-    ("config", dict(vocab_size=10 ** 12), "wte.weight"), ("config", dict(dropout=2.0), "dropout"),
+    ("config", dict(n_layer=10 ** 9), "layers"), ("config", dict(n_embd="wide"), "TypeError"),
+    ("config", dict(vocab_size=10 ** 12), "wte.weight"),
     ("config", {"more": Trap(bytearray, 10 ** 9)}, "nothing in it was run"),
     ("model", {"wte.weight": None}, "NoneType"), ("model", {"strange": torch.zeros(3)}, "strange"),
     ("model", {"wte.weight": torch.zeros(50, 32).to_sparse()}, ""),
