@@ -150,13 +150,12 @@ def test_sizes_and_parts_have_names_or_are_written_out():
             parse(text)
 
 
-@pytest.mark.parametrize("asked,gpus,mps,found", [
-    (None, 0, False, "cpu"), (None, 0, True, "mps"), (None, 2, True, "cuda"),
-    ("cpu", 2, False, "cpu"), ("cuda:1", 2, False, "cuda:1")])
-def test_the_device_is_the_best_or_the_named_one_or_refused(asked, gpus, mps, found, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert find_device(asked) == found
+def test_the_device_is_the_best_or_the_named_one_or_refused(monkeypatch):
+    for gpus, mps, best in ((0, False, "cpu"), (0, True, "mps"), (2, True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert find_device() == best and find_device("cpu") == "cpu"
+    assert find_device("cuda:1") == "cuda:1"
     with pytest.raises(UserError, match="cuda:2"):
         find_device("cuda:2")
 
