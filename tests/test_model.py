@@ -195,19 +195,16 @@ def test_nanogpts_checkpoints_are_read(prefix, bias, dtype, tmp_path):
     assert same(model, again) and again.lm_head.weight is again.wte.weight
 
 
-class Trap:
-    """Calls a function when it is unpickled as Python does it."""
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
+class Trap(tuple):
+    """A function and its arguments: where Python unpickles this, it calls the function."""
     def __reduce__(self):
-        return self.call
+        return self[0], self[1:]
 
 
 @pytest.mark.parametrize("place,changes,reason", [
     ("config", dict(n_layer=10 ** 9), "layers"), ("config", dict(n_embd="wide"), "TypeError"),
     ("config", dict(vocab_size=10 ** 12), "wte.weight"),
-    ("config", {"more": Trap(bytearray, 10 ** 9)}, "nothing in it was run"),
+    ("config", {"more": Trap([bytearray, 10 ** 9])}, "nothing in it was run"),
     ("model", {"wte.weight": None}, "NoneType"), ("model", {"strange": torch.zeros(3)}, "strange"),
     ("model", {"wte.weight": torch.zeros(50, 32).to_sparse()}, ""),
     ("model", {"wpe.weight": torch.zeros(24, 32, device="meta")}, "meta"),
@@ -243,9 +240,9 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_no_function_in_a_checkpoint_is_ever_called(legacy, tmp_path):
     path, sprung, model = tmp_path / "a.pt", tmp_path / "sprung", small()
-    touch = Trap(eval, f"open({str(sprung)!r}, 'w')")
-    inner = Trap(torch.storage._load_from_bytes, pickle.dumps(touch))
-    for trap in (touch, Trap(os.system, f"touch {sprung}"), Trap(Path.touch, sprung), inner):
+    touch = Trap([eval, f"open({str(sprung)!r}, 'w')"])
+    inner = Trap([torch.storage._load_from_bytes, pickle.dumps(touch)])
+    for trap in (touch, Trap([os.system, f"touch {sprung}"]), Trap([Path.touch, sprung]), inner):
         state = {"config": vars(model.config), "model": model.state_dict() | {"wte.weight": trap}}
         for written in (trap, {"config": trap, "model": trap}, state):
             torch.save(written, path, _use_new_zipfile_serialization=not legacy)
