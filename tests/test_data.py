@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -239,21 +238,15 @@ def test_what_is_not_to_be_had_is_refused(spec, reason):
         make_data(spec, tokenizer=tokenizer or None)
 
 
-def test_rows_are_shown_as_a_person_would_write_them_and_all_is_listed(monkeypatch, capsys):
-    def said(*argv):
-        monkeypatch.setattr("sys.argv", ["data.py", *argv])
-        data.run_main(data.main)
-        return capsys.readouterr().out
-    for spec, row in {
-            "stack:length=5": r"[\d ]+\| «[\d ]+»[ _]*", "set+dyck": r"[\d ]+«[\d ]+»[ _]*",
-            "dyck:k=9,length=4": r"\(\d «[()\d ]+»", "dyck:k=3": r"[(\[{] «[()\[\]{} ]{253}»",
-            "eca:width=8,length=24": r"[·█]{8}\n«[·█]{8}\n[·█]{8}»",
-            "haystack:pairs=1": r"k0: \d+ \?k0 .+ _", "sorting:numbers=1": r"\d+ 100 «\d+»",
-            "addition:digits=2": r"[1-9]\d\+[1-9]\d=«\d+\.»_?"}.items():
-        first, *shown = said("show", spec, "-n", "5").strip("\n").split("\n\n")
-        assert first.startswith(spec) and len(shown) == 5
-        assert all(re.fullmatch(row, text) for text in shown)
-    assert {*data.RULES, *data.TASKS, *data.CORPORA} <= set(re.findall(r"\w+", said("list")))
+@pytest.mark.parametrize("spec,row", [
+    ("stack:length=5", r"[\d ]+\| «[\d ]+»[ _]*"), ("set+dyck", r"[\d ]+«[\d ]+»[ _]*"),
+    ("dyck:k=9,length=4", r"\(\d «[()\d ]+»"), ("dyck:k=3", r"[(\[{] «[()\[\]{} ]{253}»"),
+    ("eca:width=8,length=24", r"[·█]{8}\n«[·█]{8}\n[·█]{8}»"),
+    ("haystack:pairs=1", r"k0: \d+ \?k0 .+ _"), ("sorting:numbers=1", r"\d+ 100 «\d+»"),
+    ("addition:digits=2", r"[1-9]\d\+[1-9]\d=«\d+\.»_?")])
+def test_rows_are_written_as_a_person_would(spec, row):
+    them = make_data(spec)
+    assert all(re.fullmatch(row, them.write(*them.train[i])) for i in range(5))
 
 
 # Texts, and folders of tokens
@@ -551,13 +544,15 @@ def test_a_person_gets_one_line_and_our_mistakes_a_traceback(capsys):
         data.run_main(Mock(side_effect=RuntimeError("our mistake")))
 
 
-def test_an_odd_standard_output_is_no_failure(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["data.py", "show", "eca"])
-    closed = Mock(write=Mock(side_effect=BrokenPipeError))
-    for stdout in (None, io.StringIO(), closed, io.TextIOWrapper(io.BytesIO(), "ascii")):
-        monkeypatch.setattr(sys, "stdout", stdout)
+@pytest.mark.parametrize("command,said", [("list", data.TASKS), ("show eca -n 2", ["eca: ", "»"])])
+def test_commands_print_and_an_odd_standard_output_is_no_failure(command, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["data.py", *command.split()])
+    text, closed = io.StringIO(), Mock(write=Mock(side_effect=BrokenPipeError))
+    for stdout in (None, text, closed, io.TextIOWrapper(io.BytesIO(), "ascii")):
+        monkeypatch.setattr("sys.stdout", stdout)
         data.run_main(data.main)
         data.say("this, too")
+    assert all(word in text.getvalue() for word in said)
 
 
 def test_threads_that_wait_spin_briefly_whichever_script_comes_first(script, monkeypatch):
