@@ -25,8 +25,6 @@ import data
 from conftest import Mirror
 from data import UserError, make_data
 
-fork = multiprocessing.get_context("fork")
-
 
 def examples(spec, pad, n=200, split="train", seed=0):
     """Rows as (prompt, answer), told apart by what counts. Checks the loss mask and the pads."""
@@ -342,7 +340,7 @@ def kill_at(n, owner, name, function, *args):
     """Calls the function in a process that is killed when it calls owner.name for the n-th time."""
     calls = [getattr(owner, name)] * (n - 1) + [lambda *args: os.kill(os.getpid(), signal.SIGKILL)]
     with patch.object(owner, name, lambda *args: calls.pop(0)(*args)):
-        process = fork.Process(target=function, args=args)
+        process = multiprocessing.get_context("fork").Process(target=function, args=args)
         process.start()
         process.join()
     assert process.exitcode == -signal.SIGKILL
