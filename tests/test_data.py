@@ -278,18 +278,15 @@ def tokens_of(numbers, **meta):
 
 
 @pytest.mark.parametrize("files,wanted", [
-    ({"a.jsonl": '\n{"text": "one"}\n\n{"content": "two"}\n \n'}, ["one", "two"]),
-    ({"AA/wiki_00": '{"id": 1, "text": "\\ud800x"}\n{"text": "y", "n": NaN}'}, ["?x", "y"]),
-    ({"a.Json": b'\xef\xbb\xbf{"text": "one"}\r\n{ "text": "two"}'}, ["one", "two"]),
-    ({"a.jl": '{"text": "a\u2028b\x85c"}\n{"text": null}\n'}, ["a\u2028b\x85c"]),
+    ({"a.Json": '\ufeff\n{"text": "one"}\r\n\n{ "content": "two"}\n \n'}, ["one", "two"]),
+    ({"AA/wiki_00": '{"id": 1, "text": "\\ud800x"}\n{"text": "a\u2028b\x85c", "n": NaN}\n'
+                    '{"text": null}'}, ["?x", "a\u2028b\x85c"]),
     ({"a.jsonl.gz": json.dumps({"text": MARKED})}, [MARKED]), ({"a.txt": SPACES}, [SPACES]),
     ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a.jsonl": ""}, "empty"),
     ({"a": '{"text": "fine"}\n\n{"title": "none"}\n'}, "content"), ({"a": '[{"a": 1}]'}, "UTF-8"),
-    ({"a": '{"text": "\\u0000"}\n'}, "UTF-8"), ({"a": "x" * 99_999 + "\0"}, "NUL"),
-    ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"),
-    (tokens_of([7] * 999 + [257], tokenizer="bytes"), "not know"), (tokens_of([]), "empty"),
+    ({"a": "x" * 99_999 + "\0"}, "NUL"), ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"),
     (tokens_of([7] * 999 + [50257]), "gpt2"), (tokens_of([7] * 999, tokenizer=[9]), "[9]"),
-    (tokens_of([7] * 999) | {"meta.pkl": "its own vocabulary"}, "meta.pkl")], ids=range(18))
+    (tokens_of([7] * 999) | {"meta.pkl": "its own vocabulary"}, "meta.pkl")], ids=range(13))
 def test_what_a_user_points_at_is_read_by_document_whatever_its_name_or_refused(
         files, wanted, tmp_path, gpt2, refused):
     write(tmp_path, files)
