@@ -299,11 +299,9 @@ def test_what_a_user_points_at_is_read_by_document_whatever_its_name_or_refused(
 
 
 @pytest.mark.parametrize("files,share,whole", [
-    ({"wiki.train.raw": "a" * 99, "wiki.valid.raw": "b" * 299}, 0.25, True),
-    ({"train/1.gz": "a" * 99, "Validation/1.txt": "b" * 299}, 0.25, True),
-    ({"README": "about", "input.txt": "a line of text\n" * 30_000}, 0.9, False),
+    ({"Train/1.gz": "a" * 99, "wiki.dev.raw": "b" * 299}, 0.25, True),
     ({"train.txt": "0123456789" * 99}, 0.9, False),
-    ({f"{i}.txt": f"{i} " * (70 + i) for i in range(60)}, 0.9, True)], ids=range(5))
+    ({f"{i}.txt": f"{i} " * (70 + i) for i in range(60)}, 0.9, True)], ids=range(3))
 def test_what_is_named_so_or_the_last_tenth_is_held_out(files, share, whole, tmp_path):
     folder = tokenise(write(tmp_path, files))
     both, train = text_in(folder), text_in(folder, ["train"])
