@@ -382,7 +382,7 @@ def test_answers_of_the_mathematics_corpus_are_right_and_no_question_is_in_both_
 
 
 def test_every_window_comes_once_per_epoch_in_an_order_that_the_seed_decides(gpt2, tmp_path):
-    folder = str(write(tmp_path / "a", tokens_of(range(1001))))
+    folder = str(write(tmp_path, tokens_of(range(1001))))
     one, other, warmup = (make_data(folder, seed, 10, split=split)
                           for seed, split in ((0, "train"), (1, "train"), (0, "warmup")))
     x, y = one.train.__getitems__(range(200))
@@ -392,9 +392,6 @@ def test_every_window_comes_once_per_epoch_in_an_order_that_the_seed_decides(gpt
     assert torch.equal(orders.sort().values, torch.arange(0, 1000, 10).expand(4, 100))
     assert len(orders.unique(dim=0)) == 4 and torch.equal(starts[2], starts[0].flip(0))
     assert torch.equal(*(source.val.__getitems__(range(99))[0] for source in (one, other)))
-    found = one.fingerprint()
-    write(tmp_path / "a", tokens_of([3] * 999))
-    assert one.vocab_size == 50257 and other.fingerprint() == one.fingerprint() != found
 
 
 # Published corpora
