@@ -145,12 +145,10 @@ def test_tasks_are_solved_right(spec, pad, solved):
 
 def test_haystack_asks_for_any_of_its_keys_which_are_in_any_order():
     places, in_order = set(), 0
-    assert (make_data("haystack").block_size, make_data("haystack").vocab_size) == (63, 256)
     for (*pairs, asked), _ in examples("haystack", pad=0, n=6000):
         keys = pairs[::2]
         assert set(keys) <= set(range(128, 158)) and set(pairs[1::2]) <= set(range(1, 128))
-        assert len(set(keys)) == len(keys)
-        places.add((keys.index(asked - 30), len(keys)))
+        places.add((keys.index(asked - 30), len(set(keys))))
         in_order += keys == sorted(keys)
     assert len(places) == 30 * 31 / 2 and in_order < 900
 
