@@ -473,12 +473,10 @@ def test_whatever_a_server_does_there_are_three_tries_and_the_same_command_goes_
 def test_a_file_is_there_whole_or_as_it_was_and_no_other_thing_is_touched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to("a.json")  # as stdout of a system is one, which stays
-    old = {"a": np.float32(0.5), "b": np.arange(2), "c": math.nan, "d": -math.inf}
-    data.write_json("link", old)
-    with patch("os.fsync", Mock(side_effect=OSError(28, "No space left"))):
-        with pytest.raises(UserError, match="a.json: No space left"):
-            data.write_json("a.json", {"new": 1})
-    assert data.read_json("a.json") == {"a": 0.5, "b": [0, 1], "c": None, "d": None}
+    data.write_json("link", {"a": np.float32(0.5), "b": np.arange(2), "c": math.nan})
+    with patch("os.fsync", side_effect=OSError(28, "Full")), pytest.raises(UserError, match="Full"):
+        data.write_json("a.json", {"new": 1})
+    assert data.read_json("a.json") == {"a": 0.5, "b": [0, 1], "c": None}
     os.mkfifo("pipe")  # in the place of a device, which root would replace
     write(tmp_path, {".pipe.tmp": "mine"})
     for path in ("pipe", tmp_path, "missing/a"):
@@ -491,8 +489,7 @@ def test_a_file_is_there_whole_or_as_it_was_and_no_other_thing_is_touched(tmp_pa
 
 
 def test_a_person_gets_one_line_and_our_mistakes_a_traceback(capsys):
-    for error, line in ((UserError("two\nlines"), "two lines"), (OSError(5, "Input"), "Input"),
-                        (MemoryError(), "enough memory"),
+    for error, line in ((UserError("two\nlines"), "two lines"), (MemoryError(), "enough memory"),
                         (RuntimeError("CUDA out of memory.\nTried 9 GiB"), "enough memory")):
         with pytest.raises(SystemExit):
             data.run_main(Mock(side_effect=error))
