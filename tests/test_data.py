@@ -309,16 +309,14 @@ def test_what_is_named_so_or_the_last_tenth_is_held_out(files, share, whole, tmp
 
 
 def test_what_is_no_text_beside_text_is_left_out_and_named(tmp_path, capsys, monkeypatch):
-    write(tmp_path, {"train.txt": "text", "val/1.txt": "more", ".git/HEAD": "main", "nul": "ab\0ef",
-                     "closed/no": b"\0", "utf-16": "Hi\n".encode("utf-16-le"),
-                     "number.jl": '{"text": 5}', "long": '{"text": "' + "x" * 999})
+    write(tmp_path, {"train.txt": "text", "val/1.txt": "more", ".git/HEAD": "main", "closed/no": "",
+                     "utf-16": "H\0i\0", "number": '{"text": 5}', "long": '{"text": "' + "x" * 999})
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("val")  # a folder
     monkeypatch.setattr(data, "LONG", 500)  # characters, of a line that goes on
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed")  # root may all
     assert text_in(tokenise(tmp_path)) == "text\0more\0"
-    said = capsys.readouterr().out
-    assert "8, such as closed, no, link, long, nul, number.jl, pipe, utf-16\n" in said
+    assert "6, such as closed, link, long, number, pipe, utf-16\n" in capsys.readouterr().out
 
 
 def test_a_text_is_known_by_its_content_alone(tmp_path, monkeypatch):
