@@ -203,10 +203,9 @@ def test_the_shuffled_control_has_the_same_tokens_and_as_many_that_count(spec, p
 
 def test_micro_batches_end_where_nothing_counts_any_more_or_are_the_rows_as_they_are():
     x, y = make_data("set:length=2-9").train.__getitems__(range(40))
-    for n in (1, 6, 100):
-        parts, whole = data.micro_batches(x, y, n), data.micro_batches(x, y, n, trim=False)
-        assert len(parts) <= n and all((y_part[:, -1] != -1).any() for _, y_part in parts)
-        assert len(whole) <= n and torch.equal(torch.cat([part for part, _ in whole]), x)
+    parts, whole = data.micro_batches(x, y, 6), data.micro_batches(x, y, 6, trim=False)
+    assert all((y_part[:, -1] != -1).any() for _, y_part in parts)
+    assert torch.equal(torch.cat([x_part for x_part, _ in whole]), x)
 
 
 @pytest.mark.parametrize("spec,reason", [
