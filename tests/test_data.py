@@ -65,8 +65,7 @@ def test_rules_with_input_and_output_agree_with_plain_python(name, vocab, low, h
     for prompt, answer in examples(f"{name}:length={low}-{high},vocab={vocab}", pad=vocab + 1):
         *inputs, rest = split_at(vocab, prompt)
         assert rest == [] and answer == ORACLES[name](*inputs)
-        least = 0 if name == "stack" else 1
-        assert all(least <= token < vocab for token in sum(inputs, answer))
+        assert all(token < vocab and (token or name == "stack") for token in sum(inputs, answer))
         lengths.add(len(inputs[0]))
     halves = 2 if name == "union" else 1
     assert lengths == {length // halves for length in range(low, high + 1)}
@@ -153,8 +152,7 @@ def test_haystack_asks_for_any_of_its_keys_which_are_in_any_order():
 
 
 @pytest.mark.parametrize("spec,pad,different", [
-    ("addition:digits=1", 12, 81), ("haystack:pairs=1", 0, 127),
-    ("sorting:numbers=2,below=15", None, 225)])
+    ("addition:digits=1", 12, 81), ("haystack:pairs=1", 0, 127)])
 def test_one_example_in_16_is_for_validation_and_never_for_training(spec, pad, different):
     found = {"train": set(), "val": set()}
     for split, seed in itertools.product(found, (0, 1)):
@@ -167,12 +165,10 @@ def test_one_example_in_16_is_for_validation_and_never_for_training(spec, pad, d
 
 @pytest.mark.parametrize("spec", [
     "dyck:k=4,length=1-5", "set+union:length=1-3", "shuffled:stack:vocab=3", "eca:rule=random",
-    "0.5 * set: length = 2-9, vocab = 5", "haystack", "TEXT"])
-def test_a_row_is_a_pure_function_of_seed_split_and_number(spec, prose):
-    spec = str(prose) if spec == "TEXT" else spec
+    "0.5 * set: length = 2-9, vocab = 5", "haystack"])
+def test_a_row_is_a_pure_function_of_seed_split_and_number(spec):
     one, two = make_data(spec, 3).train, make_data(spec, 3).train
     x, y = one.__getitems__(range(40))
-    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (40, one.block_size)
     for rows in ([38, 2], [5], [0, 1, 3, 4, 6, 7]):
         assert all(map(torch.equal, two.__getitems__(rows), (x[rows], y[rows])))
         assert all(map(torch.equal, two[rows[0]], (x[rows[0]], y[rows[0]])))
