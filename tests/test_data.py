@@ -271,13 +271,11 @@ def tokens_of(numbers):
     ({"AA/wiki_00": '{"id": 1, "text": "\\ud800x"}\n{"text": "a\u2028b\x85c", "n": NaN}\n'
                     '{"text": null}'}, ["?x", "a\u2028b\x85c"]),
     ({"a.jsonl.gz": json.dumps({"text": MARKED})}, [MARKED]), ({"a.txt": SPACES}, [SPACES]),
-    ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a.jsonl": ""}, "empty"),
-    ({"a": '{"text": "fine"}\n\n{"title": "none"}\n'}, "content"), ({"a": '[{"a": 1}]'}, "UTF-8"),
-    ({"a": "x" * 99_999 + "\0"}, "NUL"), ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"),
-    (tokens_of([7] * 999 + [50257]), "gpt2"),
-    (tokens_of([7] * 999) | {"meta.pkl": "its own vocabulary"}, "meta.pkl")], ids=range(12))
-def test_what_a_user_points_at_is_read_by_document_whatever_its_name_or_refused(
-        files, wanted, tmp_path, gpt2, refused):
+    ({"a.txt.gz": "\ufeff" + MARKED}, [MARKED]), ({"a": "x" * 99_999 + "\0"}, "NUL"),
+    ({"a": '{"text": "fine"}\n\n{"title": "none"}\n'}, "content"), ({"a.jsonl": ""}, "empty"),
+    ({"a": b"x" * 999_999 + b"\xff"}, "utf-8"), (tokens_of([7] * 999 + [50257]), "gpt2"),
+    ({"a": "\0"}, "UTF-8"), (tokens_of([7] * 999) | {"meta.pkl": ""}, "meta.pkl")], ids=range(12))
+def test_what_a_user_points_at_is_read_or_refused(files, wanted, tmp_path, gpt2, refused):
     write(tmp_path, files)
     if isinstance(wanted, str):
         assert wanted in refused(data, "show", tmp_path)
