@@ -346,10 +346,9 @@ def test_code_is_python_and_docs_are_docstrings(tmp_path, monkeypatch):
 
 
 ANSWERS = {  # what a question is, and what gives its answer
-    r"What is (.*)\?": r"\1", r"Divide (.*) by (.*)\.": r"\1 // \2",
-    r"What remains when (.*) is divided by (.*)\?": r"\1 % \2",
+    r"What is (.*)\?": r"\1", r"What remains when (.*) is divided by (.*)\?": r"\1 % \2",
+    r"Divide (.*) by (.*)\.": r"\1 // \2", r"Write (.*) in base 2\.": r"bin(\1)[2:]",
     r"Is (.*) less than (.*)\?": r"'yes' if \1 < \2 else 'no'",
-    r"Write (.*) in base 2\.": r"bin(\1)[2:]",
     r"Solve (.*)\*x \+ (.*) = (.*) for x\.": r"(\3 - \2) // \1",
     r"Let f\(x\) = (.*)\. What is f\((.*)\)\?": r"(lambda x: \1)(\2)"}
 
