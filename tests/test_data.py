@@ -225,7 +225,7 @@ def test_rows_are_written_as_a_person_would(spec, row):
     assert all(re.fullmatch(row, them.write(*them.train[i])) for i in range(5))
 
 
-# Texts, and folders of tokens
+# Texts, folders of tokens, published corpora
 
 def write(folder, files):
     for name, content in files.items():
@@ -367,14 +367,11 @@ def test_every_window_comes_once_per_epoch_in_an_order_that_the_seed_decides(gpt
     one, other = make_data(folder, 0, 10), make_data(folder, 1, 10)
     x, y = one.train.__getitems__(range(200))
     assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(10))
-    others = other.train.__getitems__(range(100))[0]
-    orders = torch.stack([x[:100, 0], x[100:, 0], others[:, 0]])
+    orders = torch.stack([x[:100, 0], x[100:, 0], other.train.__getitems__(range(100))[0][:, 0]])
     assert torch.equal(orders.sort().values, torch.arange(0, 1000, 10).expand(3, 100))
     assert len(orders.unique(dim=0)) == 3
     assert torch.equal(*(source.val.__getitems__(range(99))[0] for source in (one, other)))
 
-
-# Published corpora
 
 @pytest.fixture
 def mirror(published, tmp_path, gpt2, monkeypatch):
