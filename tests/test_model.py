@@ -1,6 +1,4 @@
 """GPT-2 against two others, its loss and parts, and checkpoints from friends and enemies."""
-import contextlib
-import json
 import math
 import os
 import pickle
@@ -12,8 +10,8 @@ import pytest
 
 import model as script  # which imports torch when data has set what its threads read
 from data import UserError
-from model import (GPT, GPTConfig, as_hugging_face, attention_maps, find_device, load, parse_parts,
-                   parse_size, save, transfer)
+from model import (GPT, GPTConfig, attention_maps, find_device, load, parse_parts, parse_size, save,
+                   transfer)
 
 import torch
 
@@ -37,15 +35,12 @@ def same(a, b):
 
 # GPT-2
 
-
 def test_weights_begin_as_gpt2s_do():
     torch.manual_seed(0)
     model = GPT(GPTConfig(500, 64, 8, 4, 128, tied=False))
     for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            assert (p == 0).all(), name
-        elif "ln_" in name:
-            assert (p == 1).all(), name
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
         else:
             std = 0.02 / math.sqrt(2 * 8) if "c_proj" in name else 0.02
             assert p.std().item() == pytest.approx(std, rel=0.05), name
@@ -98,32 +93,26 @@ def test_attention_maps_are_what_attention_really_uses_and_no_token_sees_a_later
     model(idx)
     assert len(maps) == 2, "once outside, nothing is added"
     for weights, (attn, x, y) in zip(maps, seen):
-        assert weights.shape == (3, 4, 20, 20)
         assert (weights.triu(1) == 0).all(), "no token sees a later one"
         values = attn.c_attn(x)[..., 64:].chunk(4, -1)
         heads = [weights[:, head] @ value for head, value in enumerate(values)]
         torch.testing.assert_close(attn.c_proj(torch.cat(heads, -1)), y, atol=1e-4, rtol=1e-4)
 
 
-def test_temperature_0_takes_the_likeliest_token_also_beyond_the_context():
+def test_generation_takes_the_likeliest_token_or_each_as_often_as_the_temperature_says():
     model, idx = small(tied=False), tokens(2, 5)
     model.ln_f.bias.data.zero_()  # no token is always the likeliest
     out = model.generate(idx, 40, temperature=0)
     assert torch.equal(out[:, :5], idx) and len(out[:, 24:].unique()) > 1
-    for t in range(5, 45):
+    for t in range(5, 45):  # also beyond the context
         assert torch.equal(out[:, t], model(out[:, max(0, t - 24):t])[:, -1].argmax(-1))
-
-
-def test_tokens_come_as_often_as_the_temperature_says():
-    model, idx, temperature = small(), torch.tensor([[3, 4]] * 20_000), 2.0
-    wanted = (model(idx[:1])[0, -1] / temperature).softmax(-1)
-    out = model.generate(idx, 1, temperature)[:, 2]
+    out = model.generate(idx[:1].expand(20_000, 5), 1, temperature=0.2)[:, 5]
     came = torch.bincount(out, minlength=50) / len(out)
+    wanted = (model(idx[:1])[0, -1] / 0.2).softmax(-1)
     torch.testing.assert_close(came, wanted, atol=0.02, rtol=0)
 
 
 # Parts, sizes and devices
-
 
 @pytest.mark.parametrize("parts,embeddings,positions,context,moves", [
     ([], "random", "random", 40, False), (["attn"], "random", "fit", 24, True),
@@ -147,14 +136,6 @@ def test_transfer_moves_what_it_is_told_to(parts, embeddings, positions, context
         assert torch.equal(p, expected), name
 
 
-@pytest.mark.parametrize("source,how,reason", [
-    (dict(n_layer=3), {}, "3_4_32.*2_4_32"), (dict(block_size=16), {"positions": "moved"}, "16"),
-    (dict(vocab_size=49), {"embeddings": "keep"}, "49")])
-def test_what_does_not_fit_is_not_moved(source, how, reason):
-    with pytest.raises(UserError, match=reason):
-        transfer(small(1, **source), small(2), ["attn"], **how)
-
-
 def test_sizes_and_parts_have_names_or_are_written_out():
     with torch.device("meta"):
         gpt2 = GPT(GPTConfig(50257, 1024, *parse_size("gpt2")))
@@ -166,43 +147,33 @@ def test_sizes_and_parts_have_names_or_are_written_out():
             parse(text)
 
 
-@pytest.mark.parametrize("asked,gpus,mps,found", [
-    (None, 0, False, "cpu"), (None, 0, True, "mps"), (None, 2, True, "cuda"),
-    ("cpu", 2, False, "cpu"), ("cuda:1", 2, False, "cuda:1"), ("cuda:2", 2, False, None)])
-def test_the_device_is_the_best_or_the_named_one_or_refused(asked, gpus, mps, found, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    with contextlib.nullcontext() if found else pytest.raises(UserError, match=asked):
-        assert find_device(asked) == found
+def test_the_device_is_the_best_or_the_named_one_or_refused(monkeypatch):
+    for gpus, mps, best in ((0, False, "cpu"), (0, True, "mps"), (2, True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert find_device() == best and find_device("cpu") == "cpu"
+    assert find_device("cuda:1") == "cuda:1"
+    with pytest.raises(UserError, match="cuda:2"):
+        find_device("cuda:2")
 
 
 # Checkpoints: ours, nanoGPT's, Hugging Face's
 
-
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_checkpoint_brings_back_the_model_and_what_else_was_saved(tied, tmp_path):
-    model = small(tied=tied, dropout=0.25)
-    save(tmp_path / "ckpt.pt", model, source={"spec": "dyck"})
-    for path in (tmp_path / "ckpt.pt", str(tmp_path)):
-        again, state = load(path)
+def test_a_checkpoint_brings_all_back_and_stays_whole_where_none_can_be_saved(tied, tmp_path):
+    path, model = tmp_path / "ckpt.pt", small(tied=tied, dropout=0.25)
+    save(path, model, source={"spec": "dyck"})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # as a full disk
+    with pytest.raises(UserError, match="ckpt.pt: .* unharmed"):
+        save(path, model)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
+    for place in (path, str(tmp_path)):
+        again, state = load(place)
         assert same(model, again) and again.config == model.config
         assert (again.lm_head.weight is again.wte.weight) == tied
         assert state["source"] == {"spec": "dyck"}
-    assert os.listdir(tmp_path) == ["ckpt.pt"]
-
-
-def test_what_cannot_be_saved_leaves_what_was_there_as_it_was(tmp_path):
-    path, model = tmp_path / "a.pt", small()
-    save(path, model)
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # as a full disk
-    with pytest.raises(UserError, match="a.pt: .* unharmed"):
-        save(path, model)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    model.h[1].mlp.c_fc.bias.data[3] = math.nan
-    with pytest.raises(UserError, match="not finite"):
-        save(path, model)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
 @pytest.mark.parametrize("prefix,bias,dtype", [
@@ -221,22 +192,17 @@ def test_nanogpts_checkpoints_are_read(prefix, bias, dtype, tmp_path):
     assert same(model, again) and again.lm_head.weight is again.wte.weight
 
 
-class Trap:
-    """Calls a function when it is unpickled as Python does it."""
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
+class Trap(tuple):
+    """A function and its arguments: where Python unpickles this, it calls the function."""
     def __reduce__(self):
-        return self.call
+        return self[0], self[1:]
 
 
 @pytest.mark.parametrize("place,changes,reason", [
-    ("config", dict(n_layer=10 ** 9), "layers"), ("config", dict(n_layer=1), "h.1"),
-    ("config", dict(n_embd=1 << 15), "wte.weight"), ("config", dict(n_embd="wide"), "TypeError"),
-    ("config", dict(vocab_size=10 ** 12), "wte.weight"), ("config", dict(dropout=2.0), "dropout"),
-    ("config", {"more": Trap(bytearray, 10 ** 9)}, "nothing in it was run"),
+    ("config", dict(n_layer=10 ** 9), "layers"), ("config", dict(n_embd="wide"), "TypeError"),
+    ("config", dict(vocab_size=10 ** 12), "wte.weight"),
+    ("config", {"more": Trap([bytearray, 10 ** 9])}, "nothing in it was run"),
     ("model", {"wte.weight": None}, "NoneType"), ("model", {"strange": torch.zeros(3)}, "strange"),
-    ("model", {"wte.weight": torch.zeros(50, 32).to_sparse()}, ""),
     ("model", {"wpe.weight": torch.zeros(24, 32, device="meta")}, "meta"),
     ("model", {"wte.weight": torch.zeros(1).half().expand(10 ** 9)}, "no plain tensor")])
 def test_a_damaged_checkpoint_is_refused_and_takes_no_memory(place, changes, reason, tmp_path):
@@ -257,23 +223,21 @@ def is_refused(path, reason):
 
 def test_what_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "hf").mkdir()
-    for name in ("fifo", "hf/model.safetensors"):  # which would make us wait for ever
-        os.mkfifo(tmp_path / name)
+    os.mkfifo(tmp_path / "hf/model.safetensors")  # which would make us wait for ever
     (tmp_path / "half").write_bytes(b"PK, and no more")
     save(tmp_path / "packed", small())
     with zipfile.ZipFile(tmp_path / "packed", "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.pkl", bytes(10 ** 7))  # thousands of times what it is as a file
-    for name, reason in (("none", "No such file"), ("hf", "neither"), ("fifo", "not a file"),
-                         ("half", "no file"), ("packed", "no file")):
+    for name, reason in (("hf", "neither"), ("half", "no file"), ("packed", "no file")):
         is_refused(tmp_path / name, reason)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_no_function_in_a_checkpoint_is_ever_called(legacy, tmp_path):
     path, sprung, model = tmp_path / "a.pt", tmp_path / "sprung", small()
-    touch = Trap(eval, f"open({str(sprung)!r}, 'w')")
-    inner = Trap(torch.storage._load_from_bytes, pickle.dumps(touch))
-    for trap in (touch, Trap(os.system, f"touch {sprung}"), Trap(Path.touch, sprung), inner):
+    touch = Trap([eval, f"open({str(sprung)!r}, 'w')"])
+    inner = Trap([torch.storage._load_from_bytes, pickle.dumps(touch)])
+    for trap in (touch, Trap([os.system, f"touch {sprung}"]), Trap([Path.touch, sprung]), inner):
         state = {"config": vars(model.config), "model": model.state_dict() | {"wte.weight": trap}}
         for written in (trap, {"config": trap, "model": trap}, state):
             torch.save(written, path, _use_new_zipfile_serialization=not legacy)
@@ -296,14 +260,16 @@ def test_what_is_exported_transformers_loads_and_load_brings_back(tied, tmp_path
     again, _ = load(tmp_path / "hf")
     assert same(model, again) and again.config == model.config
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "hf"]
+    config = tmp_path / "hf/config.json"
+    config.write_text(config.read_text().replace('"gelu_new"', '"relu"'))
+    is_refused(tmp_path / "hf", "activation_function")
 
 
 def test_an_export_overwrites_nothing_and_leaves_nothing_behind(tmp_path, refused, monkeypatch):
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "a.pt"
     save(path, small())
-    for taken in (tmp_path, path):
-        assert "choose another" in refused(script, "export", path, taken)
+    assert "choose another" in refused(script, "export", path, tmp_path)
 
     def full(model, folder):
         Path(folder).mkdir()
@@ -312,14 +278,3 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_behind(tmp_path, refuse
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "save_pretrained", full)
     assert "No space left" in refused(script, "export", path, tmp_path / "new")
     assert os.listdir(tmp_path) == ["a.pt"]
-
-
-@pytest.mark.parametrize("changes,reason", [
-    (dict(activation_function="relu"), "activation_function"), (dict(n_layer=3), "3 layers"),
-    (dict(layer_norm_epsilon=1e-6), "layer_norm_epsilon"), (dict(vocab_size=51), "wte.weight")])
-def test_folders_that_hold_no_whole_gpt2_are_refused(changes, reason, tmp_path):
-    pytest.importorskip("transformers")
-    as_hugging_face(small()).save_pretrained(tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    is_refused(tmp_path / "hf", reason)
