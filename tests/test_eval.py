@@ -284,7 +284,7 @@ def printed(monkeypatch, capfd):
     ("rule", "loss learned answers copying heads linear"),
     ("brackets", "loss learned copying brackets heads linear"),
     ("varying", "loss copying heads"),  # nobody knows where they will end
-    ("task", "loss learned answers heads"), ("text", "loss copying heads")])  # too short to copy
+    ("task", "loss learned answers copying heads"), ("text", "loss copying heads")])
 def test_each_probe_that_applies_is_printed_and_heads_drawn(kind, probes, checkpoints, printed):
     image, path = pytest.importorskip("matplotlib.image"), checkpoints[kind]
     text, c = printed(path, "--plot"), script.Opened(path, "cpu")
