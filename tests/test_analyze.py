@@ -274,6 +274,12 @@ def test_a_damaged_result_is_refused(name, content, tmp_path, refused, monkeypat
     assert str(tmp_path) in refused(analyze, "transfer", "--show", "--results", tmp_path)
 
 
+def test_a_run_without_a_config_is_read_as_those_of_the_archive_are(tmp_path):
+    keep({NAME: GOOD}, tmp_path)
+    (tmp_path / NAME / "config.json").unlink()
+    assert analyze.read_results(tmp_path)[NAME] == GOOD | {"environment": None}
+
+
 def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, refused, call):
     runs, figures = made_up({TEXT[0]: (2.0, 3.0), TEXT[1]: (2.0, 2.1)}), []
     monkeypatch.setattr(analyze, "keep_figure", lambda figure, path: figures.append(figure))

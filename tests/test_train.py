@@ -292,6 +292,8 @@ def test_a_folder_is_one_runs_with_the_data_and_the_masks_that_it_began_with(ref
     result = go("run", "--resume", **flags)
     monkeypatch.setattr(torch.optim.AdamW, "step", None)  # it was finished
     assert go(**flags) == result == read_json("run/result.json")
+    Path("run/ckpt.pt").unlink()  # it is not trained anew
+    assert "but for ckpt.pt" in refused(train, *words("run", **flags))
 
 
 def test_what_is_no_run_is_refused_and_left_alone(refused, cut):
@@ -330,6 +332,7 @@ def test_moments_of_any_dtype_and_layout_go_on(key, change, same_bits, refused, 
     ("--sharpen=1 --recompute", "excludes"), ("--tokenizer=bytes", "no tokenizer bytes"),
     ("--init=CUT --warmup_lr=1", "--warmup_lr would"), ("--tokens=1M", "--steps would"),
     ("--attn_from=CUT --transfer=attn", "--transfer would"), ("--preset=c4", "--preset would"),
+    ("--transfer=all", "needs --init"), ("--warmup=dyck:length=1", "no token counts"),
     # What does not fit is seen before the warm-up.
     ("--init=CUT --size=1_2_16", "1_2_8"), ("--embeddings=keep", "256")])
 def test_a_bad_command_line_is_one_line_and_writes_nothing(bad, said, refused, cut):
