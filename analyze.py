@@ -104,7 +104,7 @@ class Line(NamedTuple):
     """Settings: one for each choice from the braces in its name, which {0}, {1} are further on."""
     columns: tuple
     name: str
-    warmup: str = "none"  # its spec, and flags of it; equal: as many tokens as dyck has.
+    warmup: str = "none"  # its spec, and flags of it; equal: 49.2 M tokens, as dyck has.
                           # After a slash a second one, whose MLPs are taken
     flags: str = ""       # how it moves over, and what else differs; or one of STARTS
     change: str = ""
@@ -387,10 +387,13 @@ def read_results(where):
     for path in sorted(paths, key=lambda path: (path.suffix != ".gz", path)):
         if (path / "result.json").exists():  # these come last: a run hides a packed one
             found[path.name] = read_run(path)
-        elif path.is_file() and (path == where or path.suffix == ".gz"):
+        elif path.is_file() and (path == where or path.suffix == ".gz" and ".tar" not in path.name):
             with reading(path), gzip.open(path, "rt") as file:
-                records = [json.loads(line) for line in iter(lambda: file.readline(LONG), "")]
-                found |= {each.pop("name"): each for each in records}
+                for line in iter(lambda: file.readline(LONG), ""):
+                    record = json.loads(line)
+                    name = record.pop("name")
+                    if found.setdefault(name, record) != record:
+                        raise ValueError(f"of {name} it has another result than a file before")
     return found
 
 
@@ -427,7 +430,8 @@ def value_of(record, measure):
 
 @functools.cache
 def ways(n, of):
-    """All ways to choose n places, the first n first, or 100,000 random ones: (ways, n)."""
+    """All ways to choose n of the places (in row 0 the first n), or 100,000 random ones if there
+    are too many: (ways, n)."""
     if math.comb(of, n) <= 200_000:
         return np.array(list(combinations(range(of), n)))
     chosen = np.random.default_rng(0).random((100_000, of)).argsort(1)[:, :n]
@@ -467,12 +471,21 @@ def permutation_interval(a, b):
 
 
 class Outcome:
-    """The runs of a setting that are there, and what they are worth."""
+    """The runs of a setting that are there, without those on other data than `base` had."""
 
-    def __init__(self, setting, seeds, found):
+    def __init__(self, setting, seeds, found, base=None):
         self.setting, self.measure = setting, MEASURES[setting.column]
-        folders = {seed: setting.folder(seed) for seed in range(seeds or setting.seeds)}
-        self.runs = {seed: found[folder] for seed, folder in folders.items() if folder in found}
+        self.data = dict(base.data) if base else {}  # fingerprints: of a task one for each seed
+        self.runs, self.left_out = {}, []
+        for seed in range(seeds or setting.seeds):
+            record = found.get(setting.folder(seed))
+            if record:
+                key = seed if setting.column in TASK_COLUMNS else "text"
+                fingerprint = record["result"]["fingerprint"][0]
+                if self.data.setdefault(key, fingerprint) == fingerprint:
+                    self.runs[seed] = record
+                else:
+                    self.left_out.append(seed)
         self.n, self.number, self.budget = len(self.runs), f"n = {len(self.runs)}", math.inf
         if self.n:
             results = [each["result"] for each in self.runs.values()]
@@ -492,12 +505,7 @@ class Outcome:
     def against(self, base):
         """The means of a baseline and of this; how much better this is, its 95 % interval, low and
         high, and p; these in three words. A gain is a lower bound where the baseline never got
-        there; never is the same number of steps for both, the smaller budget. Raises UserError."""
-        for seed in self.runs.keys() & base.runs.keys():
-            datas = [each.runs[seed]["result"]["fingerprint"][0] for each in (self, base)]
-            if datas[0] != datas[1]:
-                raise UserError(f"{self.setting.folder(seed)} and {base.setting.folder(seed)} are "
-                                "on different data (another Python's code and docs?)")
+        there; a run that never did counts as the smaller of the two budgets, on both sides."""
         never = min(self.budget, base.budget)
         theirs, ours = np.minimum(base.values, never), np.minimum(self.values, never)
         better = 1 if self.measure == ACCURACY else -1  # less, of steps and bits
@@ -505,18 +513,20 @@ class Outcome:
         gain, p = signed[0].mean() - signed[1].mean(), permutation_p(*signed)
         low, high = permutation_interval(*signed)
         bound = "at least " if theirs.max() == never > ours.max() else ""
-        words = [f"{bound}{self.show(gain)}", f"{self.show(low)} to {self.show(high)}",
-                 "< 0.0001" if p < 1e-4 else f"{p:.4f}"]
+        limits = "any" if math.isinf(low) else f"{self.show(low)} to {self.show(high)}"
+        words = [f"{bound}{self.show(gain)}", limits, "< 0.0001" if p < 1e-4 else f"{p:.4f}"]
         return theirs.mean(), ours.mean(), gain, low, high, p, words
 
 
 def compare(settings, seeds, found):
     """{column: outcomes of its settings, the base first}; of two that are one run, the first."""
-    columns = {}
+    columns, seen = {}, set()
     for setting in settings:
-        outcomes = columns.setdefault(setting.column, {})
-        outcomes.setdefault(setting.folder(0), Outcome(setting, seeds, found))
-    return {column: list(outcomes.values()) for column, outcomes in columns.items()}
+        if setting.folder(0) not in seen:
+            seen.add(setting.folder(0))
+            outcomes = columns.setdefault(setting.column, [])
+            outcomes.append(Outcome(setting, seeds, found, *outcomes[:1]))
+    return columns
 
 
 # ---- Tables and figures --------------------------------------------------------------------------
@@ -530,8 +540,11 @@ def markdown(head, rows):
 def table_lines(columns):
     lines = []
     for column, (first, *_) in columns.items():
-        rows, without = [], []
+        rows, without, notes = [], [], []
         for each in columns[column]:
+            if each.left_out:
+                notes.append(f"left out: {each.setting.name}, seeds {each.left_out}: not the data "
+                             f"of {first.setting.name} (another Python's code and docs?)")
             if not each.n:
                 without.append(each.setting.name)
                 continue
@@ -546,7 +559,8 @@ def table_lines(columns):
                     "tokens of warm-up", "learned"]
             lines += ["", *markdown(head, rows)]
         if without:
-            lines += ["", f"no result yet of {column}: {'; '.join(without)}"]
+            notes.append(f"no result yet of {column}: {'; '.join(without)}")
+        lines += ["", *notes] if notes else []
     return lines
 
 
@@ -608,7 +622,7 @@ def draw_gains(columns, path):
                 text += f"\npaper {published[names[i]] - published['none']:+.1f}"
             axis.text(j, i, text, ha="center", va="center")
     image = axis.imshow(gains, cmap="RdBu", vmin=-100, vmax=100, aspect="auto", alpha=0.7)
-    figure.colorbar(image, label="points of accuracy over no warm-up")
+    figure.colorbar(image, label="points of accuracy over no warm-up (the paper's recall: of 30)")
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(names)), names)
     axis.grid(False)
@@ -628,11 +642,12 @@ def curves(runs, picture):
         values = {str(s.get(key, first[key])) for s in settings.values()}  # older runs have others
         if len(values) > 1:
             differ.append(key)
-    if "data" in differ:
-        raise UserError("these runs are on different data")
     y, ylabel = "val_loss", "held-out loss (nats per token)"
+    texts = {record["result"]["fingerprint"][0] for record in runs.values()}
     if first["data"].partition(":")[0] in TASKS:
-        y, ylabel = "val_accuracy", "accuracy on held-out answers"
+        y, ylabel, texts = "val_accuracy", "accuracy on held-out answers", []
+    if "data" in differ or len(texts) > 1:
+        raise UserError("these runs are on different data")
     for name, s in settings.items():
         log = runs[name]["log"]
         if not log:
@@ -641,7 +656,7 @@ def curves(runs, picture):
               f"loss {log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
         label = ", ".join(f"{key} {s.get(key)}" for key in differ)
         # An untrained model's loss would flatten the picture: the first evaluation is left out.
-        groups.setdefault(label, []).append({entry["step"]: entry[y] for entry in log[1:]})
+        groups.setdefault(label, []).append({entry["step"]: entry[y] for entry in log[1:] or log})
     figure, axis = pyplot().subplots(figsize=(11, 6.5))
     for i, (label, lines) in enumerate(groups.items()):
         for line in lines:
@@ -670,7 +685,7 @@ class Claim(NamedTuple):
     counting_warmup: bool = False  # its tokens are steps, too
 
 
-# Written down before the runs that decide them, but for what the report says of the first ten.
+# Written down before the runs that decide them; the exceptions among the first ten: in the report.
 # Published perplexities in bits per byte: 62.0 -> 59.9 is 0.034 nats a token of GPT-2, of 4.4 bytes
 # of English; 5.47 -> 5.15 is 0.060 nats a token of CodeParrot's, of some 3 bytes of Python.
 CODE, ENGLISH = "gain 0.029 bits per byte", "gain 0.011 bits per byte"
@@ -717,9 +732,9 @@ CLAIMS = [
 
 def judge(claim, seeds, found):
     """A claim -> what was measured, in words; n; p; the verdict."""
-    outcomes = {each.name: Outcome(each, seeds, found)
-                for each in settings_in(claim.experiment, claim.column)}
-    base, ours = outcomes[claim.worse], outcomes[claim.better]
+    settings = {each.name: each for each in settings_in(claim.experiment, claim.column)}
+    base = Outcome(settings[claim.worse], seeds, found)
+    ours = Outcome(settings[claim.better], seeds, found, base)
     if not ours.n or not base.n:
         return ["", "0", "", "not run"]
     if claim.counting_warmup:
@@ -766,6 +781,8 @@ def report(found, folder, seeds):
             draw(name, columns, folder / f"{name}.png")
             lines += ["", f"## {name}: {question}", *table_lines(columns), "",
                       f"![{name}]({name}.png)"]
+    if not shown:
+        raise UserError(f"{folder} has no result of any experiment")
     with written_whole(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     print(path)
@@ -787,11 +804,11 @@ def main():
              help="a folder, or a packed file (default %(default)s)")
         if name == "curves":
             flag("runs", nargs="+", help="folders, or with --results parts of names")
-            flag("--picture", default="curves.png", help="or a .pdf, .svg (default %(default)s)")
+            flag("--picture", help="a .png, .pdf or .svg (default curves-RUNS.png)")
         elif name == "pack":
             flag("to", help="such as results.jsonl.gz")
         else:
-            flag("--seeds", type=number(1, 1000), help="at most (default: as planned)")
+            flag("--seeds", type=number(1, 1000), help="how many (default: as planned)")
         if name in EXPERIMENTS:
             flag("--only", default="", help="a column, or \"column | beginning of names\"")
             flag("--jobs", type=number(1, 1000), default=1, help="runs at a time (default 1)")
@@ -800,6 +817,8 @@ def main():
     command, results = args.command, args.results
     if command in EXPERIMENTS:
         settings = settings_in(command, args.only)
+        if not args.show and results.is_file():
+            raise UserError(f"{results} is a packed file: --show, or a folder for --results")
         if not args.show:
             with lock(results / ".lock"):
                 run_all(settings, args.seeds, results.resolve(), args.jobs)
@@ -810,7 +829,7 @@ def main():
             columns = compare(settings, args.seeds, found)
             print(f"\n{command}: {EXPERIMENTS[command][0]}", *table_lines(columns), sep="\n")
             if any(each.n for each in chain(*columns.values())):
-                draw(command, columns, f"{command}.png")
+                draw(command, columns, (results if results.is_dir() else Path()) / f"{command}.png")
         elif command == "claims":
             print("\n".join(claims_lines(found, args.seeds)))
         elif command == "report":
@@ -821,7 +840,8 @@ def main():
             runs = {name: found[name] for name in found if any(part in name for part in args.runs)}
             if not runs:
                 raise UserError(f"no run in {results} is named like {', '.join(args.runs)}")
-            curves(runs, args.picture)
+            names = "-".join(Path(run).resolve().name for run in args.runs)
+            curves(runs, args.picture or f"curves-{names[:100]}.png")
 
 
 if __name__ == "__main__":

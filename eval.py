@@ -367,6 +367,8 @@ def keep_figure(figure, path):
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: a figure's name ends in .png, .pdf or .svg")
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
+        text.set_text(text.get_text().encode(errors="replace").decode())  # a path may be no Unicode
     with written_whole(path) as file:
         figure.savefig(file, format=ending)
     pyplot().close(figure)

@@ -1,6 +1,7 @@
 """What README shows: its rule is added, its commands are accepted, and what it says of results is
 what the packed file says."""
 import argparse
+import itertools
 import importlib
 import re
 import shlex
@@ -68,11 +69,18 @@ def test_what_is_pointed_to_is_there(text, folder):
         assert (folder / link).exists(), link
 
 
-def steps_of(column, name, experiment="starts", seeds=10):
-    """Of a setting's packed runs: {seed: steps} of those that found the value."""
+def packed(column, name, experiment):
+    """A setting's packed runs by seed."""
     setting, = (each for each in analyze.settings_in(experiment)
                 if (each.column, each.name) == (column, name))
-    runs = {seed: FOUND[setting.folder(seed)] for seed in range(seeds)}
+    folders = {seed: setting.folder(seed) for seed in range(10)}
+    return {seed: FOUND[folder] for seed, folder in folders.items() if folder in FOUND}
+
+
+def steps_of(column, name, experiment="starts", seeds=10):
+    """Of a setting's packed runs: {seed: steps} of those that found the value."""
+    runs = packed(column, name, experiment)
+    assert len(runs) == seeds
     steps = {seed: analyze.value_of(run, analyze.STEPS) for seed, run in runs.items()}
     return {seed: each for seed, each in steps.items()
             if each < runs[seed]["result"]["settings"]["steps"]}
@@ -83,7 +91,7 @@ def results_in_words():
     starts = {each.name: steps_of(each.column, each.name) for each in analyze.settings_in("starts")
               if each.column == "recall of 15" and each.name != "none"}
     none_15, none_30 = steps_of("recall of 15", "none"), steps_of("recall", "none, steps 13500")
-    yield f"| nothing | {len(none_15)} | {len(none_30)}, in 13,500: 11 % right, guessing 13 |"
+    yield f"| nothing | {len(none_15)} | {len(none_30)}, in 13,500: 11 % right |"
     found = [steps_of(column, "dyck, attn, embeddings random").values()
              for column in ("recall of 15", "recall")]
     words = [f"{len(steps)}, after {min(steps):,} to {max(steps):,}" for steps in found]
@@ -94,11 +102,24 @@ def results_in_words():
              for rule, experiment in (("shuffled:dyck", "controls"), ("identity", "table"),
                                       ("set", "table"), ("eca", "table"))}
     yield f"| brackets, their tokens shuffled | {rules['shuffled:dyck']} |"
-    yield f"| identity; set; rule 110 | {rules['identity']}; {rules['set']}; {rules['eca']} |"
+    yield f"| identity; `set`; rule 110 | {rules['identity']}; {rules['set']}; {rules['eca']} |"
     weights = steps_of("recall of 15", "shuffled", "weights")
     yield f"| brackets, the attention's weights shuffled | {len(weights)} |"
-    published = steps_of("recall", "dyck, full, embeddings mean", seeds=4)
-    yield f"30 pairs by {len(published)} of 4"
+    for words, case in (("30 pairs by {} of {}", ("recall", "dyck, full, embeddings mean", "starts")),
+                        ("in its place {} of {} seeds find them",
+                         ("recall of 15", "none, steps 12144", "budgets"))):
+        n = len(packed(*case))
+        yield words.format(len(steps_of(*case, seeds=n)), n)
+    strangers = {(a, b): len(steps_of("recall of 15", f"attention of {a}, MLPs of {b}",
+                                      "strangers", seeds=2))
+                 for a, b in itertools.permutations((0, 1, 4, 7), 2)}
+    own = len(starts["dyck, attn,mlp, embeddings random"])
+    yield (f"{sum(strangers.values())} of 24 runs find 15 pairs (with its own, {own} of 10), 1 to 5 "
+           "of 6 by whose MLPs they are, and as many by whose attention")
+    for place in (0, 1):
+        by_whom = [sum(n for pair, n in strangers.items() if pair[place] == whose)
+                   for whose in (0, 1, 4, 7)]
+        assert (min(by_whom), max(by_whom)) == (1, 5)
     count = {what: sum(len(steps) for name, steps in starts.items() if re.search(what, name))
              for what in ("mlp|full", "random", "mean", "")}
     yield (f"({count[''] - count['mlp|full']} of 40 without, {count['mlp|full']} of 40 with them), "
@@ -115,9 +136,9 @@ def results_in_words():
         words = re.search(r"gain (\S+) \((\S+) to (\S+)\) \| (\d+)", line).groups()
         gain, low, high, seeds = map(float, words)
         yield f"{gain:.3f} bits per byte ({low:.3f} to {high:.3f}, {seeds:.0f} seeds; published"
-    for setting in analyze.settings_in("starts"):
-        runs = [FOUND.get(setting.folder(seed), {}) for seed in range(10)]
-        if all("share" in run for run in runs):
+    for name in starts:
+        if re.search("mlp|full", name):
+            runs = packed("recall of 15", name, "starts").values()
             rho, p = rank_correlation([run["share"] for run in runs],
                                       [analyze.value_of(run, analyze.STEPS) for run in runs])
             assert f"{rho:.2f}" in REPORT and rho < 0 and p > 0.05

@@ -167,13 +167,15 @@ def run_together(members):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", required=True, help="as analyze.py has it, of all experiments")
-    parser.add_argument("--seeds", type=int, help="at most (default: as planned)")
+    parser.add_argument("--seeds", type=int, help="how many (default: as planned)")
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
     settings = []
     for name in EXPERIMENTS:
         with contextlib.suppress(UserError):  # it has none of these
             settings += settings_in(name, args.only)
+    if not settings:
+        parser.error(f"no experiment has settings {args.only}")
     settings = [each for each in settings
                 if each.column in TASK_COLUMNS and "--sharpen" not in each.train]
     train.listen = lambda: None  # for Ctrl-C, which is to end this at once
