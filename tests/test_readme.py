@@ -105,9 +105,10 @@ def results_in_words():
     yield f"| identity; `set`; rule 110 | {rules['identity']}; {rules['set']}; {rules['eca']} |"
     weights = steps_of("recall of 15", "shuffled", "weights")
     yield f"| brackets, the attention's weights shuffled | {len(weights)} |"
-    for words, case in (("30 pairs by {} of {}", ("recall", "dyck, full, embeddings mean", "starts")),
-                        ("in its place {} of {} seeds find them",
-                         ("recall of 15", "none, steps 12144", "budgets"))):
+    for words, case in (
+            ("30 pairs by {} of {}", ("recall", "dyck, full, embeddings mean", "starts")),
+            ("in its place {} of {} seeds find them",
+             ("recall of 15", "none, steps 12144", "budgets"))):
         n = len(packed(*case))
         yield words.format(len(steps_of(*case, seeds=n)), n)
     strangers = {(a, b): len(steps_of("recall of 15", f"attention of {a}, MLPs of {b}",
