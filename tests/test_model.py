@@ -203,7 +203,7 @@ class Trap(tuple):
     ("config", dict(vocab_size=10 ** 12), "wte.weight"),
     ("config", {"more": Trap([bytearray, 10 ** 9])}, "nothing in it was run"),
     ("model", {"wte.weight": None}, "NoneType"), ("model", {"strange": torch.zeros(3)}, "strange"),
-    ("model", {"wpe.weight": torch.zeros(24, 32, device="meta")}, "meta"),
+    ("model", {"wpe.weight": torch.zeros(24, 32, device="meta")}, "plain tensor"),
     ("model", {"wte.weight": torch.zeros(1).half().expand(10 ** 9)}, "no plain tensor")])
 def test_a_damaged_checkpoint_is_refused_and_takes_no_memory(place, changes, reason, tmp_path):
     path, model = tmp_path / "a.pt", small()

@@ -69,17 +69,17 @@ def test_what_is_pointed_to_is_there(text, folder):
         assert (folder / link).exists(), link
 
 
-def packed(column, name, experiment):
-    """A setting's packed runs by seed."""
+def packed(column, name, experiment, seeds=10):
+    """A setting's packed runs by seed, of these at most."""
     setting, = (each for each in analyze.settings_in(experiment)
                 if (each.column, each.name) == (column, name))
-    folders = {seed: setting.folder(seed) for seed in range(10)}
+    folders = {seed: setting.folder(seed) for seed in range(seeds)}
     return {seed: FOUND[folder] for seed, folder in folders.items() if folder in FOUND}
 
 
 def steps_of(column, name, experiment="starts", seeds=10):
-    """Of a setting's packed runs: {seed: steps} of those that found the value."""
-    runs = packed(column, name, experiment)
+    """Of a setting's packed runs, which have to be there: {seed: steps} of those that found it."""
+    runs = packed(column, name, experiment, seeds)
     assert len(runs) == seeds
     steps = {seed: analyze.value_of(run, analyze.STEPS) for seed, run in runs.items()}
     return {seed: each for seed, each in steps.items()
