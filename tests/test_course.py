@@ -14,6 +14,7 @@ PRELUDE = """
 import os, runpy, shlex, sys
 import matplotlib, numpy, tiktoken, torch
 matplotlib.use("Agg")
+import matplotlib.pyplot, torch._dynamo  # what takes each command a second or two
 Image = lambda path, width: open(path)
 def python(command):
     child = os.fork()
