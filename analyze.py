@@ -642,12 +642,13 @@ def curves(runs, picture):
         values = {str(s.get(key, first[key])) for s in settings.values()}  # older runs have others
         if len(values) > 1:
             differ.append(key)
-    y, ylabel = "val_loss", "held-out loss (nats per token)"
-    texts = {record["result"]["fingerprint"][0] for record in runs.values()}
-    if first["data"].partition(":")[0] in TASKS:
-        y, ylabel, texts = "val_accuracy", "accuracy on held-out answers", []
-    if "data" in differ or len(texts) > 1:
+    fingerprints = {record["result"]["fingerprint"][0] for record in runs.values()}
+    on_task = first["data"].partition(":")[0] in TASKS  # where each seed has its own
+    if "data" in differ or len(fingerprints) > 1 and not on_task:
         raise UserError("these runs are on different data")
+    y, ylabel = "val_loss", "held-out loss (nats per token)"
+    if on_task:
+        y, ylabel = "val_accuracy", "accuracy on held-out answers"
     for name, s in settings.items():
         log = runs[name]["log"]
         if not log:
@@ -817,9 +818,9 @@ def main():
     command, results = args.command, args.results
     if command in EXPERIMENTS:
         settings = settings_in(command, args.only)
-        if not args.show and results.is_file():
-            raise UserError(f"{results} is a packed file: --show, or a folder for --results")
         if not args.show:
+            if results.is_file():
+                raise UserError(f"{results} is a packed file: --show, or a folder for --results")
             with lock(results / ".lock"):
                 run_all(settings, args.seeds, results.resolve(), args.jobs)
     with reading(results or ", ".join(args.runs)):  # a record is checked by being used

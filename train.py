@@ -139,7 +139,11 @@ class Progress:
     seconds: float = 0.0
     before: dict = field(default_factory=dict)  # the first evaluation, see `evaluate`
     result: dict = field(default_factory=dict)  # the last one
-    passed: int = 0  # how many in a row reached --stop_at; two end the stage
+    passed: int = 0  # how many in a row reached --stop_at
+
+    def is_over(self, stage):
+        """After all steps, or when --stop_at was reached twice in a row."""
+        return self.step >= stage.steps or self.passed == 2
 
 
 def train(model, data, stage, file, fingerprint, warmed):
@@ -161,17 +165,19 @@ def train(model, data, stage, file, fingerprint, warmed):
     if not progress.before:
         progress.before = progress.result = evaluate(model, *held_out)
         log.add_evaluation(0, progress.before)
+    if progress.is_over(stage):  # before workers are started
+        return progress
     net = wrapped(model, stage)
     rows = rows_from(data, stage, progress.step)
 
     model.train()
-    while progress.step < stage.steps and progress.passed < 2:
+    while not progress.is_over(stage):
         step = progress.step
         lr = lr_at(stage, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Masks of dropout depend on the step, so that a resumed run has the same.
-        torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
+        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
+            torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
 
         x, y = next(rows)
         # One process may have got a signal: all hear of it with this sum, and stop together.
@@ -210,7 +216,7 @@ def train(model, data, stage, file, fingerprint, warmed):
             log.add_evaluation(step, progress.result)
             good = progress.result["accuracy"] >= stage.stop_at
             progress.passed = progress.passed + 1 if good else 0
-        saving = last or progress.passed == 2 or n_signals or step % stage.save_every == 0
+        saving = progress.is_over(stage) or n_signals or step % stage.save_every == 0
         if saving and rank() == 0:
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                  stage=stage.name, source=source, fingerprint=fingerprint, warmed=vars(warmed),

@@ -69,7 +69,7 @@ def trainer(flags):
     loop.train()
     loop.save_model("trainer")
     model, _ = load("trainer", s.device)
-    result = evaluate(model, held_out_rows(data, s.eval_rows), s.device, train.autocast(stage))
+    result = evaluate(model, held_out_rows(data, s.eval_rows), s.device, stage.autocast)
     return STEPS * stage.step_tokens / (times[1] - times[0]), result["loss"]
 
 
