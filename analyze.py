@@ -1,7 +1,7 @@
 """What many runs say.
 
     python analyze.py curves out/code-dyck-s0 out/code-none-s0    held-out loss, a picture
-    python analyze.py table --seeds 3 --jobs 2                    runs what an experiment lacks
+    python analyze.py table --seeds 3                             runs what an experiment lacks
     python analyze.py table --show                                its table and figure; runs nothing
     python analyze.py claims                                      what the paper says, what is found
 
@@ -18,13 +18,12 @@ import shlex
 import subprocess
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, combinations, count, pairwise, permutations, product
+from itertools import chain, combinations, pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
-from data import (LONG, TASKS, Parser, UserError, json_lines, lock, number, read_json, reading,
-                  run_main, say, write_json, written_whole)
+from data import (LONG, TASKS, Parser, UserError, json_lines, number, read_json, reading, run_main,
+                  say, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
 from train import OPERATIONAL
@@ -299,11 +298,14 @@ def call_train(flags, folder, seed):
     """Runs or resumes train.py in a folder. Raises UserError with the last line that it said."""
     command = [sys.executable, Path(__file__).resolve().with_name("train.py"), *shlex.split(flags),
                "--seed", str(seed), "--out", folder.name, "--resume"]
-    done = subprocess.run(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    if done.returncode:
-        said = done.stdout.strip().splitlines()[-1:]
-        raise UserError(f"exit status {done.returncode}: {''.join(said)}")
+    with subprocess.Popen(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as run:
+        try:
+            said = run.stdout.read()
+        finally:
+            run.wait()  # after Ctrl-C, which it got, too: it saves and stops
+    if run.returncode:
+        raise UserError(f"exit status {run.returncode}: {''.join(said.strip().splitlines()[-1:])}")
 
 
 def make_warmup(flags, seed, results):
@@ -328,43 +330,24 @@ def with_checkpoints(setting, seed, results):
     return " ".join([setting.train, *map("{} {}".format, names, paths)])
 
 
-def missing(settings, seeds, results):
-    """{folder: (setting, seed)} of what has no result yet, all settings of a seed first."""
+def run_all(settings, seeds, results):
+    """Runs what has no result yet, all settings of a seed first, each after the warm-ups that it
+    takes up. What another command like this is at work on fails here: it has that folder's lock."""
     found, runs = read_results(results), {}
     for seed, setting in product(range(seeds or 10), settings):
         if seed < (seeds or setting.seeds) and setting.folder(seed) not in found:
             runs[setting.folder(seed)] = setting, seed
-    return runs
-
-
-def run_all(settings, seeds, results, jobs):
-    """Runs what has no result yet, `jobs` at a time, each after the warm-ups that it takes up."""
-    runs, warmups, ended = missing(settings, seeds, results), {}, count(1)
-
-    def run(folder, setting, seed):
+    say(f"{len(runs)} runs to go")
+    for i, (folder, (setting, seed)) in enumerate(runs.items(), 1):
+        said = "done"
         try:
             for warmup in setting.warmup_runs(seed):
-                warmups[warmup].result()  # raises what making it raised
-            flags = with_checkpoints(setting, seed, results)
-            call_train(flags, results / folder, seed)
+                make_warmup(*warmup, results)
+            call_train(with_checkpoints(setting, seed, results), results / folder, seed)
             (results / f"{folder}.changed.pt").unlink(missing_ok=True)
-            said = "done"
         except UserError as error:
             said = f"failed: {error}"
-        say(f"[{next(ended)}/{len(runs)}] {setting.column} | {setting.name} | seed {seed}: {said}")
-
-    say(f"{len(runs)} runs to go, {jobs} at a time")
-    pool = ThreadPoolExecutor(jobs)
-    for folder, (setting, seed) in runs.items():
-        for warmup in setting.warmup_runs(seed):
-            if warmup not in warmups:
-                warmups[warmup] = pool.submit(make_warmup, *warmup, results)
-        runs[folder] = pool.submit(run, folder, setting, seed)
-    try:
-        for future in runs.values():
-            future.result()
-    finally:  # after Ctrl-C, which the runs got, too: each saves and stops
-        pool.shutdown(cancel_futures=True)
+        say(f"[{i}/{len(runs)}] {setting.column} | {setting.name} | seed {seed}: {said}")
 
 
 def read_run(path):
@@ -812,7 +795,6 @@ def main():
             flag("--seeds", type=number(1, 1000), help="how many (default: as planned)")
         if name in EXPERIMENTS:
             flag("--only", default="", help="a column, or \"column | beginning of names\"")
-            flag("--jobs", type=number(1, 1000), default=1, help="runs at a time (default 1)")
             flag("--show", action="store_true", help="run nothing")
     args = parser.parse_args()
     command, results = args.command, args.results
@@ -821,8 +803,8 @@ def main():
         if not args.show:
             if results.is_file():
                 raise UserError(f"{results} is a packed file: --show, or a folder for --results")
-            with lock(results / ".lock"):
-                run_all(settings, args.seeds, results.resolve(), args.jobs)
+            results.mkdir(parents=True, exist_ok=True)
+            run_all(settings, args.seeds, results.resolve())
     with reading(results or ", ".join(args.runs)):  # a record is checked by being used
         found = read_results(results) if results else {
             run: read_run(Path(run)) for run in args.runs}
