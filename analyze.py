@@ -330,13 +330,19 @@ def with_checkpoints(setting, seed, results):
     return " ".join([setting.train, *map("{} {}".format, names, paths)])
 
 
-def run_all(settings, seeds, results):
-    """Runs what has no result yet, all settings of a seed first, each after the warm-ups that it
-    takes up. What another command like this is at work on fails here: it has that folder's lock."""
+def missing(settings, seeds, results):
+    """{folder: (setting, seed)} of what has no result yet, all settings of a seed first."""
     found, runs = read_results(results), {}
     for seed, setting in product(range(seeds or 10), settings):
         if seed < (seeds or setting.seeds) and setting.folder(seed) not in found:
             runs[setting.folder(seed)] = setting, seed
+    return runs
+
+
+def run_all(settings, seeds, results):
+    """Runs what has no result yet, each after the warm-ups that it takes up. What another command
+    like this is at work on fails here: it has that folder's lock."""
+    runs = missing(settings, seeds, results)
     say(f"{len(runs)} runs to go")
     for i, (folder, (setting, seed)) in enumerate(runs.items(), 1):
         said = "done"
