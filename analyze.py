@@ -464,6 +464,7 @@ class Outcome:
 
     def __init__(self, setting, seeds, found, base=None):
         self.setting, self.measure = setting, MEASURES[setting.column]
+        self.show = FORMS[self.measure].format  # of a value what is printed
         self.data = dict(base.data) if base else {}  # fingerprints: of a task one for each seed
         self.runs, self.left_out = {}, []
         for seed in range(seeds or setting.seeds):
@@ -487,9 +488,6 @@ class Outcome:
             if self.measure == STEPS:
                 self.budget = results[0]["settings"]["steps"]
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
-
-    def show(self, value):
-        return FORMS[self.measure].format(value)
 
     def against(self, base):
         """The means of a baseline and of this; how much better this is, its 95 % interval, low and
