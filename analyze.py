@@ -466,16 +466,14 @@ class Outcome:
         self.setting, self.measure = setting, MEASURES[setting.column]
         self.show = FORMS[self.measure].format  # of a value what is printed
         self.data = dict(base.data) if base else {}  # fingerprints: of a task one for each seed
-        self.runs, self.left_out = {}, []
+        self.runs, self.left_out = {}, {}
         for seed in range(seeds or setting.seeds):
             record = found.get(setting.folder(seed))
             if record:
                 key = seed if setting.column in TASK_COLUMNS else "text"
                 fingerprint = record["result"]["fingerprint"][0]
-                if self.data.setdefault(key, fingerprint) == fingerprint:
-                    self.runs[seed] = record
-                else:
-                    self.left_out.append(seed)
+                alike = self.data.setdefault(key, fingerprint) == fingerprint
+                (self.runs if alike else self.left_out)[seed] = record
         self.n, self.number, self.budget = len(self.runs), f"n = {len(self.runs)}", math.inf
         if self.n:
             results = [each["result"] for each in self.runs.values()]
@@ -526,15 +524,9 @@ def markdown(head, rows):
 
 def table_lines(columns):
     lines = []
-    for column, (first, *_) in columns.items():
-        rows, without, notes = [], [], []
-        for each in columns[column]:
-            if each.left_out:
-                notes.append(f"left out: {each.setting.name}, seeds {each.left_out}: not the data "
-                             f"of {first.setting.name} (another Python's code and docs?)")
-            if not each.n:
-                without.append(each.setting.name)
-                continue
+    for column, outcomes in columns.items():
+        first, rows = outcomes[0], []
+        for each in [each for each in outcomes if each.n]:
             gain = each.against(first)[-1] if first.n and each is not first else [""] * 3
             warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
             learned = f"{np.mean(each.learned):.0%}" if each.learned else ""
@@ -544,6 +536,10 @@ def table_lines(columns):
             head = [column, first.measure, "accuracy", "seeds", "gain over none", "95 %", "p",
                     "tokens of warm-up", "learned"]
             lines += ["", *markdown(head, rows)]
+        notes = [f"left out: {each.setting.name}, seeds {[*each.left_out]}: not the data of "
+                 f"{first.setting.name} (another Python's code and docs?)"
+                 for each in outcomes if each.left_out]
+        without = [each.setting.name for each in outcomes if not each.n]
         if without:
             notes.append(f"no result yet of {column}: {'; '.join(without)}")
         lines += ["", *notes] if notes else []
