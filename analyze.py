@@ -606,18 +606,15 @@ def draw_gains(columns, path):
     keep_figure(figure, path)
 
 
-SEEDED = {"seed", "init", "attn_from", "mlp_from"}  # what differs between the seeds of a setting
-
-
 def curves(runs, picture):
     """Accuracy on a task, or held-out loss of text, by steps: a thin line for each run, and a thick
     one for the mean of those that differ in the seed alone. runs: {name: record}."""
     settings = {name: record["result"]["settings"] | {"warmup": record["result"]["warmup"]}
                 for name, record in runs.items()}
     groups, differ, (first, *_) = {}, ["warmup"], settings.values()
-    for key in sorted(first.keys() - OPERATIONAL - SEEDED - {"warmup"}):
-        values = {str(s.get(key, first[key])) for s in settings.values()}  # older runs have others
-        if len(values) > 1:
+    of_seeds = {"seed", "init", "attn_from", "mlp_from"}  # what differs between those of a setting
+    for key in sorted(first.keys() - OPERATIONAL - of_seeds - {"warmup"}):
+        if len({str(s.get(key, first[key])) for s in settings.values()}) > 1:  # old runs lack some
             differ.append(key)
     fingerprints = {record["result"]["fingerprint"][0] for record in runs.values()}
     on_task = first["data"].partition(":")[0] in TASKS  # where each seed has its own
