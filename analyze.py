@@ -630,18 +630,16 @@ def curves(runs, picture):
         print(f"{name}: warm-up {s['warmup']}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, "
               f"loss {log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
         label = ", ".join(f"{key} {s.get(key)}" for key in differ)
-        # An untrained model's loss would flatten the picture: the first evaluation is left out.
+        # An untrained model's loss would flatten the picture: it is left out.
         groups.setdefault(label, []).append({entry["step"]: entry[y] for entry in log[1:] or log})
     figure, axis = pyplot().subplots(figsize=(11, 6.5))
     for i, (label, lines) in enumerate(groups.items()):
         for line in lines:
             axis.plot(line.keys(), line.values(), color=f"C{i}", alpha=0.5, lw=1)
-        alike = [line for line in lines if line.keys() == lines[0].keys()]
-        label, mean = f"{label} (n = {len(lines)})", ([], [])
-        if alike == lines:
-            mean = lines[0].keys(), np.mean([list(line.values()) for line in lines], axis=0)
-        axis.plot(*mean, color=f"C{i}", lw=2.5, label=label)
-    axis.set(title=f"{first['data']} (thin: a run; thick: the mean, where all end at one step)",
+        steps = sorted(set.intersection(*map(set, lines)))
+        mean = [np.mean([line[step] for line in lines]) for step in steps]
+        axis.plot(steps, mean, color=f"C{i}", lw=2.5, label=f"{label} (n = {len(lines)})")
+    axis.set(title=f"{first['data']} (thin: a run; thick: the mean, as far as all go)",
              xlabel="steps of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)
