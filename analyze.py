@@ -309,20 +309,21 @@ def call_train(flags, folder, seed):
 
 
 def make_warmup(flags, seed, results):
-    """Makes a warm-up unless it is there, and asks what it learned. Raises UserError."""
+    """Makes a warm-up unless it is there, and asks what it learned -> its checkpoint, as it is
+    called in `results`. Raises UserError."""
     folder = results / folder_of(seed, flags)
     if not (folder / "result.json").exists():
         call_train(flags, folder, seed)
     if not (folder / "learned.json").exists():
         found = probe_learned(Opened(folder / "warmup.pt", "cpu"))
         write_json(folder / "learned.json", found or {})
+    return f"{folder.name}/warmup.pt"
 
 
 def with_checkpoints(setting, seed, results):
-    """The flags of a setting, and in them the checkpoints of its warm-ups, as they are called in
-    `results`, where they are. One that is to be changed is copied first, beside the run."""
-    runs = setting.warmup_runs(seed)
-    paths = [f"{folder_of(of, warmup)}/warmup.pt" for warmup, of in runs]
+    """The flags of a setting, and in them the checkpoints of its warm-ups, which are made unless
+    they are there. One that is to be changed is copied first, beside the run. Raises UserError."""
+    paths = [make_warmup(*warmup, results) for warmup in setting.warmup_runs(seed)]
     if setting.change:
         made_from, paths = paths[0], [f"{setting.folder(seed)}.changed.pt"]
         changed_checkpoint(results / made_from, setting.change, seed, results / paths[0])
@@ -347,8 +348,6 @@ def run_all(settings, seeds, results):
     for i, (folder, (setting, seed)) in enumerate(runs.items(), 1):
         said = "done"
         try:
-            for warmup in setting.warmup_runs(seed):
-                make_warmup(*warmup, results)
             call_train(with_checkpoints(setting, seed, results), results / folder, seed)
             (results / f"{folder}.changed.pt").unlink(missing_ok=True)
         except UserError as error:
