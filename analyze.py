@@ -298,14 +298,11 @@ def call_train(flags, folder, seed):
     """Runs or resumes train.py in a folder. Raises UserError with the last line that it said."""
     command = [sys.executable, Path(__file__).resolve().with_name("train.py"), *shlex.split(flags),
                "--seed", str(seed), "--out", folder.name, "--resume"]
-    with subprocess.Popen(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT) as run:
-        try:
-            said = run.stdout.read()
-        finally:
-            run.wait()  # after Ctrl-C, which it got, too: it saves and stops
+    run = subprocess.run(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
     if run.returncode:
-        raise UserError(f"exit status {run.returncode}: {''.join(said.strip().splitlines()[-1:])}")
+        said = run.stdout.strip().splitlines()[-1:]
+        raise UserError(f"exit status {run.returncode}: {''.join(said)}")
 
 
 def make_warmup(flags, seed, results):
