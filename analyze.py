@@ -780,16 +780,14 @@ def main():
             flag("--seeds", type=number(1, 1000), help="how many (default: as planned)")
         if name in EXPERIMENTS:
             flag("--only", default="", help="a column, or \"column | beginning of names\"")
-            flag("--show", action="store_true", help="run nothing")
+            flag("--show", action="store_true", help="run nothing, as for a packed file")
     args = parser.parse_args()
     command, results = args.command, args.results
     if command in EXPERIMENTS:
         settings = settings_in(command, args.only)
-        if not args.show:
-            if results.is_file():
-                raise UserError(f"{results} is a packed file: --show, or a folder for --results")
+        if not args.show and not results.is_file():  # nothing is run into a packed file
             results.mkdir(parents=True, exist_ok=True)
-            run_all(settings, args.seeds, results.resolve())
+            run_all(settings, args.seeds, results)
     with reading(results or ", ".join(args.runs)):  # a record is checked by being used
         found = read_results(results) if results else {
             run: read_run(Path(run)) for run in args.runs}
