@@ -750,8 +750,6 @@ def report(found, folder, seeds):
             draw(name, columns, folder / f"{name}.png")
             lines += ["", f"## {name}: {question}", *table_lines(columns), "",
                       f"![{name}]({name}.png)"]
-    if not shown:
-        raise UserError(f"{folder} has no result of any experiment")
     with written_whole(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     print(path)
