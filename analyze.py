@@ -382,14 +382,6 @@ def read_results(where):
     return found
 
 
-def pack(found, to):
-    """All results in one small file, from which everything can be drawn again."""
-    text = "".join(json.dumps({"name": name, **record}) + "\n" for name, record in found.items())
-    with written_whole(to) as file:
-        file.write(gzip.compress(text.encode(), mtime=0))
-    print(f"{to}: {len(found)} runs, {Path(to).stat().st_size / 1e6:.2f} MB")
-
-
 # ---- What a run is worth, and whether two settings differ ----------------------------------------
 
 FOUND = 0.9     # of held-out answers right: recall is learned
@@ -755,17 +747,15 @@ def report(found, folder, seeds):
     print(path)
 
 
-COMMANDS = {name: question for name, (question, *_) in EXPERIMENTS.items()} | {
-    "curves": "held-out loss of text, or accuracy on a task, of any runs",
-    "claims": "each claim: supported, contradicted or undecided here",
-    "report": "all tables and figures, in report.md beside the results",
-    "pack": "all results in one small file"}
-
-
 def main():
     parser = Parser(description="What many runs say.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in COMMANDS.items():
+    texts = {name: question for name, (question, *_) in EXPERIMENTS.items()} | {
+        "curves": "held-out loss of text, or accuracy on a task, of any runs",
+        "claims": "each claim: supported, contradicted or undecided here",
+        "report": "all tables and figures, in report.md beside the results",
+        "pack": "all results in one small file"}
+    for name, text in texts.items():
         flag = commands.add_parser(name, help=text).add_argument
         flag("--results", type=Path, default=None if name == "curves" else "results",
              help="a folder, or a packed file (default %(default)s)")
@@ -799,7 +789,10 @@ def main():
         elif command == "report":
             report(found, results if results.is_dir() else results.parent, args.seeds)
         elif command == "pack":
-            pack(found, args.to)
+            text = "".join(json.dumps({"name": name, **found[name]}) + "\n" for name in found)
+            with written_whole(args.to) as file:
+                file.write(gzip.compress(text.encode(), mtime=0))
+            print(f"{args.to}: {len(found)} runs, {Path(args.to).stat().st_size / 1e6:.2f} MB")
         else:
             runs = {name: found[name] for name in found if any(part in name for part in args.runs)}
             if not runs:
