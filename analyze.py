@@ -56,8 +56,7 @@ class Setting(NamedTuple):
     column: str
     name: str
     train: str      # flags of train.py, but for --seed and --out
-    warmups: tuple  # flags of the warm-up that it takes up: a run of its own, made once; of two the
-                    # first gives the attention, the second the MLPs
+    warmups: tuple  # flags of runs whose warm-ups it takes up; of two the attention, and the MLPs
     change: str     # what is done to the weights of the warm-up first, see change_weights
     warmup_seeds: tuple  # of these warm-ups, where they are not the run's own
     seeds: int      # how many runs it wants
@@ -116,8 +115,7 @@ LONG_WARMUP = "--warmup_steps 24000"  # after 6,000 most stop on a plateau, and 
 OURS = "attention, positions"
 MOVED = "--transfer {0} --embeddings {1} --positions fit"
 CHANGES = "{as it is|shuffled|redrawn|noise 0.1|noise 0.3|noise 1|scaled 0.5|scaled 2}"
-HEADS = ("{as it is|only sharp|only blurred|only random|without sharp|without blurred|"
-         "without random}")
+KEPT = "{as it is|only sharp|only blurred|only random|without sharp|without blurred|without random}"
 EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
     # Said before the runs, of five starts that were tried: in each that moves MLPs, a warm-up with
     # a smaller share_that_differs (tests/share.py) is to find the needle later.
@@ -158,8 +156,8 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
         Line(RECALL_15, CHANGES, "dyck", OURS, "{0}"),
         Line(("code",), CHANGES, "set", change="{0}")]),
     "heads": ("which quarter of the heads carries it: the sharpest, most blurred, any", 6, [
-        Line(RECALL_15, f"long warm-up, {HEADS}", f"dyck {LONG_WARMUP}", OURS, "{0}"),
-        Line(("code",), HEADS, "set", change="{0}")]),
+        Line(RECALL_15, f"long warm-up, {KEPT}", f"dyck {LONG_WARMUP}", OURS, "{0}"),
+        Line(("code",), KEPT, "set", change="{0}")]),
     "sharpen": ("no warm-up, but a penalty on the attention's entropy in its place", 6, [
         Line(RECALL_15, "dyck", "dyck", OURS),
         Line(("english",), "set", "set"),
@@ -430,8 +428,8 @@ def permutation_p(a, b):
 
 
 def permutation_interval(a, b):
-    """The 95 % interval of how much larger the mean of a is than that of b: all shifts of a that
-    permutation_p does not reject at 5 %. So 0 is outside exactly where p < 0.05.
+    """The 95 % interval of mean(a) - mean(b): all shifts of a that permutation_p does not reject at
+    5 %, so that 0 is outside exactly where p < 0.05.
 
     With a shifted until its mean is u below that of b, what happened is a difference of -u, another
     way to give the values one of e - c * u, which is as large up to some u, its bound. So the
@@ -552,21 +550,18 @@ def draw(name, columns, path):
                 axis.plot(each.values[which], places[which], marker, color="C0", alpha=0.7)
             if found.all():
                 axis.plot(each.values.mean(), y, "|k", markersize=18, markeredgewidth=2)
-        labels = [f"{each.setting.name} ({each.number})" for each in there]
-        axis.set_yticks(range(len(there)), labels)
-        axis.set(title=there[0].setting.column, xlabel=there[0].measure,
+        axis.set(title=there[0].setting.column, xlabel=there[0].measure, yticks=range(len(there)),
+                 yticklabels=[f"{each.setting.name} ({each.number})" for each in there],
                  ylim=(len(there) - 0.5, -0.5))
     figure.supxlabel("dot: a seed; cross: one that never got there; bar: the mean, where all did")
     keep_figure(figure, path)
 
 
-# The paper's accuracy in percent; its recall is of 30 pairs.
-PAPER = {
-    "recall of 15": {
-        "none": 11.3, "dyck, whole": 96.9, "identity, whole": 18.8, "identity, attention": 99.0,
-        "set, whole": 18.9, "set, attention": 88.9, "eca, whole": 10.5},
-    "reversed_addition": {
-        "none": 76.4, "set, whole": 44.6, "set, attention": 54.4, "eca, whole": 91.0},
+PAPER = {  # its accuracy in percent; its recall is of 30 pairs
+    "recall of 15": {"none": 11.3, "dyck, whole": 96.9, "identity, whole": 18.8, "set, whole": 18.9,
+                     "eca, whole": 10.5, "identity, attention": 99.0, "set, attention": 88.9},
+    "reversed_addition": {"none": 76.4, "set, whole": 44.6, "set, attention": 54.4,
+                          "eca, whole": 91.0},
     "addition": {"none": 59.1, "set, attention": 81.1, "eca, whole": 69.6},
     "sorting": {"none": 82.7, "set, attention": 98.1, "eca, whole": 76.9}}
 
@@ -646,9 +641,8 @@ class Claim(NamedTuple):
     counting_warmup: bool = False  # its tokens are steps, too
 
 
-# Written down before the runs that decide them; the exceptions among the first ten: in the report.
-# Published perplexities in bits per byte: 62.0 -> 59.9 is 0.034 nats a token of GPT-2, of 4.4 bytes
-# of English; 5.47 -> 5.15 is 0.060 nats a token of CodeParrot's, of some 3 bytes of Python.
+# Written down before the runs that decide them; assets/report.md has the exceptions among the first
+# ten, and the published perplexities from which these bits per byte come.
 CODE, ENGLISH = "gain 0.029 bits per byte", "gain 0.011 bits per byte"
 RIGHT = "11.3 -> 96.9 % right"
 OTHERS = "others, 410 M parameters: text is better"
