@@ -211,10 +211,9 @@ def setting(line, column, seeds):
     own, on_task = COLUMNS[column], column in TASK_COLUMNS
     how = STARTS["whole"] if on_task else "--positions random"
     how = {"none": "--warmup none", "text": "--transfer all"}.get(line.warmup, how)
-    warmups = [] if line.warmup == "none" else line.warmup.split(" / ")
-    if len(warmups) == 2:  # which says itself what moves
-        how = ""
-    warmups = tuple(warmup_flags(each, own, on_task) for each in warmups)
+    warmups = tuple(warmup_flags(each, own, on_task)
+                    for each in line.warmup.split(" / ") if each != "none")
+    how = "" if len(warmups) == 2 else how  # such a line says itself what moves
     train = f"{own} {how} {STARTS.get(line.flags, line.flags)}"  # the later of two flags counts
     return Setting(column, line.name, train, warmups, line.change.replace("as it is", ""),
                    line.warmup_seeds, seeds if on_task else 6)
@@ -603,9 +602,8 @@ def curves(runs, picture):
     on_task = first["data"].partition(":")[0] in TASKS  # where each seed has its own
     if "data" in differ or len(fingerprints) > 1 and not on_task:
         raise UserError("these runs are on different data")
-    y, ylabel = "val_loss", "held-out loss (nats per token)"
-    if on_task:
-        y, ylabel = "val_accuracy", "accuracy on held-out answers"
+    y, ylabel = (("val_accuracy", "accuracy on held-out answers") if on_task else
+                 ("val_loss", "held-out loss (nats per token)"))
     for name, s in settings.items():
         log = runs[name]["log"]
         if not log:
