@@ -248,9 +248,7 @@ def change_weights(model, change, seed, blur):
     if what in ("only", "without"):
         return replace_heads(model, what == "without", which, seed, blur)
     generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if part_of(name) not in ("attn", "mlp"):
-            continue
+    for p in [p for name, p in model.named_parameters() if part_of(name) in ("attn", "mlp")]:
         noise = p.std(correction=0) * torch.randn(p.shape, generator=generator)
         if what == "shuffled":
             p.copy_(p.flatten()[torch.randperm(p.numel(), generator=generator)].view_as(p))
@@ -396,10 +394,9 @@ def value_of(record, measure):
     result = record["result"]
     if measure != STEPS:
         return result["val_accuracy" if measure == ACCURACY else "val_bits_per_byte"]
-    for first, second in pairwise(record["log"]):
-        if min(first["val_accuracy"], second["val_accuracy"]) >= FOUND:
-            return first["step"]
-    return result["settings"]["steps"]
+    found = (first["step"] for first, second in pairwise(record["log"])
+             if min(first["val_accuracy"], second["val_accuracy"]) >= FOUND)
+    return next(found, result["settings"]["steps"])
 
 
 @functools.cache
@@ -436,10 +433,9 @@ def permutation_interval(a, b):
     e = differences(a - np.mean(a), b - np.mean(b))
     c = differences(np.ones(len(a)), np.zeros(len(b)))
     always = np.abs(c) > 1 - 1e-9  # what happened itself, or with the groups exchanged
-    c[always], ends = 0, []
+    c[always], ends = 0, []  # nothing bounds these: with few values no shift is ever rejected
     for sign in (-1, 1):
-        bounds = np.maximum(sign * e / (1 + c), -sign * e / (1 - c))
-        bounds[always] = math.inf  # with few values nothing is ever rejected
+        bounds = np.where(always, math.inf, np.maximum(sign * e / (1 + c), -sign * e / (1 - c)))
         ends.append(sign * np.sort(bounds)[::-1][math.ceil(0.05 * len(e)) - 1])
     return tuple(np.mean(a) - np.mean(b) + ends)
 
