@@ -70,9 +70,8 @@ class Setting(NamedTuple):
 
 
 # Settings for two CPU cores (ours): minutes a run. Tasks have the published model and a quarter of
-# the published rows at twice the rate. Recall stops once it is solved; arithmetic and sorting have
-# a fixed budget, as published. Warm-ups before tasks are shorter than train.py's, with brackets as
-# long as recall's rows; those before text have the published batch and rate.
+# the published rows at twice the rate; recall stops once it is solved, the others as published.
+# Warm-ups before tasks are shorter than train.py's; those before text have published settings.
 TASK_FLAGS = "--batch_size 250 --lr 2e-3"
 STOPPED = f"{TASK_FLAGS} --eval_every 100 --stop_at 0.9"
 FIXED = f"{TASK_FLAGS} --eval_every 500 --steps 6000"
@@ -188,8 +187,7 @@ EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
 
 
 def settings_in(name, only=""):
-    """The settings of an experiment, by columns, the base first. only: a column, or "column |
-    beginning of names". Raises UserError."""
+    """The settings of an experiment, by columns, bases first. only: see main. Raises UserError."""
     columns, (_, seeds, lines) = {}, EXPERIMENTS[name]
     wanted, _, beginning = only.partition(" | ")
     for line in lines:
@@ -240,10 +238,9 @@ def warmup_flags(warmup, own, on_task):
 
 @torch.no_grad()
 def change_weights(model, change, seed, blur):
-    """Changes attention and MLPs of a GPT in place. "shuffled": the values of each tensor in
-    another order; "redrawn": normal numbers of its mean and spread; "noise x": x times its spread
-    is added; "scaled x": times x; "only" or "without" "sharp", "blurred" or "random": that quarter
-    of the heads is kept, or drawn afresh, by `blur`, the entropy of each head (n_layer, n_head)."""
+    """Changes attention and MLPs of a GPT in place. "shuffled": each tensor's values in another
+    order; "redrawn": of its mean and spread; "noise 0.1" of its spread; "scaled 2"; "only sharp"
+    keeps a quarter of the heads, "without sharp" draws it afresh. blur: (n_layer, n_head)."""
     what, _, which = change.partition(" ")
     if what in ("only", "without"):
         return replace_heads(model, what == "without", which, seed, blur)
@@ -301,8 +298,7 @@ def call_train(flags, folder, seed):
 
 
 def make_warmup(flags, seed, results):
-    """Makes a warm-up unless it is there, and asks what it learned -> its checkpoint, as it is
-    called in `results`. Raises UserError."""
+    """Makes a warm-up unless it is there -> its checkpoint, in `results`. Raises UserError."""
     folder = results / folder_of(seed, flags)
     if not (folder / "result.json").exists():
         call_train(flags, folder, seed)
@@ -469,9 +465,9 @@ class Outcome:
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
 
     def against(self, base):
-        """The means of a baseline and of this; how much better this is, its 95 % interval, low and
-        high, and p; these in three words. A gain is a lower bound where the baseline never got
-        there; a run that never did counts as the smaller of the two budgets, on both sides."""
+        """The means of a baseline and of this; the gain, low and high of its 95 % interval, p; and
+        in words. A gain is a lower bound where the baseline never got there; a run that never did
+        counts as the smaller of the two budgets, on both sides."""
         never = min(self.budget, base.budget)
         theirs, ours = np.minimum(base.values, never), np.minimum(self.values, never)
         better = 1 if self.measure == ACCURACY else -1  # less, of steps and bits
@@ -562,8 +558,7 @@ PAPER = {  # its accuracy in percent; its recall is of 30 pairs
 
 
 def draw_gains(columns, path):
-    """The paper's first figure: rules by tasks. In a cell the points of accuracy at the end that a
-    warm-up gains, n, and what is published."""
+    """The paper's first figure, rules by tasks: points of accuracy gained, n, what is published."""
     names = [each.setting.name for each in next(iter(columns.values()))[1:]]
     gains = np.full((len(names), len(columns)), np.nan)
     figure, axis = pyplot().subplots(figsize=(11, 1 + 0.6 * len(names)))
