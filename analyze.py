@@ -233,7 +233,7 @@ def warmup_flags(warmup, own, on_task):
     return f"{before} {flags} --warmup {spec} --steps 0"
 
 
-# ---- What is done to a warm-up before a run ------------------------------------------------------
+# ---- Running: warm-ups, what is done to them, runs, and what was run -----------------------------
 
 
 @torch.no_grad()
@@ -281,9 +281,6 @@ def changed_checkpoint(path, change, seed, to):
     change_weights(c.model, change, seed, entropy_of_heads(c.attention(x), c.real(x)))
     source = state["source"] | {"spec": f"{c.spec} ({change})"}
     save(to, c.model, stage="warmup", step=c.step, tokens=state["tokens"], source=source)
-
-
-# ---- Running, and what was run -------------------------------------------------------------------
 
 
 def call_train(flags, folder, seed):
@@ -617,7 +614,7 @@ def curves(runs, picture):
     keep_figure(figure, picture)
 
 
-# ---- Verdicts ------------------------------------------------------------------------------------
+# ---- Verdicts, and the report --------------------------------------------------------------------
 
 
 class Claim(NamedTuple):
@@ -704,8 +701,6 @@ def claims_lines(found, seeds):
         [claim.text, claim.published, *judge(claim, seeds, found),
          f"`{claim.experiment} --only {shlex.quote(claim.column)}`"] for claim in CLAIMS])
 
-
-# ---- Commands ------------------------------------------------------------------------------------
 
 MARK = "<!-- written by analyze.py report from here on -->"
 
