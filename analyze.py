@@ -606,7 +606,7 @@ def curves(runs, picture):
         for line in lines:
             axis.plot(line.keys(), line.values(), color=f"C{i}", alpha=0.5, lw=1)
         steps = sorted(set.intersection(*map(set, lines)))
-        mean = [np.mean([line[step] for line in lines]) for step in steps]
+        mean = np.mean([list(map(line.get, steps)) for line in lines], axis=0)
         axis.plot(steps, mean, color=f"C{i}", lw=2.5, label=f"{label} (n = {len(lines)})")
     axis.set(title=f"{first['data']} (thin: a run; thick: the mean, as far as all go)",
              xlabel="steps of training", ylabel=ylabel)
