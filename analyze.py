@@ -286,11 +286,14 @@ def call_train(flags, folder, seed):
     """Runs or resumes train.py in a folder. Raises UserError with the last line that it said."""
     command = [sys.executable, Path(__file__).resolve().with_name("train.py"), *shlex.split(flags),
                "--seed", str(seed), "--out", folder.name, "--resume"]
-    run = subprocess.run(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT)
+    with subprocess.Popen(command, cwd=folder.parent, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as run:
+        try:
+            said = run.stdout.read()
+        finally:
+            run.wait()  # after Ctrl-C, which it got, too: it saves and stops
     if run.returncode:
-        said = run.stdout.strip().splitlines()[-1:]
-        raise UserError(f"exit status {run.returncode}: {''.join(said)}")
+        raise UserError(f"exit status {run.returncode}: {''.join(said.strip().splitlines()[-1:])}")
 
 
 def make_warmup(flags, seed, results):
