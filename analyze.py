@@ -458,7 +458,7 @@ class Outcome:
             self.warmup_tokens = np.mean([each["tokens"]["procedural"] for each in results])
             warmups = [found.get(folder_of(of, flags), {}).get("learned") for seed in self.runs
                        for flags, of in setting.warmup_runs(seed)]
-            self.learned = [each["learned (share of what can be)"] for each in warmups if each]
+            self.learned = [each for each in warmups if each]
             if self.measure == STEPS:
                 self.budget = results[0]["settings"]["steps"]
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
@@ -505,9 +505,10 @@ def table_lines(columns):
         for each in [each for each in outcomes if each.n]:
             gain = each.against(first)[-1] if first.n and each is not first else [""] * 3
             warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
-            learned = f"{np.mean(each.learned):.0%}" if each.learned else ""
+            learned = [mean_of(each.learned, "learned (share of what can be)", "{:.0%}"),
+                       mean_of(each.learned, "accuracy", ", {:.0%} right")]  # not in old records
             rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
-                         each.number, *gain, warmup, learned])
+                         each.number, *gain, warmup, "".join(learned)])
         if rows:
             head = [column, first.measure, "accuracy", "seeds", "gain over none", "95 %", "p",
                     "tokens of warm-up", "learned"]
@@ -520,6 +521,11 @@ def table_lines(columns):
             notes.append(f"no result yet of {column}: {'; '.join(without)}")
         lines += ["", *notes] if notes else []
     return lines
+
+
+def mean_of(probed, key, form):
+    values = [each[key] for each in probed if key in each]
+    return form.format(np.mean(values)) if values else ""
 
 
 def draw(name, columns, path):

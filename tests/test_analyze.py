@@ -153,7 +153,7 @@ def keep(found, folder):
 
 
 @pytest.mark.parametrize("change,line", [
-    ({}, "| 3 of 3 found | at least 700 | any | 0.1000 | 0.0 M | 75% |"),
+    ({}, "| 3 of 3 found | at least 700 | any | 0.1000 | 0.0 M | 75%, 50% right |"),
     ({}, "no result yet of recall: set, attn"),
     ({RECALL[0]: (900, 800, 700)}, "| set, full | 200 | 90.0% | 3 of 3 found | 600 |"),
     ({RECALL[0]: (BUDGET,) * 2, RECALL[1]: (100, BUDGET)},  # a bound only where all of set found it
