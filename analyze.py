@@ -70,8 +70,9 @@ class Setting(NamedTuple):
 
 
 # Settings for two CPU cores (ours): minutes a run. Tasks have the published model and a quarter of
-# the published rows at twice the rate; recall stops once it is solved, the others as published.
-# Warm-ups before tasks are shorter than train.py's; those before text have published settings.
+# the published rows at twice the rate. Recall stops once it is solved; the others have a fixed
+# budget, as published. Warm-ups before tasks are shorter than train.py's; those before text have
+# the published batch and rate.
 TASK_FLAGS = "--batch_size 250 --lr 2e-3"
 STOPPED = f"{TASK_FLAGS} --eval_every 100 --stop_at 0.9"
 FIXED = f"{TASK_FLAGS} --eval_every 500 --steps 6000"
