@@ -392,13 +392,10 @@ def load_tokenizer(name):
         encode = lambda text: np.frombuffer(text.encode("latin-1"), np.uint8) - 32
         words = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
         return Tokenizer(name, 97, encode, lambda ts: "".join(words[t] for t in ts).encode())
-    try:
+    with reading(f"the vocabulary {name} (bytes needs no network, gpt2 needs it once)"):
         known = tiktoken.get_encoding(name)
-    except Exception as error:  # an unknown name, requests' errors, a damaged download
-        raise UserError(f"the vocabulary of {name!r} could not be had ({type(error).__name__}): "
-                        "bytes needs no network, gpt2 needs it once") from None
-    if known.n_vocab > 1 << 16:
-        raise UserError(f"{name} has {known.n_vocab:,} tokens, more than 16 bits hold")
+        if known.n_vocab > 1 << 16:
+            raise ValueError(f"it has {known.n_vocab:,} tokens, more than 16 bits hold")
     encode, decode = known.encode_ordinary, known.decode_bytes
     return Tokenizer(name, known.n_vocab, encode, decode, end=known.eot_token)
 
