@@ -402,11 +402,10 @@ def load_tokenizer(name):
 def pieces_of(file):
     """An open file, gzipped or not -> pieces (text, whether a document ends): lines of JSON with
     `text` or `content`, a document each, if it begins as such; else plain text, one document."""
-    zipped = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    file = io.TextIOWrapper(gzip.open(file) if zipped else file, "utf-8-sig", newline="\n")
-    is_json = re.match(r'\s*\[?\s*{\s*"', file.read(100))
-    file.seek(0)
+    if file.peek(2)[:2] == b"\x1f\x8b":
+        file = gzip.open(file)
+    is_json = re.match(rb'(\xef\xbb\xbf)?\s*\[?\s*{\s*"', file.peek(100))
+    file = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
     for piece in iter(lambda: file.readline(LONG) if is_json else file.read(PIECE), ""):
         if is_json:
             record = json.loads(piece) if piece.strip() else {"text": ""}
