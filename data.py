@@ -16,7 +16,6 @@ import contextlib
 import functools
 import gzip
 import hashlib
-import importlib.util
 import inspect
 import io
 import itertools
@@ -449,13 +448,11 @@ def users_files(root):
 
 
 def python_files(*packages):
-    """The .py files of the standard library or of packages, without tests."""
+    """The .py files of the standard library and of packages, without tests."""
     skip = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "lib2to3"}
-    files, roots = [], [Path(os.__file__).parent]
-    for package in packages:
-        roots += importlib.util.find_spec(package).submodule_search_locations
-    for root in roots:
-        for folder, folders, names in os.walk(root):
+    files = []
+    for package in (os, *packages):
+        for folder, folders, names in os.walk(Path(package.__file__).parent):
             folders[:] = sorted(set(folders) - skip)
             files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
     return files
@@ -518,7 +515,8 @@ def tokenise(spec, tokenizer):
     if spec == "code":
         train = python_files()
     elif spec == "docs":
-        train, read = python_files("torch", "numpy", "tiktoken", "matplotlib"), docstrings
+        import matplotlib
+        train, read = python_files(torch, np, tiktoken, matplotlib), docstrings
     elif spec == "math":
         train, val, read = ["train"], ["val"], questions
     else:
@@ -571,7 +569,7 @@ CORPORA = {  # and their tokenizers, beside a user's path
 
 def published_pieces(file, name, split, share):
     """A published file: lines of JSON, WikiText's archive, or DeepMind-Math's, where a piece is
-    question<answer>answer<problem>... of a module, of each as much, as published."""
+    question<answer>answer<problem>, and each module has as many characters, as published."""
     file.seek(0)
     if name.endswith(".json.gz"):
         yield from pieces_of(gzip.open(file))  # what is not gzipped is a server's excuse
