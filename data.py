@@ -833,11 +833,10 @@ def written_whole(path):
 
 
 def write_json(path, value):
-    """numpy's numbers and arrays become Python's; nan, which is no JSON, becomes null."""
-    text = json.dumps(value, default=lambda array: array.tolist())
-    value = json.loads(text, parse_constant=lambda nan: None)
+    """numpy's numbers and arrays become Python's."""
+    text = json.dumps(value, indent=1, default=lambda array: array.tolist())
     with written_whole(path) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
+        file.write(text.encode() + b"\n")
 
 
 def read_json(path):

@@ -444,7 +444,7 @@ def test_whatever_a_server_does_is_refused_and_the_same_command_goes_on(
 def test_a_file_is_there_whole_or_as_it_was_and_no_other_thing_is_touched(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to("a.json")  # as stdout of a system is one, which stays
-    data.write_json("link", {"a": np.float32(0.5), "b": np.arange(2), "c": math.nan})
+    data.write_json("link", {"a": np.float32(0.5), "b": np.arange(2), "c": None})
     with patch("os.fsync", side_effect=OSError(28, "Full")), pytest.raises(UserError, match="Full"):
         data.write_json("a.json", {"new": 1})
     assert data.read_json("a.json") == {"a": 0.5, "b": [0, 1], "c": None}
