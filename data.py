@@ -617,8 +617,7 @@ def prepare(name, tokens, source=None):
                             write_tokens(part, [pieces], tokenizer)
                             if part.tell() == 0:
                                 raise ValueError("it holds no text")
-                    with open(shard, "rb") as part:
-                        shutil.copyfileobj(part, whole)
+                    whole.write(np.memmap(shard, mode="r"))
                     n = whole.tell() // 2
                     say(f"{shard.name}: {n / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
                     if n >= share:
