@@ -436,12 +436,11 @@ def users_files(root):
             split.append(path)
         except UserError:
             left_out.append(path.name)
-    if train and val:
-        left_out += [path.name for path in others]
-    else:
-        train, val = sorted(train + val + others), []
+    if not train or not val:
+        train, val, others = sorted(train + val + others), [], []
     if not train:
         raise UserError(f"{root} has no files of UTF-8 text")
+    left_out += [path.name for path in others]
     if left_out:
         say(f"left out of {root}: {len(left_out)}, such as {', '.join(left_out[:9])}")
     return train, val
@@ -754,15 +753,14 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     block_size: tokens of a row (default: as long as they come; of text 256). tokenizer: of text.
     split "warmup": train is other text of the same corpus, see Windows."""
     kind = kind_of(spec)
+    usual = CORPORA.get(spec, "bytes") if kind == "text" else None
+    name = tokenizer or usual
+    if name != usual and (kind != "text" or spec in PUBLISHED or name == "characters"):
+        raise UserError(f"{spec} is not to be had with --tokenizer {name}")
     if kind != "text":
-        if tokenizer:
-            raise UserError(f"{spec} is no text, and has no tokenizer {tokenizer}")
         train, val = (Rows(spec, seed, part, block_size) for part in ("train", "val"))
         return Data(spec, kind, train, val, train.vocab_size, train.block_size)
-    usual, folder = CORPORA.get(spec, "bytes"), Path(spec)
-    name = tokenizer or usual
-    if name != usual and (spec in PUBLISHED or name == "characters"):
-        raise UserError(f"{spec} is not to be had with --tokenizer {name}")
+    folder = Path(spec)
     if spec in PUBLISHED:
         folder = cache_folder() / f"{spec}-{name}"
         if not (folder / "meta.json").exists():
