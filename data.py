@@ -468,8 +468,7 @@ def docstrings(path):
 
 
 def questions(split):
-    """School mathematics in words (after DeepMind-Math; sentences: ours): 16 M characters; for
-    validation 1 M, of one question in 16."""
+    """School mathematics in words, after DeepMind-Math (sentences: ours): 16 or 1 M characters."""
     r, left = random.Random(split), 16_000_000 if split == "train" else 1_000_000
     while left > 0:
         a, b = (r.randint(-10 ** r.randint(1, 4), 10 ** r.randint(1, 4)) for _ in range(2))
@@ -508,8 +507,7 @@ def cache_folder():
 
 
 def tokenise(spec, tokenizer):
-    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content, with a
-    meta.json that names the tokenizer."""
+    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content."""
     val, read = [], file_pieces
     if spec == "code":
         train = python_files()
@@ -626,9 +624,8 @@ def prepare(name, tokens, source=None):
 
 
 class Windows(Dataset):
-    """Windows of block_size + 1 tokens of a file, each once per epoch, in an order that the seed
-    decides; of validation one order for every seed. The split `warmup` reads the training windows
-    from the other end: text that the run itself comes to last, if ever (`--warmup text`)."""
+    """Windows of block_size + 1 tokens of a file, each once per epoch, in the order of a seed. The
+    split `warmup` (of `--warmup text`) reads from the other end: what the run comes to last."""
 
     def __init__(self, path, block_size, seed, split):
         self.path, self.block_size, self.seed, self.split = path, block_size, seed, split
@@ -667,9 +664,8 @@ class Windows(Dataset):
 
 
 class Problems(Windows):
-    """DeepMind-Math: rows of problem after problem, of which the loss counts the answers and the
-    token that ends each. A row begins where the first problem of its window ends; behind the last
-    token, which ends a problem, it is repeated."""
+    """DeepMind-Math: the loss counts answers, with the token that ends each. A row begins where the
+    first problem of its window ends; behind the last token, that is repeated."""
 
     def start(self, i):
         start = super().start(i)
@@ -789,8 +785,7 @@ class UserError(argparse.ArgumentTypeError):  # so that argparse says of which f
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever goes wrong in this block, which reads a file and uses what is in it, becomes a
-    UserError: the file is damaged, or is not what it should be."""
+    """Whatever goes wrong in this block, which uses what is in a file, becomes a UserError."""
     try:
         if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
             raise ValueError("it is not a file")  # a pipe would make us wait for ever
@@ -809,8 +804,7 @@ def reason_of(error):
 
 @contextlib.contextmanager
 def written_whole(path):
-    """Yields a file that is moved to `path` at the end: a crash leaves the old one or the new one,
-    and so does what keeps it from being written. Raises UserError."""
+    """Yields a file that becomes `path` at the end, whole or not at all. Raises UserError."""
     path = Path(path).resolve()  # a link stays one
     scratch = path.with_name(f".{path.name}.tmp")  # what a kill leaves of it is written over
     if path.exists() and not path.is_file():
