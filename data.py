@@ -597,7 +597,8 @@ def prepare(name, tokens, source=None):
     with lock(folder / "lock"):
         for split, share in (("val", HELD_OUT), ("train", tokens)):
             with written_whole(folder / f"{split}.bin") as whole:
-                for file in corpus.get(split, corpus["train"]):
+                files = corpus.get(split, corpus["train"])
+                for file in itertools.takewhile(lambda file: whole.tell() < 2 * share, files):
                     url = f"{base}/{Path(file).name if source else file}"
                     size = f"-{share}" if name == "deepmind_math" else ""  # what is read of it
                     shard = folder / f"{split}-{Path(file).name}{size}.tokens"
@@ -608,10 +609,7 @@ def prepare(name, tokens, source=None):
                             if part.tell() == 0:
                                 raise ValueError("it holds no text")
                     whole.write(np.memmap(shard, mode="r"))
-                    n = whole.tell() // 2
-                    say(f"{shard.name}: {n / 1e6:,.1f} of {share / 1e6:,.1f} M tokens")
-                    if n >= share:
-                        break
+                    say(f"{shard.name}: {whole.tell() / 2e6:,.1f} of {share / 1e6:,.1f} M tokens")
         write_json(folder / "meta.json", {"source": name, "tokenizer": tokenizer.name})
     return folder
 
@@ -763,9 +761,8 @@ def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
     windows, size = Problems if tokenizer.name == "characters" else Windows, block_size or 256
     train = windows(folder / "train.bin", size, seed, split)
     val = windows(folder / "val.bin", size, 0, "val")
-    if folder == Path(spec):  # somebody's may hold anything
-        if max(train.tokens.max(), val.tokens.max()) >= tokenizer.vocab_size:
-            raise UserError(f"{spec} holds tokens that {tokenizer.name} does not know")
+    if folder == Path(spec) and max(train.tokens.max(), val.tokens.max()) >= tokenizer.vocab_size:
+        raise UserError(f"{spec} holds tokens that {tokenizer.name} does not know")
     return Data(spec, kind, train, val, tokenizer.vocab_size, size, tokenizer)
 
 
