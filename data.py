@@ -391,11 +391,10 @@ def load_tokenizer(name):
         words = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
         return Tokenizer(name, 97, encode, lambda ts: "".join(words[t] for t in ts).encode())
     with reading(f"the vocabulary {name} (bytes needs no network, gpt2 needs it once)"):
-        known = tiktoken.get_encoding(name)
-        if known.n_vocab > 1 << 16:
-            raise ValueError(f"it has {known.n_vocab:,} tokens, more than 16 bits hold")
-    encode, decode = known.encode_ordinary, known.decode_bytes
-    return Tokenizer(name, known.n_vocab, encode, decode, end=known.eot_token)
+        bpe = tiktoken.get_encoding(name)
+        if bpe.n_vocab > 1 << 16:
+            raise ValueError(f"it has {bpe.n_vocab:,} tokens, more than 16 bits hold")
+    return Tokenizer(name, bpe.n_vocab, bpe.encode_ordinary, bpe.decode_bytes, end=bpe.eot_token)
 
 
 def pieces_of(file):
@@ -828,11 +827,9 @@ def read_json(path):
 
 def json_lines(path):
     """The values in a file of JSON lines, without what is none: a kill may leave half a line."""
-    values = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
-            values.append(json.loads(line))
-    return values
+            yield json.loads(line)
 
 
 def lock(path, wait=False):
