@@ -677,10 +677,8 @@ def word(token, rows):
     if token == rows.separators[0]:  # of a task, none
         return "|"
     if "k" in p:
-        kind, closes = token % p["k"], token >= p["k"]
-        if p["k"] <= 4:
-            return "()[]{}<>"[2 * kind + closes]
-        return f"{kind})" if closes else f"({kind}"
+        closes, kind = divmod(token, p["k"])
+        return "([{<)]}>"[4 * closes + kind] if p["k"] <= 4 else f"{'()'[closes]}{kind}"
     if name == "haystack" and token >= 128:
         key = token - 128
         return f"k{key}:" if key < p["pairs"] else f"?k{key - p['pairs']}"
