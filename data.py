@@ -30,6 +30,7 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
+from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -370,14 +371,8 @@ PIECE = 50_000  # characters; a million spaces at once make tiktoken panic
 LONG = 1 << 26  # characters of a line of JSON, at most
 VERSION = 7  # to be raised where the same text becomes other tokens
 
-
-@dataclass
-class Tokenizer:
-    name: str
-    vocab_size: int
-    encode: Callable  # text -> tokens
-    decode: Callable  # tokens -> bytes
-    end: int = None   # the token that ends a document
+# encode: text -> tokens; decode: tokens -> bytes; end: the token that ends a document, if one does.
+Tokenizer = namedtuple("Tokenizer", "name vocab_size encode decode end", defaults=[None])
 
 
 def load_tokenizer(name):
