@@ -415,8 +415,8 @@ def file_pieces(path):
 
 
 def users_files(root):
-    """The files of a path, which are text, as named for training and validation, or (all, [])."""
-    train, val, others = [], [], []
+    """The text files of a path, as named for training and validation, or (all, [])."""
+    train, val, others, left_out = [], [], [], []
     for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
         place = path.relative_to(root).as_posix().lower()
         is_folder = path.is_dir() and os.access(path, os.R_OK) and not path.is_symlink()
@@ -425,11 +425,18 @@ def users_files(root):
         words = set(re.split("[^a-z]+", place))
         is_val = words & {"val", "valid", "validation", "dev", "test"}
         split = train if "train" in words else val if is_val else others
-        split.append(path)
-    if not train or not val:  # else others, such as a README, are not used
-        train, val = sorted(train + val + others), []
+        try:
+            next(file_pieces(path), None)
+            split.append(path)
+        except UserError:
+            left_out.append(path.name)
+    if not train or not val:
+        train, val, others = sorted(train + val + others), [], []
     if not train:
-        raise UserError(f"{root} has no files of text")
+        raise UserError(f"{root} has no files of UTF-8 text")
+    left_out += [path.name for path in others]
+    if left_out:
+        say(f"left out of {root}: {len(left_out)}, such as {', '.join(left_out[:9])}")
     return train, val
 
 
