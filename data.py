@@ -27,6 +27,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import time
 import urllib.request
 import zipfile
 import zlib
@@ -581,12 +582,22 @@ def published_pieces(file, name, split, share):
 
 @functools.lru_cache(maxsize=1)  # both splits of an archive are in one file
 def fetch(url):
-    """A published file, as a temporary one. Whether it is whole, gzip or zip finds out."""
-    file = tempfile.TemporaryFile()
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        say(f"fetching {url}, {answer.headers['Content-Length']} bytes")
-        shutil.copyfileobj(answer, file, 1 << 20)
-    return file
+    """A published file, as a temporary one, which is gone with the process. Raises UserError."""
+    for pause in (0, 2, 10):  # seconds
+        time.sleep(pause)
+        file = tempfile.TemporaryFile()
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                wanted = int(answer.headers["Content-Length"] or 0)
+                say(f"fetching {url}, {wanted / 1e6:,.0f} MB")
+                shutil.copyfileobj(answer, file, 1 << 20)
+            if file.tell() and wanted in (0, file.tell()):
+                return file
+            reason = f"{file.tell():,} of {wanted:,} bytes came"
+        except Exception as error:  # whatever a network says
+            reason = reason_of(error)
+    raise UserError(f"cannot fetch {url}: {reason}; the same command goes on from here, and "
+                    "--source says where else they are (https://... or file:///...)")
 
 
 def prepare(name, tokens, source=None):
