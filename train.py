@@ -167,7 +167,9 @@ def train(model, data, stage, file, fingerprint, warmed):
         log.add_evaluation(0, progress.before)
     if progress.is_over(stage):  # before workers are started
         return progress
-    net = wrapped(model, stage)
+    net = torch.compile(model) if stage.compile else model
+    if world_size() > 1:
+        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     rows = rows_from(data, stage, progress.step)
 
     model.train()
@@ -375,14 +377,6 @@ def ignore_signals(worker):
     """They reach a run's workers, too, which its last step still needs."""
     for code in (signal.SIGINT, signal.SIGTERM):
         signal.signal(code, signal.SIG_IGN)
-
-
-def wrapped(model, stage):
-    """The model as it is trained: compiled, and shared with other processes."""
-    net = torch.compile(model) if stage.compile else model
-    if world_size() > 1:
-        net = DistributedDataParallel(net, gradient_as_bucket_view=True)
-    return net
 
 
 # ---- A run's folder ------------------------------------------------------------------------------
