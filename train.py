@@ -165,8 +165,6 @@ def train(model, data, stage, file, fingerprint, warmed):
     if not progress.before:
         progress.before = progress.result = evaluate(model, *held_out)
         log.add_evaluation(0, progress.before)
-    if progress.is_over(stage):  # before workers are started
-        return progress
     net = torch.compile(model) if stage.compile else model
     if world_size() > 1:
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -178,10 +176,10 @@ def train(model, data, stage, file, fingerprint, warmed):
         lr = lr_at(stage, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
-            torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
 
         x, y = next(rows)
+        if stage.dropout:  # its masks depend on the step, so that a resumed run has the same
+            torch.manual_seed(zlib.crc32(f"{stage.seed} {stage.name} {step} {rank()}".encode()))
         # One process may have got a signal: all hear of it with this sum, and stop together.
         n_counted, n_signals = total(int((y != -1).sum()), len(SIGNALS))
         loss = 0.0
@@ -271,14 +269,14 @@ def make_optimizer(model, stage):
 
 
 def rows_from(data, stage, first):
-    """An iterator over the steps from `first` on: (x, y) of this process's share of the rows. Step
-    s has the rows s * batch_size and on, whatever the number of processes."""
+    """Yields (x, y) of each step from `first` on, this process's share of the rows. Step s has the
+    rows s * batch_size and on, whatever the number of processes. Workers start with the first."""
     steps = (range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
              for step in range(first, stage.steps))
     # A batch is a range of row numbers, of which the Dataset makes x and y at once.
-    return iter(DataLoader(data.train, batch_sampler=steps, collate_fn=tuple,
-                           num_workers=stage.workers, worker_init_fn=ignore_signals,
-                           pin_memory="cuda" in stage.device))
+    yield from DataLoader(data.train, batch_sampler=steps, collate_fn=tuple,
+                          num_workers=stage.workers, worker_init_fn=ignore_signals,
+                          pin_memory="cuda" in stage.device)
 
 
 def attention_entropy(maps, y):
