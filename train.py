@@ -275,7 +275,7 @@ def rows_from(data, stage, first):
              for step in range(first, stage.steps))
     # A batch is a range of row numbers, of which the Dataset makes x and y at once.
     yield from DataLoader(data.train, batch_sampler=steps, collate_fn=tuple,
-                          num_workers=stage.workers, worker_init_fn=ignore_signals,
+                          num_workers=stage.workers, worker_init_fn=listen,
                           pin_memory="cuda" in stage.device)
 
 
@@ -363,18 +363,13 @@ def total(*values):
     return sums.tolist()
 
 
-def listen():
-    """Listens for Ctrl-C, and for what a cluster or a closed terminal sends."""
+def listen(worker=None):
+    """Listens for Ctrl-C, and for what a cluster or a closed terminal sends. So does each worker,
+    which these would end before the step is saved; nobody asks it what came."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         code = getattr(signal, name, None)  # Windows has the first two
         if code and (name != "SIGHUP" or signal.getsignal(code) != signal.SIG_IGN):  # nohup
             signal.signal(code, lambda received, frame: SIGNALS.append(received))
-
-
-def ignore_signals(worker):
-    """They reach a run's workers, too, which its last step still needs."""
-    for code in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(code, signal.SIG_IGN)
 
 
 # ---- A run's folder ------------------------------------------------------------------------------

@@ -164,6 +164,10 @@ def run_together(members):
         train.run(member.s)
 
 
+def deaf(worker=None):
+    """In place of train.listen: Ctrl-C is to end this at once."""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", required=True, help="as analyze.py has it, of all experiments")
@@ -178,7 +182,7 @@ def main():
         parser.error(f"no experiment has settings {args.only}")
     settings = [each for each in settings
                 if each.column in TASK_COLUMNS and "--sharpen" not in each.train]
-    train.listen = lambda: None  # for Ctrl-C, which is to end this at once
+    train.listen = deaf
     args.results.mkdir(exist_ok=True)
     os.chdir(args.results)
     runs = missing(settings, args.seeds, Path())
