@@ -570,11 +570,11 @@ def parse(argv):
         s |= LAPTOP_TASK if preset else {}
     else:
         s |= PRESETS[preset or "laptop"] | {"tokenizer": CORPORA.get(data, "bytes")}
-    warmups = s.pop("warmups", {})
+    warmups = {"none": dict(warmup_steps=0), **s.pop("warmups", {})}
     s |= warmups.get(warmup.removeprefix("shuffled:"), {})  # a control has its rule's
-    warmup = spelled_out(warmup, warmups)
-    if warmup == "none":
-        s["warmup_steps"] = 0
+    # A name without parameters is the last word of its member: of "2*set:length=9+dyck", the dyck.
+    warmup = re.sub(r"\w+(?=\+|\Z)", lambda name: warmups.get(name[0], {}).get("warmup", name[0]),
+                    warmup.replace(" ", ""))
     if checkpoint:
         model, state = load(checkpoint)
         c = model.config
@@ -589,15 +589,6 @@ def parse(argv):
         s["warmup_tokens"] = None
     check(s, given, kind, checkpoint)
     return Namespace(**s)
-
-
-def spelled_out(warmup, warmups):
-    """A spec in which each name alone is what it stands for: see WARMUPS."""
-    members = []
-    for member in warmup.replace(" ", "").split("+"):
-        name = member.removeprefix("shuffled:").rpartition("*")[2]
-        members.append(member.removesuffix(name) + warmups.get(name, {}).get("warmup", name))
-    return "+".join(members)
 
 
 def check(s, given, kind, checkpoint):
