@@ -537,17 +537,14 @@ def parse(argv):
     """The command line -> all settings, a Namespace. Raises UserError."""
     parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS)
     for name, (kind, default, text) in FLAGS.items():
-        takes = {"type": kind, "metavar": "TEXT" if kind is str else "NUMBER"}
-        if isinstance(kind, tuple):
-            takes = {"choices": kind}
+        takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "X"}
         if kind is bool:
             takes = {"action": BooleanOptionalAction}
         default = LAPTOP.get(name, default)
         shown = "" if default is None else f" (default {default})"
         parser.add_argument(f"--{name}", help=text + shown, **takes)
     given = vars(parser.parse_args(argv))
-    # Of a shell's variable that is not set; of "--" argparse makes an empty list.
-    if "" in given.values() or [] in given.values():
+    if "" in given.values() or [] in given.values():  # a shell's variable that is not set; "--"
         raise UserError("a flag has an empty value")
     preset = given.get("preset")
     data = given.get("data", PRESETS[preset or "laptop"]["data"])
