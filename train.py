@@ -573,14 +573,10 @@ def parse(argv):
     warmup = re.sub(r"\w+(?=\+|\Z)", lambda name: warmups.get(name[0], {}).get("warmup", name[0]),
                     warmup.replace(" ", ""))
     if checkpoint:
-        model, state = load(checkpoint)
-        c = model.config
+        c = load(checkpoint)[0].config
         s["size"] = f"{c.n_layer}_{c.n_head}_{c.n_embd}"
         if given.get("transfer") == "all":
             s |= dict(tied=c.tied, block_size=c.block_size, embeddings="keep", positions="moved")
-            if kind == "text":
-                with reading(checkpoint):  # other people's files name no tokenizer
-                    s["tokenizer"] = state.get("source", {}).get("tokenizer") or s["tokenizer"]
     s |= given | {"data": data, "warmup": warmup}
     if "warmup_steps" in given:
         s["warmup_tokens"] = None
