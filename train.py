@@ -235,8 +235,7 @@ def resume(file, model, optimizer, scaler, stage, fingerprint):
     with reading(file):
         if saved_model.config != model.config or state["fingerprint"] != fingerprint:
             raise ValueError("it is of another model, or of other data")
-        kept = {key: kind(state[key]) for key, kind in Progress.__annotations__.items()}
-        progress = Progress(**kept)
+        progress = Progress(*(kind(state[key]) for key, kind in Progress.__annotations__.items()))
         say(f"[{stage.name}] taken up at step {progress.step:,}")
         saved = state["optimizer"]["state"]  # empty before the first step
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -274,9 +273,8 @@ def rows_from(data, stage, first):
     steps = (range(step * stage.batch_size + rank(), (step + 1) * stage.batch_size, world_size())
              for step in range(first, stage.steps))
     # A batch is a range of row numbers, of which the Dataset makes x and y at once.
-    yield from DataLoader(data.train, batch_sampler=steps, collate_fn=tuple,
-                          num_workers=stage.workers, worker_init_fn=listen,
-                          pin_memory="cuda" in stage.device)
+    yield from DataLoader(data.train, batch_sampler=steps, collate_fn=tuple, worker_init_fn=listen,
+                          num_workers=stage.workers, pin_memory="cuda" in stage.device)
 
 
 def attention_entropy(maps, y):
@@ -381,14 +379,13 @@ def open_run(out, s, fingerprint, warmup):
     if not path.exists():
         if any(out.glob("[!.]*")):
             raise UserError(f"{out} is there and is not a run: choose another --out")
-        git = f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD'
-        commit = re.search("^[0-9a-f]{40}$", subprocess.getoutput(git))  # there may be no git
+        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
         chip = torch.cuda.get_device_name(s.device) if "cuda" in s.device else platform.machine()
+        environment = {"python": platform.python_version(), "torch": torch.__version__,
+                       "numpy": numpy.__version__, "device_name": chip, "processes": world_size(),
+                       "commit": commit if len(commit) == 40 else None}  # there may be no git
         write_json(path, {"settings": vars(s), "warmup": warmup, "fingerprint": fingerprint,
-                          "environment": {
-                              "python": platform.python_version(), "torch": torch.__version__,
-                              "numpy": numpy.__version__, "commit": commit and commit[0],
-                              "device_name": chip, "processes": world_size()}})
+                          "environment": environment})
         return
     fixed = vars(s).keys() - OPERATIONAL
     if s.dropout or s.warmup_dropout:
@@ -413,8 +410,7 @@ def write_result(out, s, fingerprint, warmup, warmed, trained):
     before, after, result = warmed.before, warmed.result, trained.result
     found = {
         "settings": {key: value for key, value in vars(s).items() if key not in OPERATIONAL},
-        "warmup": warmup, "fingerprint": fingerprint,
-        "warmup_first_loss": before.get("loss"),
+        "warmup": warmup, "fingerprint": fingerprint, "warmup_first_loss": before.get("loss"),
         "warmup_loss": after.get("loss"), "warmup_accuracy": after.get("accuracy"),
         **{f"val_{key}": value for key, value in result.items() if key != "tokens"},
         "tokens": {"procedural": warmed.tokens, "semantic": trained.tokens},
