@@ -39,9 +39,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-# The settings of the first two commands (ours; all others are at the end of the file): of what was
-# tried, the lowest loss in three minutes on two CPU cores, in which no more than eight types of
-# brackets are learned.
+# The first two commands' (ours; all other settings are at the end): of what was tried, the lowest
+# loss in three minutes on two CPU cores, which are enough for eight types of brackets.
 LAPTOP = dict(
     data="code", size="tiny", dtype="float32", eval_rows=320,
     steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_ramp=100,
@@ -431,7 +430,6 @@ def write_result(out, s, fingerprint, warmup, warmed, trained):
 
 
 # ---- Settings ------------------------------------------------------------------------------------
-#
 # What is used is what a flag says; else the shape of the checkpoint that a run starts from; else a
 # row: that of its preset or of its task, or LAPTOP, for text without a preset; else as in FLAGS.
 # A row's `warmups` say what the name of a rule alone, as in --warmup dyck, stands for; a name that
@@ -479,8 +477,7 @@ TASK_SETTINGS = {
 LAPTOP_TASK = dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
                    warmup_steps=4000, warmups={"dyck": dict(warmup="dyck:length=36")})
 
-# Flags: name: (type or choices, default, what it is). Both stages have those of STAGE: --steps is
-# the training's, --warmup_steps the warm-up's.
+# Flags: name: (type or choices, default, what it is). Both stages have those of STAGE.
 STAGE = {
     "steps": (number(0, 1e9), None, "optimiser steps"),
     "tokens": (number(1, 1e15), None, "the same in tokens, such as 655M"),
@@ -559,8 +556,7 @@ def parse(argv):
                   dtype="bfloat16" if torch.cuda.is_bf16_supported(False) else "float16",
                   workers=min(8, max(1, os.cpu_count() // 2)))
     if kind == "task":
-        s |= TASK_SETTINGS.get(data.partition(":")[0], TASK)
-        s |= LAPTOP_TASK if preset else {}
+        s |= TASK_SETTINGS.get(data.partition(":")[0], TASK) | (LAPTOP_TASK if preset else {})
     else:
         s |= PRESETS[preset or "laptop"] | {"tokenizer": CORPORA.get(data, "bytes")}
     warmups = {"none": dict(warmup_steps=0), **s.pop("warmups", {})}
