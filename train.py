@@ -195,8 +195,7 @@ def train(model, data, stage, file, fingerprint, warmed):
             if stage.sharpen:
                 entropy = attention_entropy(maps, y).sum() / stage.batch_size
                 micro_loss = micro_loss + stage.sharpen * entropy
-            # DDP takes the mean over processes; wanted is the sum.
-            scaler.scale(micro_loss * world_size()).backward()
+            scaler.scale(micro_loss * world_size()).backward()  # DDP takes the mean, not the sum
 
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), stage.grad_clip or math.inf)
@@ -347,8 +346,7 @@ def join_processes(s):
                 s.device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
                 torch.cuda.set_device(s.device)
             backend = "cpu:gloo,cuda:nccl" if "cuda" in s.device else "gloo"
-            # One process may have a corpus to tokenise first.
-            dist.init_process_group(backend, timeout=timedelta(hours=6))
+            dist.init_process_group(backend, timeout=timedelta(hours=6))  # one may have to tokenise
 
 
 def total(*values):
@@ -458,9 +456,8 @@ for name in ("c4", "codeparrot", "deepmind_math", "wikitext103"):
     PRESETS[f"{name}-350m"] = PRESETS[name] | dict(size="24_16_1024")
     PRESETS[f"{name}-1.3b"] = PRESETS[name] | dict(size="1.3b", recompute=True)
 PRESETS["c4-1.3b"]["steps"] = 160_000  # 10.5 billion tokens, the largest published run
-# Ours: corpora of some 10 MB, on a GPU.
 PRESETS["gpu"] = C4 | dict(data="code", steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1,
-                           dropout=0.0, warmup_dropout=0.0)
+                           dropout=0.0, warmup_dropout=0.0)  # ours: 10 MB of text, on a GPU
 
 # Tasks, as published (paper, "Algorithmic tasks"). The warm-up is ours: models this small learn no
 # rule with the published one.
