@@ -92,11 +92,10 @@ def run(s):
 def open_data(s):
     """The data of both stages; the second is None where nothing is warmed up. Raises UserError."""
     data = make_data(s.data, s.seed, s.block_size, s.tokenizer)
-    if s.warmup == "none":
-        return data, None
     if s.warmup == "text":
         return data, make_data(s.data, s.seed, s.block_size, s.tokenizer, split="warmup")
-    return data, make_data(s.warmup, s.seed, s.warmup_block_size)
+    rule = None if s.warmup == "none" else make_data(s.warmup, s.seed, s.warmup_block_size)
+    return data, rule
 
 
 def new_model(data, size, tied, dropout, seed):
@@ -580,8 +579,7 @@ def check(s, given, kind, checkpoint):
             "steps": "tokens" in given, "warmup_steps": "warmup_tokens" in given,
             "transfer": warmup == "none" and not s["init"],
             "warmup_block_size": warmup == "text"}  # its windows are those of the text
-    idle = [name for name in given
-            if idle.get(name) or name.startswith("warmup_") and warmup == "none"]
+    idle = [key for key in given if idle.get(key) or key.startswith("warmup_") and warmup == "none"]
     for wrong, line in (
             (idle, f"--{', --'.join(idle)} would do nothing here"),
             (kind == "rule" or is_rule and kind_of(warmup) != "rule",
