@@ -213,8 +213,7 @@ def train(model, data, stage, file, fingerprint, warmed):
             log.add_evaluation(step, progress.result)
             good = progress.result["accuracy"] >= stage.stop_at
             progress.passed = progress.passed + 1 if good else 0
-        saving = progress.is_over(stage) or n_signals or step % stage.save_every == 0
-        if saving and rank() == 0:
+        if rank() == 0 and (progress.is_over(stage) or n_signals or step % stage.save_every == 0):
             save(file, model, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                  stage=stage.name, source=source, fingerprint=fingerprint, warmed=vars(warmed),
                  **vars(progress))
@@ -275,8 +274,7 @@ def rows_from(data, stage, first):
 
 
 def attention_entropy(maps, y):
-    """Mean over layers, heads and places up to the last that counts: (rows,). maps: (rows, heads,
-    T, T) of each layer."""
+    """Of each row the mean over layers, heads and places up to the last that counts: (rows,)."""
     read = (y != -1).flip(1).cumsum(1).flip(1) > 0
     share = read / read.sum(1, keepdim=True).clamp_min(1)
     # The slope of entr at 0 is infinite.
@@ -468,8 +466,7 @@ TASK_SETTINGS = {
     "haystack": TASK | dict(transfer="attn"),
     "multiplication": TASK | dict(size="4_8_512", steps=156_250, batch_size=64, warmup_steps=2500,
                                   warmup_batch_size=64, warmup_lr=5e-4)}
-# Ours, with --preset laptop: a quarter of a task's rows at twice the rate, until it is learned;
-# brackets as long as 15 pairs are.
+# Ours, with --preset laptop: a quarter of the rows at twice the rate; brackets as long as 15 pairs.
 LAPTOP_TASK = dict(batch_size=250, steps=1500, lr=2e-3, eval_every=100, stop_at=0.9,
                    warmup_steps=4000, warmups={"dyck": dict(warmup="dyck:length=36")})
 
@@ -513,10 +510,9 @@ FLAGS = {
     "stop_at": (number(0, 1.001, float), None, "stop training at this accuracy, twice in a row"),
     "log_every": (number(1, 1e9), 50, "steps between log lines"),
     "out": (str, None, "the run's folder; out/DATA-WARMUP-sSEED"),
-    "resume": (bool, False, "go on with the run in --out"),
-    **STAGE}
-FLAGS |= {f"warmup_{name}": (kind, default, f"of the warm-up: {text}")
-          for name, (kind, default, text) in STAGE.items()}
+    "resume": (bool, False, "go on with the run in --out")}
+FLAGS |= STAGE | {f"warmup_{name}": (kind, default, f"of the warm-up: {text}")
+                  for name, (kind, default, text) in STAGE.items()}
 # What may differ between a run and its resumption; everything else defines the run.
 OPERATIONAL = {"device", "compile", "recompute", "workers", "eval_every", "save_every", "log_every",
                "grad_accum", "out", "resume"}
