@@ -6,13 +6,12 @@ import contextlib
 import math
 import pickle
 import re
-import tempfile
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Parser, UserError, read_json, reading, reason_of, run_main, written_whole
+from data import Parser, UserError, read_json, reading, run_main, write_json, written_whole
 
 import torch
 import torch.nn as nn
@@ -296,9 +295,15 @@ def read_file(path):
     return config, state.pop("model"), state
 
 
-TRANSPOSED = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")  # Hugging Face keeps these as (in, out)
 GPT2 = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False}
+THEIRS = {"block_size": "n_positions", "dropout": "resid_pdrop", "tied": "tie_word_embeddings"}
+
+
+def transposed(weights):
+    """Ours as Hugging Face's, or back: it keeps the matrices of blocks as (in, out)."""
+    return {name: weight.t().contiguous() if re.search(r"\.c_\w+\.weight$", name) else weight
+            for name, weight in weights.items()}
 
 
 def read_folder(path):
@@ -306,48 +311,38 @@ def read_folder(path):
     if not (path / "model.safetensors").is_file():
         raise ValueError("it holds neither a run's ckpt.pt nor Hugging Face's model.safetensors")
     from safetensors.torch import load_file  # comes with transformers
-    weights = load_file(path / "model.safetensors")
-    for name in filter(TRANSPOSED.search, weights):
-        weights[name] = weights[name].t().contiguous()
     config = read_json(path / "config.json")
     for key, value in GPT2.items():
         if config.get(key, value) != value:
             raise ValueError(f"its {key} is {config[key]!r}; only {value!r} is known here")
-    config |= {"block_size": config["n_positions"], "dropout": config["resid_pdrop"],
-               "tied": config.get("tie_word_embeddings", True)}
-    return config, weights, {}
+    config |= {ours: config[theirs] for ours, theirs in THEIRS.items() if theirs in config}
+    return config, transposed(load_file(path / "model.safetensors")), {}
 
 
-def as_hugging_face(model):
-    """The same model as one of transformers', which is imported here: it is not required."""
-    import transformers
-    c = model.config
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-        n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        tie_word_embeddings=c.tied, bos_token_id=None, eos_token_id=None, **GPT2))
-    for name, tensor in model.state_dict().items():
-        there = theirs if name == "lm_head.weight" else theirs.transformer
-        tensor = tensor.t() if TRANSPOSED.search(name) else tensor
-        there.get_parameter(name).data.copy_(tensor)
-    return theirs
+def write_folder(path, model):
+    """Makes a Hugging Face GPT-2 folder, which transformers reads as well. Raises UserError."""
+    with reading("safetensors, which comes with transformers"):
+        from safetensors.torch import save as packed
+    c, theirs = model.config, transposed(dict(model.named_parameters()))
+    weights = {name if name == "lm_head.weight" else f"transformer.{name}": weight
+               for name, weight in theirs.items()}
+    path.mkdir()
+    with written_whole(path / "model.safetensors") as file:
+        file.write(packed(weights, {"format": "pt"}))
+    config = {THEIRS.get(key, key): value for key, value in vars(c).items()}
+    write_json(path / "config.json", GPT2 | config | {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout, "bos_token_id": None, "eos_token_id": None})
 
 
 def main():
     parser = Parser(description="Writes a checkpoint as a Hugging Face GPT-2 folder.")
     parser.add_argument("command", choices=["export"])
     parser.add_argument("checkpoint", help="a run's folder, or a file of weights")
-    parser.add_argument("folder", type=Path, help="the folder to make; needs transformers")
+    parser.add_argument("folder", type=Path, help="the folder to make")
     args = parser.parse_args()
-    if args.folder.exists():
-        raise UserError(f"{args.folder} is there: choose another")
     model, _ = load(args.checkpoint)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".", dir=args.folder.parent) as scratch:
-            as_hugging_face(model).save_pretrained(f"{scratch}/whole")
-            Path(scratch, "whole").replace(args.folder)
-    except Exception as error:  # no library, a full disk: safetensors has kinds of its own
-        raise UserError(f"cannot write {args.folder}: {reason_of(error)}") from None
+    write_folder(args.folder, model)
     print(f"{args.folder}: config.json and model.safetensors; it has no tokenizer of its own")
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import RULES, TASKS
 from eval import evaluate, held_out_rows
-from model import as_hugging_face, find_device, load
+from model import find_device, load, write_folder
 
 import numpy as np
 import torch
@@ -39,7 +39,9 @@ def trainer(flags):
     s, times = train.parse(f"{flags} {SHORT}".split()), []
     data, _ = train.open_data(s)
     stage = train.stage_of(s, "train", data)
-    model = as_hugging_face(train.new_model(data, s.size, s.tied, s.dropout, s.seed))
+    folder = Path(tempfile.mkdtemp(dir="."), "hf")
+    write_folder(folder, train.new_model(data, s.size, s.tied, s.dropout, s.seed))
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder)
     model.config.use_cache = False
 
     class Batches(torch.utils.data.IterableDataset):
