@@ -253,20 +253,20 @@ def load(path, device="cpu"):
         path = path / "ckpt.pt"
     with reading(path):
         config, theirs, state = read_folder(path) if path.is_dir() else read_file(path)
-        ours = config.keys() & GPTConfig.__annotations__.keys()
-        config = GPTConfig(**{key: config[key] for key in ours})
+        kinds = GPTConfig.__annotations__.items()
+        config = GPTConfig(**{key: kind(config[key]) for key, kind in kinds if key in config})
         weights = {}
         for name, tensor in theirs.items():
             name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)
             if re.search(r"\.attn\.(masked_)?bias$", name):  # the mask in old checkpoints
                 continue
-            # Strides of 0 and "meta" make gigabytes of a few bytes.
-            if tensor.is_meta or not (tensor.is_floating_point() and tensor.is_contiguous()):
+            # Strides or sizes of 0 and "meta" make gigabytes of a few bytes.
+            dense = tensor.is_floating_point() and tensor.is_contiguous() and tensor.numel()
+            if tensor.is_meta or not dense:
                 raise ValueError(f"{name} is no plain tensor")
             weights[name] = tensor.float()
-        for name, weight in list(weights.items()):
             if part_of(name) in ("attn", "mlp", "norm"):  # nanoGPT's bias=False has no biases
-                weights.setdefault(name.replace("weight", "bias"), torch.zeros(len(weight)))
+                weights.setdefault(name.replace("weight", "bias"), torch.zeros(len(tensor)))
         head = weights.setdefault("lm_head.weight", weights["wte.weight"])
         config.tied &= torch.equal(weights["wte.weight"], head)
         if f"h.{config.n_layer - 1}.ln_1.weight" not in weights:

@@ -199,11 +199,12 @@ class Trap(tuple):
 
 
 @pytest.mark.parametrize("place,changes,reason", [
-    ("config", dict(n_layer=10 ** 9), "layers"), ("config", dict(n_embd="wide"), "TypeError"),
+    ("config", dict(n_layer=10 ** 9), "layers"), ("config", dict(n_embd="wide"), "ValueError"),
     ("config", dict(vocab_size=10 ** 12), "wte.weight"),
     ("config", {"more": Trap([bytearray, 10 ** 9])}, "nothing in it was run"),
     ("model", {"wte.weight": None}, "NoneType"), ("model", {"strange": torch.zeros(3)}, "strange"),
     ("model", {"wpe.weight": torch.zeros(24, 32, device="meta")}, "plain tensor"),
+    ("model", {"h.0.ln_1.weight": torch.zeros(10 ** 9, 0)}, "no plain tensor"),
     ("model", {"wte.weight": torch.zeros(1).half().expand(10 ** 9)}, "no plain tensor")])
 def test_a_damaged_checkpoint_is_refused_and_takes_no_memory(place, changes, reason, tmp_path):
     path, model = tmp_path / "a.pt", small()
@@ -219,6 +220,13 @@ def is_refused(path, reason):
     with pytest.raises(UserError, match=f"(?s).*{path}.*{reason}") as refusal:
         load(path)
     assert "\n" not in str(refusal.value)
+
+
+def test_numbers_of_a_config_are_of_their_kinds(tmp_path):
+    model = small()
+    config = vars(model.config) | dict(n_head=4.0, block_size=True + 23)
+    torch.save({"config": config, "model": model.state_dict()}, tmp_path / "a.pt")
+    assert torch.equal(load(tmp_path / "a.pt")[0](tokens() * 0), model(tokens() * 0))
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
