@@ -188,19 +188,18 @@ def transfer(source, target, parts, embeddings="random", positions="fit"):
 
 # ---- Here a student may stop. What flags name, and what the heads attend to ----------------------
 
-SIZES = {  # name: (n_layer, n_head, n_embd)
-    "tiny": (2, 4, 128),  # for laptops (ours)
-    "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600), "1.3b": (24, 16, 2048)}
+SIZES = {  # layers_heads_width
+    "tiny": "2_4_128",  # for laptops (ours)
+    "gpt2": "12_12_768", "gpt2-medium": "24_16_1024", "gpt2-large": "36_20_1280",
+    "gpt2-xl": "48_25_1600", "1.3b": "24_16_2048"}
 
 
 def parse_size(size):
     """"gpt2" or "2_4_16" -> (n_layer, n_head, n_embd). Raises UserError."""
-    if size in SIZES:
-        return SIZES[size]
-    if not re.fullmatch(r"([1-9]\d{0,5}_){2}[1-9]\d{0,5}", size, re.ASCII):
+    shape = SIZES.get(size, size)
+    if not re.fullmatch(r"([1-9]\d{0,5}_){2}[1-9]\d{0,5}", shape, re.ASCII):
         raise UserError(f"unknown size {size!r}: {', '.join(SIZES)}, or layers_heads_width: 2_4_16")
-    return tuple(map(int, size.split("_")))
+    return tuple(map(int, shape.split("_")))
 
 
 def find_device(name=None):
