@@ -123,8 +123,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, n, temperature=1.0):
-        """Continues idx (B, T) by n tokens -> (B, T + n). Temperature 0 takes the likeliest token.
-        Call it in eval mode."""
+        """Tokens (B, T) -> (B, T + n). Temperature 0 takes the likeliest. Call it in eval mode."""
         for _ in range(n):
             logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
             if temperature > 0:
@@ -235,8 +234,7 @@ def attention_maps(model):
 
 
 def save(path, model, **more):
-    """Writes config, weights and more, whole or not at all. Raises UserError, also where a weight
-    is not finite: from such a checkpoint no run can go on."""
+    """Writes a checkpoint, if its weights are finite: else no run can go on. Raises UserError."""
     weights = model.state_dict()
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise UserError(f"a weight is not finite, so {path} was not written: lower the rate")
