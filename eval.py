@@ -73,15 +73,16 @@ class Opened:
         self.path, self.device = inside if inside.exists() else Path(path), find_device(device)
         self.model, state = load(self.path, self.device)
         self.model.eval().requires_grad_(False)
-        self.stage, self.step = state.get("stage", "imported"), state.get("step", 0)
         config = self.model.config
-        with reading(path):  # what a file says of its data may be anything
+        with reading(path):  # what a file says of itself and its data may be anything
+            self.stage, self.step = state.get("stage", "imported"), int(state.get("step", 0))
             source = state.get("source", {})
             self.spec = spec or source.get("spec")
             if not self.spec:
                 raise UserError(f"{path} does not say what it was trained on: name --data")
-            self.seed = int(source.get("seed", 0))
-            self.eval_rows = int(source.get("eval_rows") or max(16, 2 ** 18 // config.block_size))
+            self.seed = number(0, 2 ** 32)(str(source.get("seed", 0)))
+            rows = source.get("eval_rows") or max(16, 2 ** 18 // config.block_size)
+            self.eval_rows = number(1, 1e9)(str(rows))
             if kind_of(self.spec) == "text":  # warm-ups of older runs name their text's
                 tokenizer = tokenizer or source.get("tokenizer")
             self.data = make_data(self.spec, self.seed, config.block_size, tokenizer)

@@ -127,7 +127,7 @@ class GPT(nn.Module):
         for _ in range(n):
             logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
             if temperature > 0:
-                chances = (logits / temperature).softmax(-1)
+                chances = (logits / temperature).nan_to_num().softmax(-1)
                 token = torch.multinomial(chances, 1)
             else:
                 token = logits.argmax(-1, keepdim=True)

@@ -309,6 +309,23 @@ def test_who_says_not_what_it_was_trained_on_needs_data(tmp_path, prose, printed
     assert "a.pt" in refused(script, path)
 
 
+@pytest.mark.parametrize("says", [
+    {"step": "x"}, {"seed": -1}, {"seed": 10 ** 30}, {"eval_rows": -1}, {"eval_rows": 10 ** 30}])
+def test_what_a_checkpoint_says_of_itself_may_be_anything(says, checkpoints, refused):
+    model, state = load(checkpoints["text"])
+    save(checkpoints["text"], model, **state | {"source": state["source"] | says} | says)
+    assert "whole number" in refused(script, checkpoints["text"]) or "step" in says
+
+
+def test_weights_that_are_no_numbers_are_taken_as_they_are(checkpoints, printed):
+    for path in (checkpoints["brackets"], checkpoints["text"]):
+        state = torch.load(path)
+        state["model"]["ln_f.weight"].fill_(math.nan)
+        torch.save(state, path)
+        assert re.search(r"counted token\) +nan", printed(path))
+        assert "▶" in printed(path, "--sample", 1)
+
+
 def test_changed_data_are_refused(tmp_path, prose, checkpoints, printed, refused):
     model, state = load(checkpoints["text"])
     its, path = make_data(str(prose), 0, 64).fingerprint(), tmp_path / "a.pt"
