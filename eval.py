@@ -323,7 +323,8 @@ def pyplot():
     import matplotlib.pyplot as plt
     colours = "0072B2 D55E00 009E73 CC79A7 E69F00 56B4E9 000000 999999"  # Okabe and Ito's
     plt.rcParams.update({
-        "font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+        "font.size": 12, "text.parse_math": False,  # a path may have dollars
+        "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
         "axes.spines.right": False, "savefig.dpi": 150, "figure.constrained_layout.use": True,
         "axes.prop_cycle": plt.cycler(color=[f"#{colour}" for colour in colours.split()])})
     return plt
@@ -334,8 +335,6 @@ def keep_figure(figure, path):
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: a figure's name ends in .png, .pdf or .svg")
-    for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
-        text.set_text(text.get_text().encode(errors="replace").decode())  # a path may be no Unicode
     with written_whole(path) as file:
         figure.savefig(file, format=ending)
     pyplot().close(figure)
@@ -347,7 +346,8 @@ def draw_heads(c, found):
     maps = [(label, scores) for label, scores in found.items() if isinstance(scores, np.ndarray)]
     panels = [maps[0], *maps[1:][-3:]]
     figure, axes = pyplot().subplots(1, len(panels), figsize=(13.3, 4.5))
-    figure.suptitle(f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}")
+    title = f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}"
+    figure.suptitle(title.encode(errors="replace").decode())  # a path may be no Unicode
     for axis, (label, scores) in zip(axes, panels):
         image = axis.imshow(scores, cmap="Blues", vmin=0, aspect="auto")
         figure.colorbar(image, ax=axis)

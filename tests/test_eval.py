@@ -366,6 +366,7 @@ def test_samples_go_on_from_held_out_text_and_prompts_from_words(checkpoints, pr
 
 def test_a_figure_is_of_its_names_format(tmp_path):
     figure = script.pyplot().figure()
+    figure.suptitle("/tmp/$^$")  # which is no formula
     script.keep_figure(figure, tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
     with pytest.raises(UserError, match="png, .pdf"):
