@@ -51,18 +51,14 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
 
 
 def held_out_rows(data, n):
-    """The first n held-out rows, in parts (x, y) of 32,000 tokens or 1 GB of logits at most."""
-    x, y = first_rows(data, n)
+    """The first n held-out rows, or all there are, in parts (x, y) of 32,000 tokens or 1 GB of
+    logits at most."""
+    rows = range(n)[:len(data.val)] if data.kind == "text" else range(n)
+    x, y = data.val.__getitems__(rows)
     if (y == -1).all():
         raise UserError(f"{data.spec}: no token counts in {n} held-out rows")
     logits = x.numel() * max(data.vocab_size, 2 ** 13)  # of 4 bytes; 2 ** 28 / 2 ** 13 = 32,768
     return micro_batches(x, y, math.ceil(logits / 2 ** 28))
-
-
-def first_rows(data, n):
-    """The first n held-out rows x, y; of text, as many as there are."""
-    rows = range(n)[:len(data.val)] if data.kind == "text" else range(n)
-    return data.val.__getitems__(rows)
 
 
 class Opened:
@@ -104,8 +100,8 @@ class Opened:
             self.name, self.brackets = None, False  # nobody knows where they will end
 
     def rows(self, n=None):
-        """The first held-out rows x, y: int64 arrays (n, block_size)."""
-        x, y = first_rows(self.data, n or self.n)
+        """The first held-out rows x, y: int64 arrays (n, block_size). A short text begins again."""
+        x, y = self.data.val.__getitems__(range(n or self.n))
         return x.numpy(), y.numpy()
 
     def real(self, x):
