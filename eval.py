@@ -207,6 +207,28 @@ def probe_brackets(c):
             f"{by}, by chance": means(chance, bins)}
 
 
+def repeated(c, length, n):
+    """Random tokens of the held-out rows, twice: int64 (n, length)."""
+    x, rng = c.rows()[0], np.random.default_rng(c.seed)
+    once = rng.choice(np.unique(x[c.real(x)]), (n, length // 2))
+    return np.concatenate([once, once], axis=1)
+
+
+def probe_copying(c):
+    """induction: random tokens, then the same again. Is the second copy easier?"""
+    if c.data.block_size < 4:  # nothing to compare
+        return None
+    tokens = torch.from_numpy(repeated(c, c.data.block_size, c.n))
+    x, y, half = tokens[:, :-1], tokens[:, 1:], tokens.shape[1] // 2
+    t = torch.arange(2 * half - 1)
+    first, second = (evaluate(c.model, zip(x.split(16), y.where(counts, -1).split(16)), c.device)
+                     for counts in (t < half - 1, t >= half))
+    return {"n": f"{len(x):,} rows of 2 x {half}",
+            "loss on the first copy (nats)": first["loss"],
+            "loss on the second copy (nats)": second["loss"],
+            "second copy right": second["accuracy"]}
+
+
 def entropy_of_heads(attention, real):
     """How blurred each head is, (n_layer, n_head): the entropy of what it attends to, as a share of
     the most that a place allows. 0: one token; 1: all alike. real: bool (n, T)."""
@@ -219,9 +241,8 @@ def looks(c, x, attention):
     """Where a head may look. Yields a name, attention (n, n_layer, n_head, T, T), and the place to
     which each token would look, int (n, T), or -1."""
     yield "previous token", attention, np.where(c.real(x), np.arange(x.shape[1]) - 1, -1)
-    half = min(x.shape[1], 64) // 2
-    once = np.random.default_rng(c.seed).choice(np.unique(x[c.real(x)]), (len(x), half))
-    twice, t = np.tile(once, 2), np.arange(2 * half)
+    twice = repeated(c, min(x.shape[1], 64), len(x))
+    t, half = np.arange(twice.shape[1]), twice.shape[1] // 2
     after = np.where(t >= half, t - half + 1, -1)  # what followed the same token in the first copy
     yield "induction", c.attention(twice), np.broadcast_to(after, twice.shape)
     if c.brackets:
@@ -259,7 +280,7 @@ def linear_accuracy(features, labels, train):
     classes, target, counts = np.unique(labels, return_inverse=True, return_counts=True)
     z = np.append(np.nan_to_num(features), np.ones((len(features), 1)), axis=1)
     weight, wanted = counts[target[train], None] ** -0.5, np.eye(len(classes))[target[train]]
-    linear, *_ = np.linalg.lstsq(weight * z[train], weight * wanted, rcond=None)
+    linear, *_ = np.linalg.lstsq(weight * z[train], weight * wanted)
     right = (z[~train] @ linear).argmax(1) == target[~train]
     return np.mean(list(means(right, target[~train]).values()))
 
@@ -292,8 +313,8 @@ def probe_linear(c):
     return found
 
 
-PROBES = dict(loss=probe_loss, learned=probe_learned, brackets=probe_brackets, heads=probe_heads,
-              linear=probe_linear)
+PROBES = dict(loss=probe_loss, learned=probe_learned, copying=probe_copying,
+              brackets=probe_brackets, heads=probe_heads, linear=probe_linear)
 
 
 # ---- What is printed, figures, samples -----------------------------------------------------------

@@ -170,6 +170,14 @@ def test_who_always_answers_right_has_learned_it_and_who_guesses_has_not(spec, o
     assert found["loss (nats per counted token)"] == pytest.approx(math.log(c.data.vocab_size))
 
 
+def test_copying_is_seen_in_one_who_looks_back(opened):
+    def copies(x, y, vocab_size):
+        return right(x, np.roll(x, (x.shape[1] + 1) // 2 - 1, axis=1), vocab_size)
+    found = script.probe_copying(opened("sorting:numbers=20", copies))
+    assert found["second copy right"] == 1 and found["loss on the first copy (nats)"] > 20
+    assert found["loss on the second copy (nats)"] < 1e-4
+
+
 # Its parts
 
 def looks_at(place, x):
@@ -263,10 +271,10 @@ def printed(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("kind,probes", [
-    ("rule", "loss learned heads linear"),
-    ("brackets", "loss learned brackets heads linear"),
-    ("varying", "loss heads"),  # nobody knows where they will end
-    ("task", "loss learned heads"), ("text", "loss heads")])
+    ("rule", "loss learned copying heads linear"),
+    ("brackets", "loss learned copying brackets heads linear"),
+    ("varying", "loss copying heads"),  # nobody knows where they will end
+    ("task", "loss learned copying heads"), ("text", "loss copying heads")])
 def test_each_probe_that_applies_is_printed_and_heads_drawn(kind, probes, checkpoints, printed):
     image, path = pytest.importorskip("matplotlib.image"), checkpoints[kind]
     text, c = printed(path, "--plot"), script.Opened(path, "cpu")
