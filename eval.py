@@ -161,6 +161,17 @@ def probe_learned(c):
             "learned (share of what can be)": learned, "accuracy": result["accuracy"]}
 
 
+def probe_answers(c):
+    """accuracy by the place of a token in its answer"""
+    if c.name is None or c.brackets or c.p.get("rule") == RANDOM:  # others have one answer
+        return None
+    x, y = c.rows(1024)
+    said = [c.model(part.to(c.device)).argmax(-1).cpu() for part in torch.from_numpy(x).split(16)]
+    hit, counted = torch.cat(said).numpy() == y, y != -1
+    shares = means(hit[counted], counted.cumsum(1)[counted])
+    return {"n": f"{len(x):,} answers", "share right by token of the answer, model": shares}
+
+
 def bracket_facts(x, name, p):
     """What the generator of dyck or dyck_shuffle knows at each place of rows x, (n, T), but pads.
 
@@ -313,7 +324,7 @@ def probe_linear(c):
     return found
 
 
-PROBES = dict(loss=probe_loss, learned=probe_learned, copying=probe_copying,
+PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, copying=probe_copying,
               brackets=probe_brackets, heads=probe_heads, linear=probe_linear)
 
 

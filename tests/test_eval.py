@@ -159,6 +159,7 @@ def test_what_can_be_known_of_a_rule_of_its_own_is_what_the_row_has_told(opened)
     floor = found["smallest possible"]
     assert found["loss (nats per counted token)"] == pytest.approx(floor, abs=1e-5)
     assert 0.2 < floor < 0.4 < found["of a guess by token frequency"]
+    assert script.probe_answers(c) is None, "the first of its answers are a coin's"
 
 
 @pytest.mark.parametrize("spec", ["set:length=5", "haystack:pairs=3", "eca:width=4,length=12"])
@@ -168,6 +169,15 @@ def test_who_always_answers_right_has_learned_it_and_who_guesses_has_not(spec, o
     found = script.probe_learned(opened(spec, lambda x, y, n: np.zeros((*x.shape, n))))
     assert found["learned (share of what can be)"] < 0.1
     assert found["loss (nats per counted token)"] == pytest.approx(math.log(c.data.vocab_size))
+
+
+def test_answers_are_counted_by_the_place_in_the_answer(opened):
+    def second_wrong(x, y, vocab_size):
+        return right(x, np.where(np.arange(x.shape[1]) == 5, (y + 1) % vocab_size, y), vocab_size)
+    c = opened("sorting:numbers=4", second_wrong)
+    shares = script.probe_answers(c)["share right by token of the answer, model"]
+    assert shares == {1: 1, 2: 0, 3: 1, 4: 1}
+    assert script.probe_learned(c)["accuracy"] == 0.75
 
 
 def test_copying_is_seen_in_one_who_looks_back(opened):
@@ -271,10 +281,10 @@ def printed(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("kind,probes", [
-    ("rule", "loss learned copying heads linear"),
+    ("rule", "loss learned answers copying heads linear"),
     ("brackets", "loss learned copying brackets heads linear"),
     ("varying", "loss copying heads"),  # nobody knows where they will end
-    ("task", "loss learned copying heads"), ("text", "loss copying heads")])
+    ("task", "loss learned answers copying heads"), ("text", "loss copying heads")])
 def test_each_probe_that_applies_is_printed_and_heads_drawn(kind, probes, checkpoints, printed):
     image, path = pytest.importorskip("matplotlib.image"), checkpoints[kind]
     text, c = printed(path, "--plot"), script.Opened(path, "cpu")
