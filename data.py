@@ -383,7 +383,7 @@ def load_tokenizer(name):
         words = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
         return Tokenizer(name, 257, encode, lambda ts: b"".join(words[t] for t in ts), end=256)
     if name == "characters":
-        encode = lambda text: np.frombuffer(text.encode("latin-1"), np.uint8) - 32
+        encode = lambda text: np.frombuffer(text.encode("latin-1", "replace"), np.uint8) - 32
         words = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
         return Tokenizer(name, 97, encode, lambda ts: "".join(words[t] for t in ts).encode())
     with reading(f"the vocabulary {name} (bytes needs no network, gpt2 needs it once)"):

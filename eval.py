@@ -291,7 +291,7 @@ def linear_accuracy(features, labels, train):
     classes, target, counts = np.unique(labels, return_inverse=True, return_counts=True)
     z = np.append(np.nan_to_num(features), np.ones((len(features), 1)), axis=1)
     weight, wanted = counts[target[train], None] ** -0.5, np.eye(len(classes))[target[train]]
-    linear, *_ = np.linalg.lstsq(weight * z[train], weight * wanted)
+    linear, *_ = np.linalg.lstsq(weight * z[train], weight * wanted, rcond=None)
     right = (z[~train] @ linear).argmax(1) == target[~train]
     return np.mean(list(means(right, target[~train]).values()))
 
@@ -363,6 +363,8 @@ def keep_figure(figure, path):
     ending = Path(path).suffix.lower().removeprefix(".")
     if ending not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: a figure's name ends in .png, .pdf or .svg")
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_text")):
+        text.set_text(text.get_text().encode(errors="replace").decode())  # a path may be no Unicode
     with written_whole(path) as file:
         figure.savefig(file, format=ending)
     pyplot().close(figure)
@@ -374,8 +376,7 @@ def draw_heads(c, found):
     maps = [(label, scores) for label, scores in found.items() if isinstance(scores, np.ndarray)]
     panels = [maps[0], *maps[1:][-3:]]
     figure, axes = pyplot().subplots(1, len(panels), figsize=(13.3, 4.5))
-    title = f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}"
-    figure.suptitle(title.encode(errors="replace").decode())  # a path may be no Unicode
+    figure.suptitle(f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}")
     for axis, (label, scores) in zip(axes, panels):
         image = axis.imshow(scores, cmap="Blues", vmin=0, aspect="auto")
         figure.colorbar(image, ax=axis)
@@ -393,6 +394,8 @@ def print_sample(c, i, args):
         if c.data.kind != "text" or not args.prompt:
             raise UserError(f"--prompt is for text, and not {args.prompt!r} for {c.spec}")
         begin = torch.tensor(np.array(c.data.tokenizer.encode(args.prompt), np.int64))
+        if begin.max() >= c.data.vocab_size:  # of DeepMind-Math's characters
+            raise UserError(f"{c.spec} has none of some characters in --prompt {args.prompt!r}")
     elif c.data.kind == "text":
         begin = c.data.val[i][0][:64]
     else:

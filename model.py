@@ -6,6 +6,7 @@ import contextlib
 import math
 import pickle
 import re
+import tempfile
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -338,8 +339,12 @@ def main():
     parser.add_argument("checkpoint", help="a run's folder, or a file of weights")
     parser.add_argument("folder", type=Path, help="the folder to make")
     args = parser.parse_args()
+    if args.folder.exists():
+        raise UserError(f"{args.folder} is there: choose another")
     model, _ = load(args.checkpoint)
-    write_folder(args.folder, model)
+    with tempfile.TemporaryDirectory(prefix=".", dir=args.folder.parent) as scratch:
+        write_folder(Path(scratch, "whole"), model)
+        Path(scratch, "whole").rename(args.folder)
     print(f"{args.folder}: config.json and model.safetensors; it has no tokenizer of its own")
 
 
