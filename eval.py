@@ -51,8 +51,7 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
 
 
 def held_out_rows(data, n):
-    """The first n held-out rows, or all there are, in parts (x, y) of 32,000 tokens or 1 GB of
-    logits at most."""
+    """The first n held-out rows, or all, in parts (x, y) of 32,000 tokens or 1 GB of logits."""
     rows = range(n)[:len(data.val)] if data.kind == "text" else range(n)
     x, y = data.val.__getitems__(rows)
     if (y == -1).all():

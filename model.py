@@ -136,9 +136,6 @@ class GPT(nn.Module):
         return idx
 
 
-# ---- Parts, and moving them ----------------------------------------------------------------------
-
-
 def part_of(name):
     """The part that a parameter belongs to: "h.0.attn.c_attn.weight" -> "attn"."""
     for word, part in ((".attn.", "attn"), (".mlp.", "mlp"), ("ln_", "norm"), ("wpe", "positions")):

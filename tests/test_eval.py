@@ -8,7 +8,7 @@ import pytest
 import data
 import eval as script
 import train
-from data import UserError, make_data
+from data import ANSWER, PROBLEM, UserError, make_data
 from model import GPT, GPTConfig, load, save
 
 import torch
@@ -380,6 +380,15 @@ def test_samples_go_on_from_held_out_text_and_prompts_from_words(checkpoints, pr
     out = load(checkpoints["text"])[0].eval().generate(begin, 6, 0.8)[0, 9:].tolist()
     told = printed(checkpoints["text"], "--tokens", 6, "--prompt", "The quick")
     assert told.endswith(f"The quick ▶ {bytes(out).decode('utf-8', 'replace')}\n")
+
+
+def test_a_prompt_of_characters_that_a_model_has_not_is_refused(tmp_path, refused):
+    for name in ("train.bin", "val.bin"):
+        np.tile(np.array([17, ANSWER, 18, PROBLEM], np.uint16), 20).tofile(tmp_path / name)
+    (tmp_path / "meta.json").write_text('{"tokenizer": "characters"}')
+    save(tmp_path / "a.pt", GPT(GPTConfig(97, 16, 1, 1, 8)), source={"spec": str(tmp_path)})
+    for prompt in ("\u00e9", "1\n"):
+        assert "has none of" in refused(script, tmp_path / "a.pt", "--prompt", prompt)
 
 
 def test_a_figure_is_of_its_names_format(tmp_path):
