@@ -99,7 +99,7 @@ STARTS = {"whole": "--transfer full --embeddings mean --positions fit",
 
 
 class Line(NamedTuple):
-    """Settings: one for each choice from the braces in its name, which {0}, {1} are further on."""
+    """Settings: one for each choice from the braces in its name; {0}, {1} below are the choices."""
     columns: tuple
     name: str
     warmup: str = "none"  # its spec, and flags of it; equal: 49.2 M tokens, as dyck has.
@@ -117,7 +117,7 @@ MOVED = "--transfer {0} --embeddings {1} --positions fit"
 CHANGES = "{as it is|shuffled|redrawn|noise 0.1|noise 0.3|noise 1|scaled 0.5|scaled 2}"
 KEPT = "{as it is|only sharp|only blurred|only random|without sharp|without blurred|without random}"
 EXPERIMENTS = {  # what it asks, seeds (of text six), its lines
-    # Said before the runs, of five starts that were tried: in each that moves MLPs, a warm-up with
+    # Said before the runs, after trials of five starts: in each that moves MLPs, a warm-up with
     # a smaller share_that_differs (tests/share.py) is to find the needle later.
     "starts": ("which part makes it, and which breaks it (ours)", 10, [
         Line(RECALL_15, "dyck, {attn|attn,norm|attn,mlp|full}, embeddings {random|mean}", "dyck",

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Callable
 
 # Threads that spin while they wait take the cores from those that work (a step took 20 times as
-# long). It has to be said before torch is imported, so that every script imports from here first.
+# long). It must be said before torch is imported: every script imports from here first.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -51,7 +51,7 @@ from torch.utils.data import Dataset
 # `vocab`, the symbols are 1..vocab-1 (paper, "Procedural data").
 
 SEPARATOR = None  # `Rows` gives it its number
-RANDOM = -1  # eca's rule where the spec says rule=random
+RANDOM = -1  # eca's rule where the spec says rule=random: each row has its own
 
 
 def symbols(r, length, vocab):
@@ -146,7 +146,7 @@ def dyck_shuffle(r, k=16, length=128, p=0.5, depth=16):
 
 
 def eca(r, rule=110, width=16, length=128):
-    """a cellular automaton on a ring, row after row; rule=random (ours): one for each example"""
+    """a cellular automaton on a ring, row after row; rule=random (ours): one for each row"""
     if rule == RANDOM:
         rule = r.randrange(256)
     cells = r.choices((0, 1), k=width)
@@ -158,7 +158,7 @@ def eca(r, rule=110, width=16, length=128):
     return row[:width], row[width:length]
 
 
-# ---- Algorithmic tasks: functions of the same form, in the paper's formats, token for token ------
+# ---- Algorithmic tasks: functions of the same form, in the paper's formats (sorting's is ours) ---
 
 
 def haystack(r, pairs=30):
@@ -173,7 +173,7 @@ def haystack(r, pairs=30):
 
 
 def arithmetic(r, digits, operation, least_first=False):
-    """Digits are 0-9, the sign 10, equals 11; those of the answer 20-29, its end 30."""
+    """Digits are 0-9, the sign 10, equals 11; those of the answer 20-29, its end 30, pads 12."""
     low, high = 10 ** (digits - 1), 10 ** digits
     a, b = r.randrange(low, high), r.randrange(low, high)
     order = -1 if least_first else 1
@@ -208,10 +208,10 @@ def sorting(r, numbers=20, below=100):
 
 @dataclass
 class Rule:
-    """A rule or a task. p, below, are the parameters of `make` but r, see `parameters`."""
+    """A rule or a task. p: the parameters of `make`, without r, as `parameters` gives them."""
     make: Callable
-    tokens: Callable = lambda p: 2 * p["length"][1] + 1  # of a row at most; length: (low, high)
-    vocab: Callable = lambda p: p["vocab"]  # how many symbols there are
+    tokens: Callable = lambda p: 2 * p["length"][1] + 1  # of a row, at least; length: (low, high)
+    vocab: Callable = lambda p: p["vocab"]  # tokens, without separators and pad
     pad: int = None                         # of a task: fills its rows up
 
 
@@ -293,8 +293,8 @@ class Rows(Dataset):
     def __init__(self, spec, seed=0, split="train", block_size=None):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
         self.spec, self.seed, self.split = spec, seed, split
-        self.shuffled, self.members = parse_spec(spec)  # members: [(weight, name, parameters), ...]
-        separator = 1 if len(self.members) > 1 else 0  # a mixture puts one before brackets
+        self.shuffled, self.members = parse_spec(spec)
+        separator = 1 if len(self.members) > 1 else 0  # before rows that have none
         longest = separator + max(RULES_AND_TASKS[name].tokens(p) for _, name, p in self.members)
         size = max(RULES_AND_TASKS[name].vocab(p) for _, name, p in self.members)
         self.block_size = block_size or longest
@@ -305,7 +305,7 @@ class Rows(Dataset):
         self.pad = self.separators.stop
         self.vocab_size = self.pad + 1
         name = self.members[0][1]
-        if name in TASKS:  # one alone, since tasks do not mix: all its tokens are symbols
+        if name in TASKS:  # one alone, since tasks do not mix: it has no separator and its own pad
             self.pad, self.vocab_size = TASKS[name].pad, size
 
     def draw(self, i):
@@ -502,7 +502,7 @@ def cache_folder():
 
 
 def tokenise(spec, tokenizer):
-    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for a content."""
+    """`code`, `docs`, `math` or a path -> its folder in the cache, made once for these files."""
     val, read = [], file_pieces
     if spec == "code":
         train = python_files()
@@ -539,7 +539,7 @@ def tokenise(spec, tokenizer):
 
 # ---- Published corpora: each file becomes a shard of tokens, all shards one train.bin ------------
 
-PUBLISHED = {  # tokens: what the published run reads, and a bit; an archive has both splits
+PUBLISHED = {  # tokens: what the published run reads, and a bit, or all; an archive has both splits
     "c4": dict(
         tokens=700_000_000, url="https://huggingface.co/datasets/allenai/c4/resolve/main/en",
         train=[f"c4-train.{i:05}-of-01024.json.gz" for i in range(1024)],
@@ -559,7 +559,7 @@ CORPORA = {  # and their tokenizers, beside a user's path
     "wikitext103": "gpt2", "deepmind_math": "characters"}
 
 
-def published_pieces(file, name, split, share):
+def published_pieces(file, name, split, n_tokens):
     """A published file: lines of JSON, WikiText's archive, or DeepMind-Math's, where a piece is
     question<answer>answer<problem>, and each module has as many characters, as published."""
     file.seek(0)
@@ -574,7 +574,7 @@ def published_pieces(file, name, split, share):
             modules = [module for module in archive if Path(module.name).match(pattern)]
             unzipped.read()  # to its end, where gzip finds out whether it is whole
             for module in modules:
-                start = archive.extractfile(module).read(share // len(modules)).decode("ascii")
+                start = archive.extractfile(module).read(n_tokens // len(modules)).decode("ascii")
                 lines = start.split("\n")[:-1]
                 yield "".join(question + chr(32 + ANSWER) + answer + chr(32 + PROBLEM)
                               for question, answer in zip(lines[::2], lines[1::2])), False
@@ -607,21 +607,21 @@ def prepare(name, tokens, source=None):
     base = (source or corpus["url"]).rstrip("/")
     folder = cache_folder() / f"{name}-{tokenizer.name}"
     with lock(folder / "lock"):
-        for split, share in (("val", HELD_OUT), ("train", tokens)):
+        for split, n_tokens in (("val", HELD_OUT), ("train", tokens)):
             with written_whole(folder / f"{split}.bin") as whole:
                 files = corpus.get(split, corpus["train"])
-                for file in itertools.takewhile(lambda file: whole.tell() < 2 * share, files):
+                for file in itertools.takewhile(lambda file: whole.tell() < 2 * n_tokens, files):
                     url = f"{base}/{Path(file).name if source else file}"
-                    size = f"-{share}" if name == "deepmind_math" else ""  # what is read of it
+                    size = f"-{n_tokens}" if name == "deepmind_math" else ""  # what is read of it
                     shard = folder / f"{split}-{Path(file).name}{size}.tokens"
                     if not shard.exists():
                         with written_whole(shard) as part, reading(url):
-                            pieces = published_pieces(fetch(url), file, split, share)
+                            pieces = published_pieces(fetch(url), file, split, n_tokens)
                             write_tokens(part, [pieces], tokenizer)
                             if part.tell() == 0:
                                 raise ValueError("it holds no text")
                     whole.write(np.memmap(shard, mode="r"))
-                    say(f"{shard.name}: {whole.tell() / 2e6:,.1f} of {share / 1e6:,.1f} M tokens")
+                    say(f"{shard.name}: {whole.tell() / 2e6:,.1f} of {n_tokens / 1e6:,.1f} M")
         write_json(folder / "meta.json", {"source": name, "tokenizer": tokenizer.name})
     return folder
 
@@ -668,7 +668,7 @@ class Windows(Dataset):
 
 class Problems(Windows):
     """DeepMind-Math: the loss counts answers, with the token that ends each. A row begins where the
-    first problem of its window ends; behind the last token, that is repeated."""
+    first problem of its window ends; beyond the file's end its last token is repeated."""
 
     def start(self, i):
         start = super().start(i)
@@ -713,7 +713,7 @@ class Data:
     tokenizer: Tokenizer = None  # of text
 
     def fingerprint(self):
-        """A number that is another where the data are others: --resume refuses those."""
+        """A number that differs where the data do: a run goes on with the same data alone."""
         both = self.train, self.val
         if self.kind == "text":  # of 16 M tokens
             found = tuple([zlib.crc32(each.tokens[:1 << 24])] for each in both)
@@ -881,7 +881,7 @@ def number(low, below=float("inf"), kind=int):
 
 
 def say(line):
-    """Prints a line, of several processes the first's. Work goes on where nobody reads it."""
+    """Prints a line, of several processes rank 0's. Work goes on where nobody reads it."""
     if os.environ.get("RANK", "0") == "0":
         try:
             print(line, flush=True)

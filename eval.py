@@ -56,7 +56,7 @@ def held_out_rows(data, n):
     x, y = data.val.__getitems__(rows)
     if (y == -1).all():
         raise UserError(f"{data.spec}: no token counts in {n} held-out rows")
-    logits = x.numel() * max(data.vocab_size, 2 ** 13)  # of 4 bytes; 2 ** 28 / 2 ** 13 = 32,768
+    logits = x.numel() * max(data.vocab_size, 2 ** 13)  # of 4 bytes each; 2 ** 28 are 1 GB
     return micro_batches(x, y, math.ceil(logits / 2 ** 28))
 
 
@@ -78,7 +78,7 @@ class Opened:
             self.seed = number(0, 2 ** 32)(str(source.get("seed", 0)))
             rows = source.get("eval_rows") or max(16, 2 ** 18 // config.block_size)
             self.eval_rows = number(1, 1e9)(str(rows))
-            if kind_of(self.spec) == "text":  # warm-ups of older runs name their text's
+            if kind_of(self.spec) == "text":  # older warm-ups on rules name their text's
                 tokenizer = tokenizer or source.get("tokenizer")
             self.data = make_data(self.spec, self.seed, config.block_size, tokenizer)
             seen = state.get("fingerprint", [None])[-1 if self.stage == "warmup" else 0]
@@ -162,7 +162,7 @@ def probe_learned(c):
 
 def probe_answers(c):
     """accuracy by the place of a token in its answer"""
-    if c.name is None or c.brackets or c.p.get("rule") == RANDOM:  # others have one answer
+    if c.name is None or c.brackets or c.p.get("rule") == RANDOM:  # only where a prompt has one
         return None
     x, y = c.rows(1024)
     said = [c.model(part.to(c.device)).argmax(-1).cpu() for part in torch.from_numpy(x).split(16)]
@@ -344,7 +344,7 @@ def print_finding(name, finding):
 
 
 def pyplot():
-    """matplotlib's, with one style for all figures: to be read from the last row, by anybody."""
+    """matplotlib's, with one style for all figures: to be read from the back of a room."""
     import matplotlib
     matplotlib.use("Agg")  # first: a notebook's MPLBACKEND may name one that is not there
     import matplotlib.pyplot as plt

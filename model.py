@@ -65,11 +65,11 @@ class Block(nn.Module):
             c_proj=nn.Linear(4 * config.n_embd, config.n_embd)))
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, counts=None):
-        """(B, T, n_embd) -> the same; with a mask `counts` (B, T), see GPT.states, (n, n_embd)."""
+    def forward(self, x, counted=None):
+        """(B, T, n_embd) -> the same; with a mask `counted` (B, T), its n places: (n, n_embd)."""
         x = x + self.drop(self.attn(self.ln_1(x)))
-        if counts is not None:
-            x = x[counts]
+        if counted is not None:
+            x = x[counted]
         return x + self.drop(self.mlp(self.ln_2(x)))
 
 
@@ -79,7 +79,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False  # True: keep each block's input alone, the rest is computed again
+        self.recompute = False  # True: keep only each block's input; the rest is computed again
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -102,20 +102,20 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(self.states(idx))
         if idx.device.type == "cpu":
-            counts = targets != -1
-            x, targets = self.states(idx, counts), targets[counts]
-        else:  # to pick what counts would wait for the GPU: it computes everything
+            counted = targets != -1
+            x, targets = self.states(idx, counted), targets[counted]
+        else:  # to pick what counts would wait for the GPU, which computes everything
             x, targets = self.states(idx).flatten(0, 1), targets.flatten()
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
 
-    def states(self, idx, counts=None):
-        """What the output head reads: (B, T, n_embd); with a mask `counts` (B, T), (n, n_embd).
+    def states(self, idx, counted=None):
+        """What the output head reads: (B, T, n_embd); with a mask `counted` (B, T), (n, n_embd).
 
         After the last attention no token looks at another, so those that do not count end there:
-        a sixth of a step on a CPU where only answers count (measured on haystack)."""
+        which saves a sixth of a step on a CPU where only answers count (measured on haystack)."""
         x = self.drop(self.wte(idx) + self.wpe.weight[:idx.shape[1]])
         for block in self.h:
-            wanted = counts if block is self.h[-1] else None
+            wanted = counted if block is self.h[-1] else None
             if self.recompute and self.training:
                 x = checkpoint(block, x, wanted, use_reentrant=False)
             else:
@@ -128,7 +128,7 @@ class GPT(nn.Module):
         for _ in range(n):
             logits = self.lm_head(self.states(idx[:, -self.config.block_size:])[:, -1]).float()
             if temperature > 0:
-                chances = (logits / temperature).nan_to_num().softmax(-1)
+                chances = (logits / temperature).nan_to_num().softmax(-1)  # others' may be nan
                 token = torch.multinomial(chances, 1)
             else:
                 token = logits.argmax(-1, keepdim=True)

@@ -46,7 +46,7 @@ def trainer(flags):
 
     class Batches(torch.utils.data.IterableDataset):
         def __iter__(self):
-            for x, y in train.rows_from(data, stage, 0):
+            for x, y in train.batches_from(data, stage, 0):
                 wanted = y.masked_fill(y == -1, -100)
                 yield {"input_ids": x, "labels": wanted, "shift_labels": wanted}  # shifted already
 

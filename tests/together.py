@@ -118,7 +118,7 @@ def train_together(members):
     model, stage = copy.deepcopy(members[0].model), members[0].stage
     data = {(m.data.spec, m.s.seed): m.data for m in members}  # those of one seed share their rows
     which = torch.tensor([[*data].index((m.data.spec, m.s.seed)) for m in members])
-    rows = train.rows_from(SimpleNamespace(train=Stacked([*data.values()])), stage, 0)
+    rows = train.batches_from(SimpleNamespace(train=Stacked([*data.values()])), stage, 0)
     rates = torch.tensor([[[train.lr_at(m.stage, step)] for m in members]
                           for step in range(stage.steps)])
     flat = torch.stack([parameters_to_vector(m.model.parameters()).detach() for m in members])
