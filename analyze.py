@@ -22,8 +22,8 @@ from itertools import chain, combinations, pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
-from data import (LONG, TASKS, Parser, UserError, json_lines, number, read_json, reading, run_main,
-                  say, write_json, written_whole)
+from data import (LONG, TASKS, Parser, UserError, json_lines, lock, number, read_json, reading,
+                  run_main, say, write_json, written_whole)
 from eval import Opened, entropy_of_heads, keep_figure, probe_learned, pyplot
 from model import GPT, load, part_of, save
 from train import OPERATIONAL
@@ -292,7 +292,7 @@ def call_train(flags, folder, seed):
         try:
             said = run.stdout.read()
         finally:
-            run.wait()  # after Ctrl-C, which it got, too: it saves and stops
+            run.communicate()  # after Ctrl-C, which it got, too: it saves and stops
     if run.returncode:
         raise UserError(f"exit status {run.returncode}: {''.join(said.strip().splitlines()[-1:])}")
 
@@ -300,11 +300,12 @@ def call_train(flags, folder, seed):
 def make_warmup(flags, seed, results):
     """Makes a warm-up unless it is there -> its checkpoint, in `results`. Raises UserError."""
     folder = results / folder_of(seed, flags)
-    if not (folder / "result.json").exists():
-        call_train(flags, folder, seed)
-    if not (folder / "learned.json").exists():
-        found = probe_learned(Opened(folder / "warmup.pt", "cpu"))
-        write_json(folder / "learned.json", found or {})
+    with lock(folder / ".made", wait=True):  # another command may be making it
+        if not (folder / "result.json").exists():
+            call_train(flags, folder, seed)
+        if not (folder / "learned.json").exists():
+            found = probe_learned(Opened(folder / "warmup.pt", "cpu"))
+            write_json(folder / "learned.json", found or {})
     return f"{folder.name}/warmup.pt"
 
 
@@ -727,6 +728,8 @@ def report(found, folder, seeds):
             draw(name, columns, folder / f"{name}.png")
             lines += ["", f"## {name}: {question}", *table_lines(columns), "",
                       f"![{name}]({name}.png)"]
+    if not shown:
+        raise UserError(f"{folder} has no result of any experiment")
     with written_whole(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
     print(path)

@@ -289,6 +289,7 @@ class Rows(Dataset):
     Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run, so
     that a run needs nothing but its step number to resume. Of a task, one example in 16, by a hash
     of its prompt, is held out."""
+    n = None  # there is no last row
 
     def __init__(self, spec, seed=0, split="train", block_size=None):
         """block_size: tokens of a row; None: as many as the longest has. Raises UserError."""
@@ -383,7 +384,7 @@ def load_tokenizer(name):
         words = [bytes([i]) for i in range(256)] + [b"<|endoftext|>"]
         return Tokenizer(name, 257, encode, lambda ts: b"".join(words[t] for t in ts), end=256)
     if name == "characters":
-        encode = lambda text: np.frombuffer(text.encode("latin-1", "replace"), np.uint8) - 32
+        encode = lambda text: np.frombuffer(text.encode("latin-1"), np.uint8) - 32
         words = [*map(chr, range(32, 127)), "<problem>", "<answer>"]
         return Tokenizer(name, 97, encode, lambda ts: "".join(words[t] for t in ts).encode())
     with reading(f"the vocabulary {name} (bytes needs no network, gpt2 needs it once)"):
@@ -396,10 +397,11 @@ def load_tokenizer(name):
 def pieces_of(file):
     """An open file, gzipped or not -> pieces (text, whether a document ends): lines of JSON with
     `text` or `content`, a document each, if it begins as such; else plain text, one document."""
-    if file.peek(2)[:2] == b"\x1f\x8b":
-        file = gzip.open(file)
-    is_json = re.match(rb'(\xef\xbb\xbf)?\s*\[?\s*{\s*"', file.peek(100))
-    file = io.TextIOWrapper(file, "utf-8-sig", newline="\n")
+    zipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    file = io.TextIOWrapper(gzip.open(file) if zipped else file, "utf-8-sig", newline="\n")
+    is_json = re.match(r'\s*\[?\s*{\s*"', file.read(100))
+    file.seek(0)
     for piece in iter(lambda: file.readline(LONG) if is_json else file.read(PIECE), ""):
         if is_json:
             record = json.loads(piece) if piece.strip() else {"text": ""}
@@ -620,7 +622,8 @@ def prepare(name, tokens, source=None):
                             write_tokens(part, [pieces], tokenizer)
                             if part.tell() == 0:
                                 raise ValueError("it holds no text")
-                    whole.write(np.memmap(shard, mode="r"))
+                    with open(shard, "rb") as part:
+                        shutil.copyfileobj(part, whole)
                     say(f"{shard.name}: {whole.tell() / 2e6:,.1f} of {n_tokens / 1e6:,.1f} M")
         write_json(folder / "meta.json", {"source": name, "tokenizer": tokenizer.name})
     return folder
@@ -641,9 +644,6 @@ class Windows(Dataset):
     @functools.lru_cache(maxsize=4)
     def tokens(self):  # a worker that is spawned would get a copy of an attribute
         return np.memmap(self.path, np.uint16, "r")
-
-    def __len__(self):
-        return self.n
 
     @functools.lru_cache(maxsize=2)
     def order(self, epoch):

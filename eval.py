@@ -52,8 +52,7 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
 
 def held_out_rows(data, n):
     """The first n held-out rows, or all, in parts (x, y) of 32,000 tokens or 1 GB of logits."""
-    rows = range(n)[:len(data.val)] if data.kind == "text" else range(n)
-    x, y = data.val.__getitems__(rows)
+    x, y = data.val.__getitems__(range(n)[:data.val.n])
     if (y == -1).all():
         raise UserError(f"{data.spec}: no token counts in {n} held-out rows")
     logits = x.numel() * max(data.vocab_size, 2 ** 13)  # of 4 bytes each; 2 ** 28 are 1 GB
@@ -95,12 +94,13 @@ class Opened:
         one = not text and not train.shuffled and len(train.members) == 1
         _, self.name, self.p = train.members[0] if one else (1.0, None, {})
         self.brackets = self.name in ("dyck", "dyck_shuffle")
-        if self.brackets and self.p["length"][0] < self.p["length"][1]:
-            self.name, self.brackets = None, False  # nobody knows where they will end
+        unknown_end = self.brackets and self.p["length"][0] < self.p["length"][1]
+        if unknown_end or self.p.get("rule") == RANDOM:  # nobody knows what comes
+            self.name, self.brackets = None, False
 
     def rows(self, n=None):
-        """The first held-out rows x, y: int64 arrays (n, block_size). A short text begins again."""
-        x, y = self.data.val.__getitems__(range(n or self.n))
+        """The first held-out rows x, y, or all of a text: int64 arrays (n, block_size)."""
+        x, y = self.data.val.__getitems__(range(n or self.n)[:self.data.val.n])
         return x.numpy(), y.numpy()
 
     def real(self, x):
@@ -146,12 +146,6 @@ def probe_learned(c):
         odds = bracket_facts(x, c.name, c.p)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)
         floor = -np.log(came[:, 1:]).mean()
-    elif c.p.get("rule") == RANDOM:  # what follows three cells is a fair coin the first time
-        width, T = c.p["width"], x.shape[1]
-        cells = x[:, :T - T % width].reshape(len(x), -1, width)
-        threes = 4 * np.roll(cells, 1, 2) + 2 * cells + np.roll(cells, -1, 2)
-        threes = threes.reshape(len(x), -1)[:, :T - width] + 8 * np.arange(len(x))[:, None]
-        floor = math.log(2) * len(np.unique(threes[counted[:, width - 1:-1]])) / len(wanted)
     frequency = np.bincount(wanted) / len(wanted)
     guess = -np.log(frequency[wanted]).mean()
     learned = 1 - (result["loss"] - floor) / max(guess - floor, 1e-9)
@@ -162,7 +156,7 @@ def probe_learned(c):
 
 def probe_answers(c):
     """accuracy by the place of a token in its answer"""
-    if c.name is None or c.brackets or c.p.get("rule") == RANDOM:  # only where a prompt has one
+    if c.name is None or c.brackets:  # only where a prompt has one
         return None
     x, y = c.rows(1024)
     said = [c.model(part.to(c.device)).argmax(-1).cpu() for part in torch.from_numpy(x).split(16)]
@@ -392,9 +386,9 @@ def print_sample(c, i, args):
     if args.prompt is not None:
         if c.data.kind != "text" or not args.prompt:
             raise UserError(f"--prompt is for text, and not {args.prompt!r} for {c.spec}")
-        begin = torch.tensor(np.array(c.data.tokenizer.encode(args.prompt), np.int64))
-        if begin.max() >= c.data.vocab_size:  # of DeepMind-Math's characters
-            raise UserError(f"{c.spec} has none of some characters in --prompt {args.prompt!r}")
+        with reading("--prompt, all of whose characters this model has to know"):
+            begin = torch.tensor(np.array(c.data.tokenizer.encode(args.prompt), np.int64))
+            c.data.write(begin)
     elif c.data.kind == "text":
         begin = c.data.val[i][0][:64]
     else:

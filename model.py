@@ -249,7 +249,10 @@ def load(path, device="cpu"):
     with reading(path):
         config, theirs, state = read_folder(path) if path.is_dir() else read_file(path)
         kinds = GPTConfig.__annotations__.items()
-        config = GPTConfig(**{key: kind(config[key]) for key, kind in kinds if key in config})
+        ours = {key: kind(config[key]) for key, kind in kinds if key in config}
+        if any(config[key] != value for key, value in ours.items()):
+            raise ValueError("a number of its config is of another kind")
+        config = GPTConfig(**ours)
         weights = {}
         for name, tensor in theirs.items():
             name = re.sub(r"^((module|_orig_mod|transformer)\.)+", "", name)

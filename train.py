@@ -86,7 +86,6 @@ def run(s):
             del warm  # its memory is wanted now
         # 3. Continue.
         trained = train(model, data, stage, out / "ckpt.pt", fingerprint, warmed)
-        # 4. Say what came of it.
         return write_result(out, s, fingerprint, warmup, warmed, trained)
 
 
