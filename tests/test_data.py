@@ -413,7 +413,7 @@ def test_deepmind_math_takes_as_much_of_every_module_and_counts_answers(mirror, 
         sizes[asked[3]] += len(problem) - len("<answer>") + 2
     assert len(sizes) == 3 and all(29_700 < size <= 30_000 for size in sizes.values())
     for rows in (source.train, source.val):
-        for x, y in zip(*rows.__getitems__(range(len(rows)))):
+        for x, y in zip(*rows.__getitems__(range(rows.n))):
             assert x[0] == 95 and torch.equal(y[:-1][y[:-1] != -1], x[1:][y[:-1] != -1])
             problems = re.findall(r"<problem>What is ([^?]*)[^<]*<answer>", source.write(x))
             sums = "".join(f"{eval(problem)}<problem>" for problem in problems)
