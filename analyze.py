@@ -615,10 +615,10 @@ def curves(runs, picture):
     for i, (label, lines) in enumerate(groups.items()):
         for line in lines:
             axis.plot(line.keys(), line.values(), color=f"C{i}", alpha=0.5, lw=1)
-        steps = sorted(set.intersection(*map(set, lines)))
+        steps = lines[0].keys() if all(line.keys() == lines[0].keys() for line in lines) else []
         mean = np.mean([list(map(line.get, steps)) for line in lines], axis=0)
-        axis.plot(steps, mean, color=f"C{i}", lw=2.5, label=f"{label} (n = {len(lines)})")
-    axis.set(title=f"{first['data']} (thin: a run; thick: the mean, as far as all go)",
+        axis.plot([*steps], mean, color=f"C{i}", lw=2.5, label=f"{label} (n = {len(lines)})")
+    axis.set(title=f"{first['data']} (thin: a run; thick: the mean, where all end at one step)",
              xlabel="steps of training", ylabel=ylabel)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     keep_figure(figure, picture)

@@ -305,7 +305,7 @@ def test_curves_draw_each_run_and_the_mean_over_seeds(tmp_path, monkeypatch, ref
     assert "seed 1, 27 tokens, loss 5.0000, 20.00% right\n" in call("curves", *folders)
     (axis,) = figures[0].axes
     assert [list(line.get_ydata()) for line in axis.lines] == [
-        [8, 7, 6], [7, 6, 5], [7.5, 6.5, 5.5], [6, 5, 4], [5, 4], [5.5, 4.5]]
+        [8, 7, 6], [7, 6, 5], [7.5, 6.5, 5.5], [6, 5, 4], [5, 4], []]
     assert [each.get_text() for each in axis.get_legend().get_texts()] == [
         "warmup set, steps 1000 (n = 2)", "warmup none, steps 1001 (n = 2)"]
     (folders[1] / "config.json").write_text(json.dumps(GOOD["result"]))
