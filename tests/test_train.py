@@ -297,7 +297,7 @@ def test_a_folder_is_one_runs_with_the_data_and_the_masks_that_it_began_with(ref
     monkeypatch.setattr(torch.optim.AdamW, "step", None)  # it was finished
     assert go(**flags) == result == read_json("run/result.json")
     Path("run/ckpt.pt").unlink()  # it is not trained anew
-    assert "but for ckpt.pt" in refused(train, *words("run", **flags))
+    assert "without its ckpt.pt" in refused(train, *words("run", **flags))
 
 
 def test_what_is_no_run_is_refused_and_left_alone(refused, cut):
@@ -333,7 +333,7 @@ def test_moments_of_any_dtype_and_layout_go_on(key, change, same_bits, refused, 
 @pytest.mark.parametrize("bad,said", [
     ("--data=set", "takes a task"), ("--warmup=haystack", "a rule"), ("--warmup=text", "is text"),
     ("--log_every=--", "empty"), ("--init=CUT --warmup=set", "excludes"),
-    ("--sharpen=1 --recompute", "excludes"), ("--tokenizer=bytes", "no tokenizer bytes"),
+    ("--sharpen=1 --recompute", "excludes"), ("--tokenizer=bytes", "not to be had with --tokenizer bytes"),
     ("--init=CUT --warmup_lr=1", "--warmup_lr would"), ("--tokens=1M", "--steps would"),
     ("--attn_from=CUT --transfer=attn", "--transfer would"), ("--preset=c4", "--preset would"),
     ("--transfer=all", "needs --init"), ("--warmup=dyck:length=1", "no token counts"),
