@@ -34,7 +34,6 @@ import zlib
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 # Threads that spin while they wait take the cores from those that work (a step took 20 times as
 # long). It must be said before torch is imported: every script imports from here first.
@@ -205,16 +204,10 @@ def sorting(r, numbers=20, below=100):
 
 # ---- The tables. To add a rule: write its function above, and its line here. ---------------------
 
-
-@dataclass
-class Rule:
-    """A rule or a task. p: the parameters of `make`, without r, as `parameters` gives them."""
-    make: Callable
-    tokens: Callable = lambda p: 2 * p["length"][1] + 1  # of a row, at least; length: (low, high)
-    vocab: Callable = lambda p: p["vocab"]  # tokens, without separators and pad
-    pad: int = None                         # of a task: fills its rows up
-
-
+# tokens: a row has at least; vocab: how many there are, without separators and pad; both of p, the
+# parameters of `make` as `parameters` gives them, length as (low, high). pad: fills a task's rows.
+Rule = namedtuple("Rule", "make tokens vocab pad", defaults=[
+    lambda p: 2 * p["length"][1] + 1, lambda p: p["vocab"], None])
 RULES = {
     "identity": Rule(identity),
     "reverse": Rule(reverse),
