@@ -606,8 +606,8 @@ def curves(runs, picture):
         log = runs[name]["log"]
         if not log:
             raise UserError(f"{name} has no evaluation of its training yet")
-        print(f"{name}: warm-up {s['warmup']}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, "
-              f"loss {log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
+        say(f"{name}: warm-up {s['warmup']}, seed {s['seed']}, {log[-1]['tokens']:,} tokens, "
+            f"loss {log[-1]['val_loss']:.4f}, {log[-1]['val_accuracy']:.2%} right")
         label = ", ".join(f"{key} {s.get(key)}" for key in differ)
         # An untrained model's loss would flatten the picture: it is left out.
         groups.setdefault(label, []).append({entry["step"]: entry[y] for entry in log[1:] or log})
@@ -732,7 +732,7 @@ def report(found, folder, seeds):
         raise UserError(f"{folder} has no result of any experiment")
     with written_whole(path) as file:
         file.write(("\n".join(lines) + "\n").encode())
-    print(path)
+    say(path)
 
 
 def main():
@@ -769,18 +769,18 @@ def main():
             run: read_run(Path(run)) for run in args.runs}
         if command in EXPERIMENTS:
             columns = compare(settings, args.seeds, found)
-            print(f"\n{command}: {EXPERIMENTS[command][0]}", *table_lines(columns), sep="\n")
+            say("\n".join(["", f"{command}: {EXPERIMENTS[command][0]}", *table_lines(columns)]))
             if any(each.n for each in chain(*columns.values())):
                 draw(command, columns, (results if results.is_dir() else Path()) / f"{command}.png")
         elif command == "claims":
-            print("\n".join(claims_lines(found, args.seeds)))
+            say("\n".join(claims_lines(found, args.seeds)))
         elif command == "report":
             report(found, results if results.is_dir() else results.parent, args.seeds)
         elif command == "pack":
             text = "".join(json.dumps({"name": name, **found[name]}) + "\n" for name in found)
             with written_whole(args.to) as file:
                 file.write(gzip.compress(text.encode(), mtime=0))
-            print(f"{args.to}: {len(found)} runs, {Path(args.to).stat().st_size / 1e6:.2f} MB")
+            say(f"{args.to}: {len(found)} runs, {Path(args.to).stat().st_size / 1e6:.2f} MB")
         else:
             runs = {name: found[name] for name in found if any(part in name for part in args.runs)}
             if not runs:

@@ -783,7 +783,7 @@ def reading(path):
         if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
             raise ValueError("it is not a file")  # a pipe would make us wait for ever
         yield
-    except (UserError, BrokenPipeError):  # the second where we print into a closed pipe
+    except UserError:
         raise
     except Exception as error:
         raise UserError(f"cannot read {path}: {reason_of(error)}") from None
@@ -874,7 +874,7 @@ def number(low, below=float("inf"), kind=int):
 
 
 def say(line):
-    """Prints a line, of several processes rank 0's. Work goes on where nobody reads it."""
+    """What scripts print with: of several processes rank 0. Work goes on where nobody reads it."""
     if os.environ.get("RANK", "0") == "0":
         try:
             print(line, flush=True)
@@ -888,9 +888,6 @@ def run_main(main):
         sys.stdout.reconfigure(errors="replace")  # a console may not know every character
     try:
         main()
-        print(end="", flush=True)
-    except BrokenPipeError:  # python data.py list | head
-        sys.stdout = None
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
@@ -918,18 +915,17 @@ def main():
     args = parser.parse_args()
     if args.command == "list":
         for name, rule in RULES_AND_TASKS.items():
-            print(f"{name:18} {rule.make.__doc__}\n{'':18} {inspect.signature(rule.make)}")
-        print(f"{'text':18} {', '.join(CORPORA)}, or a path: see README")
+            say(f"{name:18} {rule.make.__doc__}\n{'':18} {inspect.signature(rule.make)}")
+        say(f"{'text':18} {', '.join(CORPORA)}, or a path: see README")
     elif args.command == "show":
         data = make_data(args.spec, args.seed)
-        print(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; "
-              "the loss counts what is between « and », all of text, and of DeepMind-Math the "
-              "answers")
+        say(f"{args.spec}: {data.block_size} tokens from a vocabulary of {data.vocab_size}; the "
+            "loss counts what is between « and », all of text, of DeepMind-Math answers")
         for i in range(args.n):
-            print("\n" + data.write(*data.train[i]))
+            say("\n" + data.write(*data.train[i]))
     else:
         folder = prepare(args.name, args.tokens or PUBLISHED[args.name]["tokens"], args.source)
-        print(f"{args.name} is in {folder}; next: python train.py --preset {args.name}")
+        say(f"{args.name} is in {folder}; next: python train.py --preset {args.name}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data import (RANDOM, Parser, UserError, kind_of, make_data, micro_batches, number, reading,
-                  run_main, written_whole)
+                  run_main, say, written_whole)
 from model import GPT, attention_maps, find_device, load
 
 import torch
@@ -326,15 +326,15 @@ PROBES = dict(loss=probe_loss, learned=probe_learned, answers=probe_answers, cop
 
 def print_finding(name, finding):
     """A line for each number, and for each curve, with 8 of its points at most."""
-    print(f"\n{name}: {PROBES[name].__doc__} ({finding['n']})")
+    say(f"\n{name}: {PROBES[name].__doc__} ({finding['n']})")
     for label, value in finding.items():
         if isinstance(value, dict):
             places = list(value)[::math.ceil(len(value) / 8)]
-            print(f"{label}:  " + "  ".join(f"{x}: {value[x]:.3f}" for x in places))
+            say(f"{label}:  " + "  ".join(f"{x}: {value[x]:.3f}" for x in places))
         elif isinstance(value, (float, np.floating)):
-            print(f"{label:49}{value:9.4f}")
+            say(f"{label:49}{value:9.4f}")
         elif isinstance(value, str) and label != "n":
-            print(f"{label:49}{value:>9}")
+            say(f"{label:49}{value:>9}")
 
 
 def pyplot():
@@ -361,7 +361,7 @@ def keep_figure(figure, path):
     with written_whole(path) as file:
         figure.savefig(file, format=ending)
     pyplot().close(figure)
-    print(f"figure: {path}")
+    say(f"figure: {path}")
 
 
 def draw_heads(c, found):
@@ -399,9 +399,9 @@ def print_sample(c, i, args):
     torch.manual_seed(c.seed + i)
     out = c.model.generate(begin[None].to(c.device), length, temperature)[0, len(begin):].tolist()
     out = [token for token in out if token < c.data.vocab_size]  # a padded one has no word
-    print("-" * 80, f"{c.data.write(begin)} ▶ {c.data.write(out)}", sep="\n")
+    say(f"{'-' * 80}\n{c.data.write(begin)} ▶ {c.data.write(out)}")
     if asks:
-        print("right" if out == wanted else f"wrong: {c.data.write(wanted)}")
+        say("right" if out == wanted else f"wrong: {c.data.write(wanted)}")
 
 
 def main():
@@ -424,7 +424,7 @@ def main():
     for path in args.checkpoints:
         c = Opened(path, args.device, args.data, args.tokenizer)
         tokens = f", tokens of {c.data.tokenizer.name}" if c.data.tokenizer else ""
-        print(f"{c.path}: {c.stage} step {c.step}, held-out {c.spec}{tokens}")
+        say(f"{c.path}: {c.stage} step {c.step}, held-out {c.spec}{tokens}")
         for i in range(samples):
             print_sample(c, i, args)
         for name in [] if samples else names:

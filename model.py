@@ -12,7 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import Parser, UserError, read_json, reading, run_main, write_json, written_whole
+from data import Parser, UserError, read_json, reading, run_main, say, write_json, written_whole
 
 import torch
 import torch.nn as nn
@@ -345,7 +345,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix=".", dir=args.folder.parent) as scratch:
         write_folder(Path(scratch, "whole"), model)
         Path(scratch, "whole").rename(args.folder)
-    print(f"{args.folder}: config.json and model.safetensors; it has no tokenizer of its own")
+    say(f"{args.folder}: config.json and model.safetensors; it has no tokenizer of its own")
 
 
 if __name__ == "__main__":
