@@ -27,7 +27,6 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
     """Of rows as held_out_rows gives them: loss, in nats per counted token; accuracy, the share of
     these whose likeliest prediction is right; exact, the share of answers (unbroken runs of counted
     tokens) that greedy decoding gets right; bits_per_byte, of text; how many tokens count."""
-    training = model.training
     model.eval()
     loss = right = tokens = exact = answers = n_bytes = 0
     for x, y in rows:
@@ -45,7 +44,6 @@ def evaluate(model, rows, device="cpu", autocast=contextlib.nullcontext(), token
         exact += begins.sum().item() - len(answer[~hit].unique())  # all but those with a miss
         if tokenizer and tokenizer.end is not None:
             n_bytes += len(tokenizer.decode(wanted[wanted != tokenizer.end].tolist()))
-    model.train(training)
     return {"loss": loss / tokens, "accuracy": right / tokens, "exact": exact / answers,
             "bits_per_byte": loss / n_bytes / math.log(2) if n_bytes else None, "tokens": tokens}
 

@@ -168,8 +168,8 @@ def train(model, data, stage, file, fingerprint, warmed):
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     batches = batches_from(data, stage, progress.step)
 
-    model.train()
     while not progress.is_over(stage):
+        model.train()  # an evaluation ends it
         step = progress.step
         lr = lr_at(stage, step)
         for group in optimizer.param_groups:
