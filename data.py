@@ -171,11 +171,9 @@ def haystack(r, pairs=30):
     return prompt + [asked], [values[needle]]
 
 
-def arithmetic(r, digits, operation, least_first=False):
+def arithmetic(r, digits, operation, order=1):
     """Digits are 0-9, the sign 10, equals 11; those of the answer 20-29, its end 30, pads 12."""
-    low, high = 10 ** (digits - 1), 10 ** digits
-    a, b = r.randrange(low, high), r.randrange(low, high)
-    order = -1 if least_first else 1
+    a, b = (r.randrange(10 ** (digits - 1), 10 ** digits) for _ in range(2))
     written = lambda n: [int(digit) for digit in str(n)[::order]]
     answer = [20 + digit for digit in written(operation(a, b))]
     return written(a) + [10] + written(b) + [11], answer + [30]
@@ -188,7 +186,7 @@ def addition(r, digits=5):
 
 def reversed_addition(r, digits=10):
     """least significant digit first: 21+43=64."""
-    return arithmetic(r, digits, int.__add__, least_first=True)
+    return arithmetic(r, digits, int.__add__, order=-1)
 
 
 def multiplication(r, digits=5):
