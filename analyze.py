@@ -69,10 +69,9 @@ class Setting(NamedTuple):
         return list(zip(self.warmups, self.warmup_seeds or (seed, seed)))
 
 
-# Settings for two CPU cores (ours): minutes a run. Tasks have the published model and a quarter of
-# the published rows at twice the rate. Recall stops once it is solved; the others have a fixed
-# budget, as published. Warm-ups before tasks are shorter than train.py's; those before text have
-# the published batch and rate.
+# Settings for two CPU cores (ours): minutes a run. Tasks have the published model, a quarter of its
+# rows and twice its rate; recall stops once solved, others have a fixed budget, as published.
+# Warm-ups before tasks are shorter than train.py's; before text, batch and rate are published.
 TASK_FLAGS = "--batch_size 250 --lr 2e-3"
 STOPPED = f"{TASK_FLAGS} --eval_every 100 --stop_at 0.9"
 FIXED = f"{TASK_FLAGS} --eval_every 500 --steps 6000"
@@ -423,7 +422,6 @@ def permutation_p(a, b):
 def permutation_interval(a, b):
     """The 95 % interval of mean(a) - mean(b): all shifts of a that permutation_p does not reject at
     5 %, so that 0 is outside exactly where p < 0.05.
-
     With a shifted until its mean is u below that of b, what happened is a difference of -u, another
     way to give the values one of e - c * u, which is as large up to some u, its bound. So the
     interval ends where 5 % of all ways have a bound that is larger."""

@@ -7,8 +7,7 @@
     from data import make_data
     x, y = make_data("dyck:k=3").train[0]      # y[t] is the token after x[t], or -1: not counted
 
-All data are torch Datasets. Rules and tasks come first, then `Rows`, which makes rows of them: read
-to the end of `micro_batches`. Texts come next, and last what all scripts share.
+All data are torch Datasets: of rules and tasks, then of texts. Last comes what all scripts share.
 """
 import argparse
 import ast
@@ -46,8 +45,7 @@ from torch.utils.data import Dataset
 
 
 # ---- Procedural rules: rule(r, **parameters) -> (prompt, answer) ---------------------------------
-# Two lists of tokens, drawn from a random.Random. The loss counts the answer. Where there is a
-# `vocab`, the symbols are 1..vocab-1 (paper, "Procedural data").
+# Lists of tokens, drawn from a random.Random; the loss counts the answer. Symbols: 1..vocab-1.
 
 SEPARATOR = None  # `Rows` gives it its number
 RANDOM = -1  # eca's rule where the spec says rule=random: each row has its own
@@ -230,8 +228,7 @@ RULES_AND_TASKS = RULES | TASKS
 
 # ---- Specs: "dyck:k=64", "0.7*set:length=2-20+0.3*union", "shuffled:dyck" ------------------------
 
-# Parameter: (least, below); of others (1, 10 ** 9). A pair of a haystack takes two of the tokens
-# from 128 to 255, its key and the question for it.
+# Parameter: (least, below); of others (1, 10 ** 9). A haystack's pair takes two of 128 tokens.
 RANGES = {"vocab": (3, 10 ** 9), "p": (0, 1), "rule": (0, 256), "width": (3, 10 ** 9),
           "pairs": (1, 65), "below": (2, 65536), "digits": (1, 1001)}
 
@@ -275,11 +272,9 @@ def parameters(name, given=""):
 
 
 class Rows(Dataset):
-    """The rows of a rule, a mixture of rules or a task.
-
-    Row i is a pure function of (spec, seed, split, i): the same in any batch, process and run, so
-    that a run needs nothing but its step number to resume. Of a task, one example in 16, by a hash
-    of its prompt, is held out."""
+    """The rows of a rule, a mixture or a task. Row i is a pure function of (spec, seed, split, i),
+    the same in any batch, process and run: to resume takes nothing but the number of the step. Of a
+    task one example in 16, by a hash of its prompt, is held out."""
     n = None  # there is no last row
 
     def __init__(self, spec, seed=0, split="train", block_size=None):

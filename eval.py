@@ -165,7 +165,6 @@ def probe_answers(c):
 
 def bracket_facts(x, name, p):
     """What the generator of dyck or dyck_shuffle knows at each place of rows x, (n, T), but pads.
-
     odds: of each token that may come, (n, T, 2k); partner: where the bracket that is closed was
     opened, or -1; depth: how many are open before; innermost: the last type open after, or -1."""
     k = p["k"]

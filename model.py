@@ -109,9 +109,8 @@ class GPT(nn.Module):
         return F.cross_entropy(self.lm_head(x).float(), targets, ignore_index=-1, reduction="sum")
 
     def states(self, idx, counted=None):
-        """What the output head reads: (B, T, n_embd); with a mask `counted` (B, T), (n, n_embd).
-
-        After the last attention no token looks at another, so those that do not count end there:
+        """What the output head reads: (B, T, n_embd); with a mask `counted` (B, T), (n, n_embd):
+        after the last attention no token looks at another, so those that do not count end there,
         which saves a sixth of a step on a CPU where only answers count (measured on haystack)."""
         x = self.drop(self.wte(idx) + self.wpe.weight[:idx.shape[1]])
         for block in self.h:
@@ -154,12 +153,10 @@ def parse_parts(text):
 
 @torch.no_grad()
 def transfer(source, target, parts, embeddings="random", positions="fit"):
-    """Copies parts of one GPT into another of the same shape; the rest of `target` stays as it is.
-
-    embeddings, of tokens and the output head: "random" leaves the target's own, "mean" sets every
-    row to the mean of the source's, "keep" copies them. positions: "random" leaves the target's
-    own, "moved" copies the source's first ones and refuses a source that has too few, "fit" copies
-    them if there are enough. Returns whether they moved. Raises UserError if the two do not fit."""
+    """Copies parts of one GPT into another of the same shape. embeddings, of tokens and the output
+    head: "random" leaves the target's own, "mean" sets all to the mean of the source's, "keep"
+    copies them. positions: "random" leaves the target's own, "moved" copies the source's first ones
+    or refuses, "fit" does if there are enough. Returns whether they moved. Raises UserError."""
     old, new = source.config, target.config
     shapes = [f"{c.n_layer}_{c.n_head}_{c.n_embd}" for c in (old, new)]
     if shapes[0] != shapes[1]:

@@ -40,8 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 # The settings of the first two commands (ours; others are at the end): of those tried, the lowest
-# loss in three minutes on two CPU cores, enough to learn eight types of brackets. Rates fall as
-# cosines, to a tenth if not said. `warmups`: what a bare name stands for.
+# loss in three minutes on two CPU cores, enough to learn eight types of brackets.
 LAPTOP = dict(
     data="code", size="tiny", dtype="float32", eval_rows=320,
     steps=3000, batch_size=8, block_size=128, lr=2e-3, lr_ramp=100,
@@ -52,8 +51,7 @@ LAPTOP = dict(
 
 
 def run(s):
-    """Everything that the settings say -> the content of result.json. Raises UserError, and
-    SystemExit after a signal."""
+    """What the settings say -> what result.json holds. Raises UserError; SystemExit: a signal."""
     out, parts = Path(s.out), parse_parts(s.transfer)
     join_processes(s)
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
