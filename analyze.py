@@ -89,8 +89,7 @@ COLUMNS = {
 TEXTS = ("code", "english", "math")
 TASK_COLUMNS = "recall", "recall of 15", "addition", "reversed_addition", "sorting"
 
-# How a task starts from its warm-up: the first two are published, the third is ours, train.py's
-# default before haystack: the best of four on seeds 0 to 2 of brackets.
+# Two are published; the third is train.py's before haystack, the best of four on seeds 0 to 2.
 FRESH = "--embeddings random --positions random"
 STARTS = {"whole": "--transfer full --embeddings mean --positions fit",
           "attention": f"--transfer attn {FRESH}",
@@ -329,8 +328,7 @@ def missing(settings, seeds, results):
 
 
 def run_all(settings, seeds, results):
-    """Runs what has no result yet, each after the warm-ups that it takes up. What another command
-    like this is at work on fails here: it has that folder's lock."""
+    """Runs what has no result yet. What another command like this is at work on fails: its lock."""
     runs = missing(settings, seeds, results)
     say(f"{len(runs)} runs to go")
     for i, (folder, (setting, seed)) in enumerate(runs.items(), 1):
@@ -379,8 +377,7 @@ FOUND = 0.9     # of held-out answers right: recall is learned
 MARGIN = 0.005  # bits per byte, half of the published effect: less is no difference worth having
 STEPS, ACCURACY, BITS = f"steps to {FOUND:.0%}", "accuracy at the end", "bits per byte"
 FORMS = {STEPS: "{:z,.0f}", ACCURACY: "{:z.1%}", BITS: "{:z.4f}"}  # z: no -0
-# Accuracy as published, but of recall, which is found suddenly, by each run at its own time: there
-# it would only tell where the budget cut them off.
+# Accuracy as published, but steps of recall, which each run finds suddenly, at its own time.
 MEASURES = dict.fromkeys(COLUMNS, BITS) | dict.fromkeys(TASK_COLUMNS, ACCURACY) | dict.fromkeys(
     RECALLS, STEPS)
 
@@ -397,8 +394,7 @@ def value_of(record, measure):
 
 @functools.cache
 def ways(n, of):
-    """All ways to choose n of the places (in row 0 the first n), or 100,000 random ones if there
-    are too many: (ways, n)."""
+    """All ways to choose n places, in row 0 the first, or 100,000 random ones if there are more."""
     if math.comb(of, n) <= 200_000:
         return np.array(list(combinations(range(of), n)))
     chosen = np.random.default_rng(0).random((100_000, of)).argsort(1)[:, :n]
@@ -529,8 +525,7 @@ def mean_of(probed, key, form):
 
 
 def draw(name, columns, path):
-    """A panel for each column, in it a row for each setting, and in that a dot for each seed, or a
-    cross where it never got there. A mean is drawn where all did."""
+    """A panel for each column, a row for each setting; what stands in that is said at its foot."""
     if name == "tasks":
         return draw_gains(columns, path)
     panels = [[each for each in outcomes if each.n] for outcomes in columns.values()]

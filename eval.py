@@ -239,8 +239,7 @@ def entropy_of_heads(attention, real):
 
 
 def looks(c, x, attention):
-    """Where a head may look. Yields a name, attention (n, n_layer, n_head, T, T), and the place to
-    which each token would look, int (n, T), or -1."""
+    """Where heads may look. Yields a name, attention, and each token's place, int (n, T), or -1."""
     yield "previous token", attention, np.where(c.real(x), np.arange(x.shape[1]) - 1, -1)
     twice = repeated(c, min(x.shape[1], 64), len(x))
     t, half = np.arange(twice.shape[1]), twice.shape[1] // 2
@@ -276,8 +275,7 @@ def probe_heads(c):
 
 
 def linear_accuracy(features, labels, train):
-    """How well a linear map of features (n, d) gives held-out labels (n,): least squares, classes
-    weighted alike; the mean over classes of the share that is right."""
+    """The share of held-out labels (n,), mean of classes, that least squares find in features."""
     classes, target, counts = np.unique(labels, return_inverse=True, return_counts=True)
     z = np.append(np.nan_to_num(features), np.ones((len(features), 1)), axis=1)
     weight, wanted = counts[target[train], None] ** -0.5, np.eye(len(classes))[target[train]]

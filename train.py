@@ -425,8 +425,7 @@ def write_result(out, s, fingerprint, warmup, warmed, trained):
 # ---- Settings ------------------------------------------------------------------------------------
 # What is used is what a flag says; else the shape of the checkpoint that a run starts from; else a
 # row: that of its preset or of its task, or LAPTOP, for text without a preset; else as in FLAGS.
-# A row's `warmups` say what the name of a rule alone, as in --warmup dyck, stands for; a name that
-# is not there has its parameters in data.py.
+# A row's `warmups` say what a rule's bare name stands for, as in --warmup dyck; else data.py does.
 
 # With models of GPT-2's size, as published (paper, "Procedural data").
 LONG_ROWS = dict(warmup_steps=500, warmup_batch_size=32)
@@ -454,8 +453,7 @@ PRESETS["c4-1.3b"]["steps"] = 160_000  # 10.5 billion tokens, the largest publis
 PRESETS["gpu"] = C4 | dict(data="code", steps=2000, block_size=1024, lr_ramp=100, weight_decay=0.1,
                            dropout=0.0, warmup_dropout=0.0)  # ours: 10 MB of text, on a GPU
 
-# Tasks, as published (paper, "Algorithmic tasks"). The warm-up is ours: models this small learn no
-# rule with the published one.
+# Tasks (paper, "Algorithmic tasks"); the warm-up is ours: theirs teaches models so small no rule.
 TASK = dict(size="2_4_16", tied=False, dtype="float32", eval_rows=4000,
             steps=10_000, batch_size=1000, lr=1e-3, lr_ramp=500, min_lr=0.0, weight_decay=1e-3,
             warmup_steps=10_000, warmup_batch_size=128, warmup_lr=5e-3, warmup_lr_ramp=200,
