@@ -452,9 +452,8 @@ class Outcome:
             self.values = np.array([value_of(each, self.measure) for each in self.runs.values()])
             self.accuracy = np.mean([each["val_accuracy"] for each in results])
             self.warmup_tokens = np.mean([each["tokens"]["procedural"] for each in results])
-            warmups = [found.get(folder_of(of, flags), {}).get("learned") for seed in self.runs
-                       for flags, of in setting.warmup_runs(seed)]
-            self.learned = [each for each in warmups if each]
+            self.learned = [found.get(folder_of(of, flags), {}).get("learned", {})
+                            for seed in self.runs for flags, of in setting.warmup_runs(seed)]
             if self.measure == STEPS:
                 self.budget = results[0]["settings"]["steps"]
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
@@ -501,10 +500,13 @@ def table_lines(columns):
         for each in [each for each in outcomes if each.n]:
             gain = each.against(first)[-1] if first.n and each is not first else [""] * 3
             warmup = f"{each.warmup_tokens / 1e6:.1f} M" if each.warmup_tokens else ""
-            learned = [mean_of(each.learned, "learned (share of what can be)", "{:.0%}"),
-                       mean_of(each.learned, "accuracy", ", {:.0%} right")]  # not in old records
+            learned = []
+            for key, form in (("learned (share of what can be)", "{:.0%}"),
+                              ("accuracy", "{:.0%} right")):  # which old records lack
+                values = [found[key] for found in each.learned if key in found]
+                learned += [form.format(np.mean(values))] if values else []
             rows.append([each.setting.name, each.show(each.values.mean()), f"{each.accuracy:.1%}",
-                         each.number, *gain, warmup, "".join(learned)])
+                         each.number, *gain, warmup, ", ".join(learned)])
         if rows:
             head = [column, first.measure, "accuracy", "seeds", "gain over none", "95 %", "p",
                     "tokens of warm-up", "learned"]
@@ -517,11 +519,6 @@ def table_lines(columns):
             notes.append(f"no result yet of {column}: {'; '.join(without)}")
         lines += ["", *notes] if notes else []
     return lines
-
-
-def mean_of(probed, key, form):
-    values = [each[key] for each in probed if key in each]
-    return form.format(np.mean(values)) if values else ""
 
 
 def draw(name, columns, path):
