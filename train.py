@@ -428,13 +428,12 @@ def write_result(out, s, fingerprint, warmup, warmed, trained):
 # A row's `warmups` say what a rule's bare name stands for, as in --warmup dyck; else data.py does.
 
 # With models of GPT-2's size, as published (paper, "Procedural data").
-LONG_ROWS = dict(warmup_steps=500, warmup_batch_size=32)
 WARMUPS = {name: dict(warmup=f"{name}:length=64")
            for name in ("identity", "reverse", "sort", "set", "union", "delete", "stack")}
-WARMUPS |= {"dyck": dict(LONG_ROWS, warmup="dyck:k=64,length=2048"),
-            "dyck_shuffle": dict(LONG_ROWS, warmup="dyck_shuffle:k=64,length=2048"),
-            "eca": dict(LONG_ROWS, warmup="eca:length=2048"),
-            "text": dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32, embeddings="keep")}
+for spec in ("dyck:k=64,length=2048", "dyck_shuffle:k=64,length=2048", "eca:length=2048"):
+    name = spec.partition(":")[0]
+    WARMUPS[name] = dict(warmup=spec, warmup_steps=500, warmup_batch_size=32)
+WARMUPS["text"] = dict(warmup_tokens=500 * 32 * 2048, warmup_batch_size=32, embeddings="keep")
 
 # Text, with GPT-2's size (paper, "Semantic pretraining"); no positions move.
 C4 = dict(data="c4", size="gpt2", positions="random", eval_rows=640, warmups=WARMUPS,
