@@ -328,7 +328,7 @@ def missing(settings, seeds, results):
 
 
 def run_all(settings, seeds, results):
-    """Runs what has no result yet. What another command like this is at work on fails: its lock."""
+    """Runs what has no result yet. Where another command is at work this fails: it has the lock."""
     runs = missing(settings, seeds, results)
     say(f"{len(runs)} runs to go")
     for i, (folder, (setting, seed)) in enumerate(runs.items(), 1):
@@ -582,8 +582,7 @@ def curves(runs, picture):
     settings = {name: record["result"]["settings"] | {"warmup": record["result"]["warmup"]}
                 for name, record in runs.items()}
     groups, differ, (first, *_) = {}, ["warmup"], settings.values()
-    of_seeds = {"seed", "init", "attn_from", "mlp_from"}  # what differs between those of a setting
-    for key in sorted(first.keys() - OPERATIONAL - of_seeds - {"warmup"}):
+    for key in sorted({*first} - OPERATIONAL - {"warmup", "seed", "init", "attn_from", "mlp_from"}):
         if len({str(s.get(key, first[key])) for s in settings.values()}) > 1:  # old runs lack some
             differ.append(key)
     fingerprints = {record["result"]["fingerprint"][0] for record in runs.values()}
