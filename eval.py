@@ -275,7 +275,7 @@ def probe_heads(c):
 
 
 def linear_accuracy(features, labels, train):
-    """The share of held-out labels (n,), mean of classes, that least squares find in features."""
+    """The share of held-out labels that least squares get right, all classes weighted alike."""
     classes, target, counts = np.unique(labels, return_inverse=True, return_counts=True)
     z = np.append(np.nan_to_num(features), np.ones((len(features), 1)), axis=1)
     weight, wanted = counts[target[train], None] ** -0.5, np.eye(len(classes))[target[train]]
@@ -360,9 +360,8 @@ def keep_figure(figure, path):
 
 
 def draw_heads(c, found):
-    """The blur of the heads and the last three maps of where they look, as a slide."""
-    maps = [(label, scores) for label, scores in found.items() if isinstance(scores, np.ndarray)]
-    panels = [maps[0], *maps[1:][-3:]]
+    """The blur of the heads, and where they look, as a slide."""
+    panels = [(label, scores) for label, scores in found.items() if isinstance(scores, np.ndarray)]
     figure, axes = pyplot().subplots(1, len(panels), figsize=(13.3, 4.5))
     figure.suptitle(f"{probe_heads.__doc__}\n{c.spec}, {c.stage} step {c.step:,}, seed {c.seed}")
     for axis, (label, scores) in zip(axes, panels):
@@ -375,8 +374,7 @@ def draw_heads(c, found):
 
 
 def print_sample(c, i, args):
-    """Goes on from one's own words, or from held-out row i; where that asks for an answer, with the
-    likeliest one, which is right or wrong. Raises UserError."""
+    """Goes on from one's own words, or held-out row i, and says whether that is right."""
     length, temperature, asks = args.tokens, 0.8, 0
     if args.prompt is not None:
         if c.data.kind != "text" or not args.prompt:
