@@ -345,11 +345,8 @@ def micro_batches(x, y, n, trim=True):
     if not trim:
         return list(zip(x.chunk(n), y.chunk(n)))
     lengths = y.shape[1] - (y != -1).flip(1).int().argmax(1)  # to the last that counts
-    parts = []
-    for rows in lengths.argsort(stable=True).chunk(n):
-        width = lengths[rows].max()
-        parts.append((x[rows, :width], y[rows, :width]))
-    return parts
+    groups = lengths.argsort(stable=True).chunk(n)  # the last row of each is the longest
+    return [(x[rows, :lengths[rows[-1]]], y[rows, :lengths[rows[-1]]]) for rows in groups]
 
 
 # ---- Here a student may stop. Every text becomes nanoGPT's folder: train.bin, val.bin ------------
