@@ -592,8 +592,7 @@ def stage_of(s, name, data):
     stage.step_tokens = stage.batch_size * data.block_size
     if stage.batch_size < world_size():
         raise UserError(f"a batch of {stage.batch_size} is too small for {world_size()} processes")
-    if (data.train.__getitems__(range(64))[1] == -1).all():
-        raise UserError(f"{data.spec}: no token counts in rows of {data.block_size}")
+    held_out_rows(data, 64)  # which refuses rows where no token counts
     if stage.tokens:
         stage.steps = max(1, round(stage.tokens / stage.step_tokens))
         vars(s).update({f"{prefix}steps": stage.steps, f"{prefix}tokens": None})
