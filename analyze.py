@@ -100,8 +100,7 @@ class Line(NamedTuple):
     """Settings: one for each choice from the braces in its name; {0}, {1} below are the choices."""
     columns: tuple
     name: str
-    warmup: str = "none"  # its spec, and flags of it; equal: 49.2 M tokens, as dyck has.
-                          # After a slash a second one, whose MLPs are taken
+    warmup: str = "none"  # spec and flags (equal: 49.2 M tokens) / of another, whose MLPs are taken
     flags: str = ""       # how it moves over, and what else differs; or one of STARTS
     change: str = ""
     warmup_seeds: tuple = ()
@@ -308,8 +307,7 @@ def make_warmup(flags, seed, results):
 
 
 def with_checkpoints(setting, seed, results):
-    """The flags of a setting, and in them the checkpoints of its warm-ups, which are made unless
-    they are there. One that is to be changed is copied first, beside the run. Raises UserError."""
+    """A setting's flags, with its warm-ups' checkpoints: made if need be, and changed in a copy."""
     paths = [make_warmup(*warmup, results) for warmup in setting.warmup_runs(seed)]
     if setting.change:
         made_from, paths = paths[0], [f"{setting.folder(seed)}.changed.pt"]

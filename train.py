@@ -109,8 +109,7 @@ def move(source, model, parts, s):
 
 
 def start_from_checkpoints(model, s):
-    """Moves what --init, --attn_from and --mlp_from name into the model -> on what it was warmed
-    up, and a Progress, with the tokens that the checkpoints had seen."""
+    """Moves what --init, --attn_from or --mlp_from name -> on what it was warmed up, a Progress."""
     specs, warmed = [], Progress()
     for path, parts in ((s.init, s.transfer), (s.mlp_from, "mlp"), (s.attn_from, "attn")):
         if path:
@@ -354,8 +353,7 @@ def total(*values):
 
 
 def listen(worker=None):
-    """Listens for Ctrl-C, and for what a cluster or a closed terminal sends. So does each worker,
-    which these would end before the step is saved; nobody asks it what came."""
+    """Hears Ctrl-C, a cluster, a closed terminal; workers, too, or they would end before a save."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         code = getattr(signal, name, None)  # Windows has the first two
         if code and (name != "SIGHUP" or signal.getsignal(code) != signal.SIG_IGN):  # nohup
