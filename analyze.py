@@ -452,9 +452,8 @@ class Outcome:
                 self.number = f"{(self.values < self.budget).sum()} of {self.n} found"
 
     def against(self, base):
-        """The means of a baseline and of this; the gain, low and high of its 95 % interval, p; and
-        in words. A gain is a lower bound where the baseline never got there; a run that never did
-        counts as the smaller of the two budgets, on both sides."""
+        """Means of a baseline and of this; gain, low, high of its 95 % interval, p; and in words. A
+        run that never got there counts as the smaller budget: a gain may be a lower bound."""
         never = min(self.budget, base.budget)
         theirs, ours = np.minimum(base.values, never), np.minimum(self.values, never)
         better = 1 if self.measure == ACCURACY else -1  # less, of steps and bits

@@ -31,8 +31,8 @@ import urllib.request
 import zipfile
 import zlib
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Threads that spin while they wait take the cores from those that work (a step took 20 times as
 # long). It must be said before torch is imported: every script imports from here first.
@@ -684,8 +684,7 @@ def word(token, rows):
     return "·█"[token] if name == "eca" else str(token)
 
 
-@dataclass
-class Data:
+class Data(NamedTuple):
     """What a spec names. Row i of train and of val is x, y: int64 tensors (block_size,)."""
     spec: str
     kind: str  # "rule", "task" or "text"

@@ -208,8 +208,8 @@ def find_device(name=None):
 
 @contextlib.contextmanager
 def attention_maps(model):
-    """Yields a list to which each layer of each forward pass adds what its heads attend to, (B,
-    n_head, T, T), computed once more: scaled_dot_product_attention does not return it."""
+    """Yields a list to which each layer of each forward pass adds what its heads attend to (B,
+    n_head, T, T), by rows; computed once more: scaled_dot_product_attention does not return it."""
     maps = []
 
     def add(c_attn, inputs, qkv):
