@@ -208,8 +208,9 @@ def find_device(name=None):
 
 @contextlib.contextmanager
 def attention_maps(model):
-    """Yields a list to which each layer of each forward pass adds what its heads attend to (B,
-    n_head, T, T), by rows; computed once more: scaled_dot_product_attention does not return it."""
+    """Yields a list to which each layer of each forward pass adds what its heads attend to:
+    (B, n_head, T, T), from token (row) to token (column). A hook computes it once more, since
+    scaled_dot_product_attention does not return it."""
     maps = []
 
     def add(c_attn, inputs, qkv):
