@@ -200,8 +200,8 @@ def sorting(r, numbers=20, below=100):
 
 # ---- The tables. To add a rule: write its function above, and its line here. ---------------------
 
-# tokens: a row has at least; vocab: how many there are, without separators and pad; both of p, the
-# parameters of `make` as `parameters` gives them, length as (low, high). pad: fills a task's rows.
+# Of p, which `parameters` gives, length as (low, high): tokens, for how many a row has room; vocab,
+# how many there are without separators and pad. pad: what fills a task's rows up.
 Rule = namedtuple("Rule", "make tokens vocab pad", defaults=[
     lambda p: 2 * p["length"][1] + 1, lambda p: p["vocab"], None])
 RULES = {

@@ -333,7 +333,7 @@ def test_moments_of_any_dtype_and_layout_go_on(key, change, same_bits, refused, 
 @pytest.mark.parametrize("bad,said", [
     ("--data=set", "takes a task"), ("--warmup=haystack", "a rule"), ("--warmup=text", "is text"),
     ("--log_every=--", "empty"), ("--init=CUT --warmup=set", "excludes"),
-    ("--sharpen=1 --recompute", "excludes"), ("--tokenizer=bytes", "not to be had with --tokenizer bytes"),
+    ("--sharpen=1 --recompute", "excludes"), ("--tokenizer=bytes", "to be had with --tokenizer"),
     ("--init=CUT --warmup_lr=1", "--warmup_lr would"), ("--tokens=1M", "--steps would"),
     ("--attn_from=CUT --transfer=attn", "--transfer would"), ("--preset=c4", "--preset would"),
     ("--transfer=all", "needs --init"), ("--warmup=dyck:length=1", "no token counts"),
