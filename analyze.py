@@ -271,6 +271,15 @@ def replace_heads(model, replaced, which, seed, blur):
         ours.c_proj.weight[:, units] = theirs.c_proj.weight[:, units]
 
 
+def changed_checkpoint(path, change, seed, to):
+    """Writes a changed copy of a warm-up."""
+    c, (_, state) = Opened(path, "cpu"), load(path)
+    x = c.rows(16)[0]
+    change_weights(c.model, change, seed, entropy_of_heads(c.attention(x), c.real(x)))
+    source = state["source"] | {"spec": f"{c.spec} ({change})"}
+    save(to, c.model, stage="warmup", step=c.step, tokens=state["tokens"], source=source)
+
+
 def call_train(flags, folder, seed):
     """Runs or resumes train.py in a folder. Raises UserError with the last line that it said."""
     command = [sys.executable, Path(__file__).resolve().with_name("train.py"), *shlex.split(flags),
@@ -301,12 +310,8 @@ def with_checkpoints(setting, seed, results):
     """A setting's flags, with its warm-ups' checkpoints: made if need be, and changed in a copy."""
     paths = [make_warmup(*warmup, results) for warmup in setting.warmup_runs(seed)]
     if setting.change:
-        made, paths = results / paths[0], [f"{setting.folder(seed)}.changed.pt"]
-        c, (_, state) = Opened(made, "cpu"), load(made)
-        x = c.rows(16)[0]
-        change_weights(c.model, setting.change, seed, entropy_of_heads(c.attention(x), c.real(x)))
-        save(results / paths[0], c.model, stage="warmup", step=c.step, tokens=state["tokens"],
-             source=state["source"] | {"spec": f"{c.spec} ({setting.change})"})
+        made_from, paths = paths[0], [f"{setting.folder(seed)}.changed.pt"]
+        changed_checkpoint(results / made_from, setting.change, seed, results / paths[0])
     names = ("--init",) if len(paths) == 1 else ("--attn_from", "--mlp_from")
     return " ".join([setting.train, *map("{} {}".format, names, paths)])
 
