@@ -90,10 +90,8 @@ def delete(r, length=20, vocab=100):
     """the input, a symbol, the input without the first such: 3 7 3 5 | 3 | 7 3 5"""
     x = symbols(r, length, vocab)
     t = r.randrange(1, vocab)
-    rest = list(x)
-    if t in rest:
-        rest.remove(t)
-    return x + [SEPARATOR, t, SEPARATOR], rest
+    first = x.index(t) if t in x else length
+    return x + [SEPARATOR, t, SEPARATOR], x[:first] + x[first + 1:]
 
 
 def stack(r, length=20, vocab=100):
