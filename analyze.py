@@ -415,10 +415,9 @@ def permutation_p(a, b):
 
 def permutation_interval(a, b):
     """The 95 % interval of mean(a) - mean(b): all shifts of a that permutation_p does not reject at
-    5 %, so that 0 is outside exactly where p < 0.05.
-    With a shifted until its mean is u below that of b, what happened is a difference of -u, another
-    way to give the values one of e - c * u, which is as large up to some u, its bound. So the
-    interval ends where 5 % of all ways have a bound that is larger."""
+    5 %: 0 is outside exactly where p < 0.05. With a shifted until its mean is u below that of b,
+    what happened is a difference of -u, another way to give the values one of e - c * u, as large
+    up to some u, its bound: the interval ends where 5 % of all ways have a bound that is larger."""
     e = differences(a - np.mean(a), b - np.mean(b))
     c = differences(np.ones(len(a)), np.zeros(len(b)))
     always = np.abs(c) > 1 - 1e-9  # what happened itself, or with the groups exchanged

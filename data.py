@@ -726,9 +726,8 @@ def kind_of(spec):
 
 
 def make_data(spec, seed=0, block_size=None, tokenizer=None, split="train"):
-    """The data that a spec names: a rule or mixture, a task, a corpus or a path. Raises UserError.
-    block_size: tokens of a row (default: as long as they come; of text 256). tokenizer: of text.
-    split "warmup": train is other text of the same corpus, see Windows."""
+    """The data that a spec names. block_size: of a row (default: as long as they come; text: 256).
+    tokenizer: of text. split "warmup": train is other text, see Windows. Raises UserError."""
     kind = kind_of(spec)
     usual = CORPORA.get(spec, "bytes") if kind == "text" else None
     name = tokenizer or usual
