@@ -340,8 +340,7 @@ def run_all(settings, seeds, results):
 
 
 def read_run(path):
-    """A run's folder -> {"result": result.json, or config.json while there is none, "log": its
-    evaluations, "learned": of a warm-up, "environment": what it ran on, if that is known}"""
+    """A run's folder -> its record, with config.json as the result while there is none yet."""
     config, result, learned = (path / f"{name}.json" for name in ("config", "result", "learned"))
     begun = read_json(config) if config.exists() or not result.exists() else {}
     with reading(path):
