@@ -370,7 +370,7 @@ def draw_heads(c, found):
         axis.set(title=label, xlabel="head", ylabel="layer")
         axis.grid(False)
         axis.locator_params(integer=True)
-    keep_figure(figure, c.path.with_name(f"eval-{c.path.stem}-heads.png"))
+    keep_figure(figure, c.path.parent / f"eval-{c.path.stem}-heads.png")
 
 
 def print_sample(c, i, args):
