@@ -134,8 +134,8 @@ def results_in_words():
     yield f"finds 15 pairs three times, the other nine in {sum(repeats[:-1])} of 27 runs"
     yield f"{sum('| not run |' in line for line in CLAIMS)} of the claims were not run yet"
     line, = (line for line in CLAIMS if "rule 110 helps reversed addition" in line)
-    before, after, seeds = re.search(r"([\d.]+)% .none. -> ([\d.]+)%.*?\) \| (\d+)", line).groups()
-    yield f"reversed addition worse, {before} -> {after} % right ({seeds} seeds; published 76.4 ->"
+    numbers = re.findall(r"-?[\d.]+(?=%)", line) + re.findall(r"\| (\d) \|", line)
+    yield "from {} to {} % right, a gain of {} points ({} to {}, {} seeds)".format(*numbers)
     for claim in ("set helps code", "set helps English"):
         line, = (line for line in CLAIMS if line.startswith(f"| {claim} |"))
         words = re.search(r"gain (\S+) \((\S+) to (\S+)\) \| (\d+)", line).groups()
