@@ -122,7 +122,8 @@ def results_in_words():
     yield f"attention with embeddings at the mean finds them in {len(mean)} of 10"
     rates = [packed("recall of 15", each.name, "budgets") for each in
              analyze.settings_in("budgets", "recall of 15 | none, lr")[1:]]
-    yield f"(but {sum(map(len, rates))} of 50 runs)"
+    steps = [analyze.value_of(run, analyze.STEPS) for runs in rates for run in runs.values()]
+    yield f"(but {len(steps)} of 50 runs, of which {sum(n < 6000 for n in steps)} find 15 pairs)"
     count = {what: sum(len(steps) for name, steps in starts.items() if re.search(what, name))
              for what in ("mlp|full", "random", "mean", "")}
     yield (f"({count[''] - count['mlp|full']} of 40 without, {count['mlp|full']} of 40 with them), "
