@@ -364,7 +364,7 @@ def test_an_interrupted_experiment_goes_on_and_takes_up_warm_ups(tmp_path, monke
     warm = f"{shape} --warmup set:length=4 --warmup_steps 3 --warmup_batch_size 4 --steps 0"
     run = f"{shape} --batch_size 4 --eval_rows 4 --lr 0 --steps"
     settings = [analyze.Setting("recall", *each, 10) for each in (
-        ("none", f"{run} 1000 --warmup none", (), "", ()),
+        ("none", f"{run} 400 --warmup none", (), "", ()),
         ("mixed", f"{run} 1", (warm, warm), "", (1, 0)),
         ("shuffled", f"{run} 1", (warm,), "shuffled", ()))]
     none, mixed, shuffled = folders = [tmp_path / each.folder(0) for each in settings]
