@@ -138,8 +138,7 @@ def probe_learned(c):
         return None
     result = evaluate(c.model, held_out_rows(c.data, c.n), c.device)
     x, y = c.rows()
-    counted = y != -1
-    wanted, floor = y[counted], 0.0  # a prompt decides its answer
+    wanted, floor = y[y != -1], 0.0  # a prompt decides its answer
     if c.brackets:  # the generator's odds
         odds = bracket_facts(x, c.name, c.p)["odds"]
         came = np.take_along_axis(odds, x[:, :odds.shape[1], None], 2)

@@ -165,8 +165,8 @@ def train(model, data, stage, file, fingerprint, warmed):
         net = DistributedDataParallel(net, gradient_as_bucket_view=True)
     batches = batches_from(data, stage, progress.step)
 
+    model.train()
     while not progress.is_over(stage):
-        model.train()  # an evaluation ends it
         step = progress.step
         lr = lr_at(stage, step)
         for group in optimizer.param_groups:
@@ -207,6 +207,7 @@ def train(model, data, stage, file, fingerprint, warmed):
             log.add_step(step, total(float(loss))[0], lr)
         if last or step % stage.eval_every == 0:
             progress.result = evaluate(model, *held_out)
+            model.train()  # which an evaluation ends
             log.add_evaluation(step, progress.result)
             good = progress.result["accuracy"] >= stage.stop_at
             progress.passed = progress.passed + 1 if good else 0
