@@ -34,6 +34,14 @@ def prose(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def course(request, tmp_path_factory, cache, prose):
+    """The cells of the course, which take a minute, run beside the other tests."""
+    if any(item.name == "test_the_cells_run" for item in request.session.items):
+        import test_course
+        return test_course.start(tmp_path_factory.mktemp("course") / "copy", prose)
+
+
 class Mirror(http.server.ThreadingHTTPServer):
     """A server on 127.0.0.1 with the files of a folder, known by their last names. faults: of such
     a name, what its next requests get: "refuse", "cut" (half comes), "empty" or "corrupt"."""

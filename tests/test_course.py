@@ -42,14 +42,22 @@ def as_python(line, text):
     return f"python(f{command!r})"
 
 
-def test_the_cells_run(tmp_path, prose):
-    folder = tmp_path / "copy"
+def start(folder, text):
+    """Starts all cells in a copy of the project: a process, and the file of what it says."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "out", "results", "tests"))
     cells = [cell for cell in BOOKS[0] + BOOKS[1] if cell["cell_type"] == "code"]
     lines = "\n".join("".join(cell["source"]) for cell in cells).splitlines()
-    script = PRELUDE + "\n".join(as_python(line, prose) for line in lines)
+    script = PRELUDE + "\n".join(as_python(line, text) for line in lines)
     (folder / "cells.py").write_text(script, "utf-8")
-    subprocess.run([sys.executable, "-u", "cells.py"], cwd=folder, check=True)
+    said = folder / "said.txt"
+    with said.open("w") as to:
+        return subprocess.Popen([sys.executable, "-u", "cells.py"], cwd=folder, stdout=to,
+                                stderr=subprocess.STDOUT), said
+
+
+def test_the_cells_run(course):
+    process, said = course
+    assert process.wait(240) == 0, said.read_text()
 
 
 def test_the_outputs_are_kept_and_the_exercises_are_there():
