@@ -39,7 +39,9 @@ def course(request, tmp_path_factory, cache, prose):
     """The cells of the course, which take a minute, run beside the other tests."""
     if any(item.name == "test_the_cells_run" for item in request.session.items):
         import test_course
-        return test_course.start(tmp_path_factory.mktemp("course") / "copy", prose)
+        process, said = test_course.start(tmp_path_factory.mktemp("course") / "copy", prose)
+        request.addfinalizer(process.kill)  # where the tests are stopped before its own
+        return process, said
 
 
 class Mirror(http.server.ThreadingHTTPServer):
